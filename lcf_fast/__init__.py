@@ -1,8 +1,8 @@
 """Latent Cache Flow in fused kernels: one language model informs another through their KV caches.
 
 Start at `LatentCacheFlow`; `lcf_fast.ops` has the checked functions, `lcf_fast.reference` the readable eager
-ones. Names are imported when first used, so that `import lcf_fast` costs nothing: neither torch, Triton kernels
-nor transformers are imported here.
+ones. Names are imported when first used, so that `import lcf_fast` costs nothing: torch, the Triton kernels
+and transformers come in with what needs them.
 """
 
 from importlib import import_module
