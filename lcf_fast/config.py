@@ -1,0 +1,269 @@
+"""Geometry of a KV cache, configuration of an adapter, layer maps and exact parameter counts.
+
+Imports neither torch nor transformers: what is read off a model is read by attribute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .errors import DTypeError, GeometryError, IndexRangeError
+from .geometry import geometry_fields
+
+__all__ = ["CacheGeometry", "LCFConfig", "c2c_parameters_per_layer", "layer_map"]
+
+LAYER_MAPS = ("last_aligned", "relative_depth")
+
+
+def _positive_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DTypeError(name, expected="an int", got=f"{value!r} ({type(value).__name__})")
+    if value < 1:
+        raise GeometryError(name, expected="an int of at least 1", got=str(value))
+
+
+def _finite_float(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise DTypeError(name, expected="a number", got=f"{value!r} ({type(value).__name__})")
+    if not math.isfinite(value):
+        raise GeometryError(name, expected="a finite number", got=str(value))
+    return float(value)
+
+
+@dataclass(frozen=True)
+class CacheGeometry:
+    """Shape of a model's KV cache: per layer, keys and values of shape ``(B, kv_heads, N, head_dim)``.
+
+    Args:
+        layers: number of layers that hold keys and values.
+        kv_heads: key-value heads (not query heads).
+        head_dim: channels a head.
+
+    Raises:
+        DTypeError: a field is no int.
+        GeometryError: a field is below 1.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _positive_int(field.name, getattr(self, field.name))
+
+    @property
+    def channels(self) -> int:
+        """``kv_heads * head_dim``: channels of one token's keys (or values) in one layer."""
+        return self.kv_heads * self.head_dim
+
+    @classmethod
+    def of(cls, model_or_config: Any) -> CacheGeometry:
+        """Read the geometry off a transformers model or config (duck-typed; transformers is not imported).
+
+        ``num_key_value_heads`` falls back to the attention heads, ``head_dim`` to hidden size // heads, and
+        multimodal configs are entered through ``get_text_config``.
+
+        Raises:
+            GeometryError: a field is missing, or not all layers hold a key-value cache of one shape (per-layer
+                head counts or dims, layers that reuse another layer's cache, linear-attention or state-space
+                layers, latent attention whose keys and values differ, encoder-decoder models). The text says
+                which layers.
+        """
+        if isinstance(model_or_config, cls):
+            return model_or_config
+        layers, kv_heads, head_dim = geometry_fields(model_or_config)
+        return cls(layers=layers, kv_heads=kv_heads, head_dim=head_dim)
+
+
+def layer_map(spec: str | Iterable[int], sharer_layers: int, receiver_layers: int) -> tuple[int, ...]:
+    """Which sharer layer each receiver layer reads: ``receiver_layers`` ints in ``[0, sharer_layers)``.
+
+    Args:
+        spec: ``"last_aligned"``: the last layers pair up, ``clamp(t + Ls - Lr, 0, Ls - 1)`` (spec, section
+            1). ``"relative_depth"``: the sharer layer nearest to ``t * (Ls - 1) / (Lr - 1)``, so first goes to
+            first and last to last; halfway between two, the deeper one; a receiver of one layer reads the
+            sharer's last. Or one sharer layer per receiver layer, as ints.
+        sharer_layers: ``Ls``.
+        receiver_layers: ``Lr``.
+
+    Raises:
+        GeometryError: unknown name, or a list of the wrong length.
+        DTypeError: an entry is no int.
+        IndexRangeError: an entry is not a sharer layer.
+    """
+    _positive_int("sharer_layers", sharer_layers)
+    _positive_int("receiver_layers", receiver_layers)
+    if isinstance(spec, str):
+        if spec == "last_aligned":
+            return tuple(
+                min(max(t + sharer_layers - receiver_layers, 0), sharer_layers - 1)
+                for t in range(receiver_layers)
+            )
+        if spec == "relative_depth":
+            if receiver_layers == 1:
+                return (sharer_layers - 1,)
+            # floor(x + 1/2) in integers, so that a tie does not hang on a rounding of floats.
+            last = receiver_layers - 1
+            return tuple((2 * t * (sharer_layers - 1) + last) // (2 * last) for t in range(receiver_layers))
+        raise GeometryError("layer_map", expected=f"one of {LAYER_MAPS} or a list of ints", got=repr(spec))
+    if not isinstance(spec, Iterable):
+        raise DTypeError(
+            "layer_map", expected=f"one of {LAYER_MAPS} or a list of ints", got=type(spec).__name__
+        )
+    entries = tuple(spec)
+    for t, entry in enumerate(entries):
+        if isinstance(entry, bool) or not isinstance(entry, int):
+            raise DTypeError(f"layer_map[{t}]", expected="an int", got=f"{entry!r} ({type(entry).__name__})")
+    if len(entries) != receiver_layers:
+        raise GeometryError(
+            "layer_map",
+            expected=f"{receiver_layers} entries, one a receiver layer",
+            got=f"{len(entries)} entries",
+        )
+    for t, entry in enumerate(entries):
+        if not 0 <= entry < sharer_layers:
+            raise IndexRangeError(
+                f"layer_map[{t}]", expected=f"a sharer layer in [0, {sharer_layers})", got=str(entry)
+            )
+    return entries
+
+
+@dataclass(frozen=True)
+class LCFConfig:
+    """Everything that fixes an adapter's parameters and arithmetic (spec, sections 2 to 4).
+
+    Args:
+        sharer, receiver: geometries of the two models.
+        bottleneck: width d of the latent; even, since its halves feed keys and values.
+        layer_map: see :func:`layer_map`.
+        cross_context: False for LCF (shared context), True for LCF-X (pooled spans of another context).
+        ffn_blocks, ffn_expansion: residual blocks in the bottleneck and their inner width over d.
+        norm_eps: added to the mean square in the RMS norm.
+        dropout: probability, used in training only.
+        gate_init: initial gate logit. None is resolved on construction: 0.0 for LCF, +1.0 for LCF-X (spec,
+            section 4); pass None again when ``dataclasses.replace`` switches ``cross_context``.
+
+    Raises:
+        GeometryError, DTypeError, IndexRangeError: naming the field.
+    """
+
+    sharer: CacheGeometry
+    receiver: CacheGeometry
+    bottleneck: int = 128
+    layer_map: str | Sequence[int] = "last_aligned"
+    cross_context: bool = False
+    ffn_blocks: int = 2
+    ffn_expansion: int = 4
+    norm_eps: float = 1e-6
+    dropout: float = 0.1
+    gate_init: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("sharer", "receiver"):
+            if not isinstance(getattr(self, name), CacheGeometry):
+                got = type(getattr(self, name)).__name__
+                raise DTypeError(
+                    name, expected="a CacheGeometry (CacheGeometry.of(model) makes one)", got=got
+                )
+        for name in ("bottleneck", "ffn_blocks", "ffn_expansion"):
+            _positive_int(name, getattr(self, name))
+        if self.bottleneck % 2:
+            raise GeometryError("bottleneck", expected="an even number", got=str(self.bottleneck))
+        if not isinstance(self.cross_context, bool):
+            raise DTypeError("cross_context", expected="a bool", got=repr(self.cross_context))
+        if _finite_float("norm_eps", self.norm_eps) < 0:
+            raise GeometryError("norm_eps", expected="a number >= 0", got=str(self.norm_eps))
+        if not 0 <= _finite_float("dropout", self.dropout) < 1:
+            raise GeometryError("dropout", expected="a probability in [0, 1)", got=str(self.dropout))
+        gate_init = self.gate_init
+        if gate_init is None:
+            gate_init = 1.0 if self.cross_context else 0.0
+        object.__setattr__(self, "gate_init", _finite_float("gate_init", gate_init))
+        resolved = layer_map(self.layer_map, self.sharer.layers, self.receiver.layers)
+        if not isinstance(self.layer_map, str):
+            # A tuple, so that the configuration is hashable and nobody can edit it through the caller's list.
+            object.__setattr__(self, "layer_map", resolved)
+        object.__setattr__(self, "_sharer_layers", resolved)
+
+    @property
+    def sharer_layers(self) -> tuple[int, ...]:
+        """The resolved layer map: entry t is the sharer layer that receiver layer t reads."""
+        resolved: tuple[int, ...] = self._sharer_layers  # type: ignore[attr-defined]
+        return resolved
+
+    @property
+    def in_channels(self) -> int:
+        """Input channels of the projector: ``2 Cs + 2 Cr``, in the order S_K, S_V, R_K, R_V."""
+        return 2 * self.sharer.channels + 2 * self.receiver.channels
+
+    @property
+    def parameters_per_layer(self) -> int:
+        """Parameters of one receiver layer's projector, pool queries of LCF-X included (spec, section 3)."""
+        d, cr, hr = self.bottleneck, self.receiver.channels, self.receiver.kv_heads
+        down = self.in_channels * d + d
+        ffn = self.ffn_blocks * (2 * self.ffn_expansion * d * d + d)
+        up = 2 * (d // 2 * cr + cr)
+        head_gates = 2 * (d * hr + hr)
+        gates = 2
+        queries = 2 * self.sharer.channels if self.cross_context else 0
+        return down + ffn + up + head_gates + gates + queries
+
+    def parameter_count(self, layers: int | None = None) -> int:
+        """Parameters of an adapter with ``layers`` kept receiver layers (None: all of them)."""
+        return (self.receiver.layers if layers is None else layers) * self.parameters_per_layer
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; :meth:`from_dict` reads it back to an equal configuration."""
+        data = asdict(self)
+        if not isinstance(self.layer_map, str):
+            data["layer_map"] = list(self.layer_map)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LCFConfig:
+        """Inverse of :meth:`to_dict`. Fields with a default may be left out; unknown ones are an error."""
+        values = _known_keys(cls, data, "config")
+        for name in ("sharer", "receiver"):
+            if name in values and not isinstance(values[name], CacheGeometry):
+                values[name] = CacheGeometry(**_known_keys(CacheGeometry, values[name], f"config.{name}"))
+        return cls(**values)
+
+
+def _known_keys(cls: type, data: Any, name: str) -> dict[str, Any]:
+    """``data`` as a dict that has the required fields of a dataclass and no others than its fields."""
+    if not isinstance(data, Mapping):
+        raise DTypeError(name, expected="a mapping", got=type(data).__name__)
+    known = {field.name: field for field in fields(cls)}
+    unknown = sorted(str(key) for key in data if key not in known)
+    if unknown:
+        raise GeometryError(
+            name, expected=f"only the keys {', '.join(known)}", got=f"also {', '.join(unknown)}"
+        )
+    required = ("layers", "kv_heads", "head_dim", "sharer", "receiver")
+    missing = [key for key in required if key in known and key not in data]
+    if missing:
+        raise GeometryError(name, expected=f"the keys {', '.join(missing)} too", got=f"only {sorted(data)}")
+    return dict(data)
+
+
+def c2c_parameters_per_layer(
+    sharer: CacheGeometry, receiver: CacheGeometry, *, hidden: int = 1024, intermediate: int = 1024
+) -> int:
+    """Parameters of one layer of the C2C fuser (arXiv 2510.03215), for comparison.
+
+    For keys and for values separately: ``in (Cs + Cr -> hidden)``, a block, then a weight branch (a block of
+    inner width ``hidden``, a head ``hidden -> Hr``) and an update branch (a block, ``out hidden -> Cr``);
+    linears outside the blocks have biases. A block is an RMS norm and two bias-free linears. Two gate logits.
+    """
+
+    def block(width: int) -> int:
+        return hidden + 2 * hidden * width
+
+    joint = (sharer.channels + receiver.channels) * hidden + hidden
+    weight = block(hidden) + hidden * receiver.kv_heads + receiver.kv_heads
+    update = block(intermediate) + hidden * receiver.channels + receiver.channels
+    return 2 * (joint + block(intermediate) + weight + update) + 2
