@@ -1,0 +1,84 @@
+"""What every test runs under: the Triton interpreter unless on a GPU, poisoned memory, a fixed seed.
+
+Environment: ``LCF_FAST_TEST_DEVICE=cuda`` runs the kernels for real, on a GPU (``make gpu``);
+``TRITON_INTERPRET=0`` leaves them to the compiler, which is what ``tests/compile`` needs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+DEVICE = os.environ.get("LCF_FAST_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    # Triton reads it when a kernel is defined, so before the first import of anything that imports a kernel.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+else:
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# `python -m pytest` puts the repository's root first on the path, where ./kernels would answer transformers'
+# `import kernels`. At the end it serves `import bench`, and an installed `kernels` still wins.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+sys.path.append(str(ROOT))
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # one worker a core; torch would start one thread a core in each
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("LCF_FAST_TEST_DEVICE=cuda, but torch sees no CUDA device")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if not INTERPRETED or collection_path != ROOT / "tests" / "compile":
+        return None
+    named = [Path(argument.split("::")[0]).resolve() for argument in config.args]
+    if any(path.is_relative_to(collection_path) for path in named):
+        raise pytest.UsageError("the interpreter compiles nothing: TRITON_INTERPRET=0 pytest tests/compile")
+    return True
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device that the kernels run on: ``cpu`` (interpreted) or ``cuda``."""
+    return torch.device(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory holds NaN (integers: the largest): an element never written shows."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic  # a module with a property, which type checkers do not see
+    fill = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)  # without it nothing is filled
+    memory.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    memory.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seeds the global generators; the value seeds a test's own ones."""
+    value = 20260807
+    torch.manual_seed(value)
+    np.random.seed(value)
+    return value
+
+
+@pytest.fixture
+def generator(device: torch.device, seed: int) -> torch.Generator:
+    """A seeded generator on the CPU: the same data whatever the device."""
+    return torch.Generator().manual_seed(seed)

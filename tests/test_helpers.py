@@ -1,0 +1,123 @@
+"""The test tools themselves: a budget that passes everything would hide every other fault."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from helpers import (
+    ADVERSARIES,
+    GATES,
+    LAYOUTS,
+    Geometry,
+    assert_within_budget,
+    guarded,
+    make_cache,
+    make_weights,
+)
+
+
+def test_fresh_memory_is_poisoned(device: torch.device) -> None:
+    assert torch.isnan(torch.empty(5, device=device)).all()
+    assert torch.isnan(torch.empty_like(torch.ones(2, 2, dtype=torch.bfloat16, device=device))).all()
+    assert torch.isnan(torch.ones(1, device=device).new_empty(3)).all()
+
+
+def test_triton_runs_interpreted_unless_on_a_gpu(device: torch.device) -> None:
+    triton = pytest.importorskip("triton")
+    assert triton.knobs.runtime.interpret == (device.type == "cpu" and os.environ["TRITON_INTERPRET"] == "1")
+
+
+def budget_case() -> tuple[torch.Tensor, torch.Tensor]:
+    truth = torch.randn(64, 65, dtype=torch.float64)
+    return truth, truth.bfloat16()
+
+
+def test_budget_passes_what_is_as_good_as_torch() -> None:
+    truth, plain = budget_case()
+    assert_within_budget(plain.clone(), truth, plain)
+    assert_within_budget(plain[:0], truth[:0], plain[:0])
+    assert_within_budget(torch.zeros(3), torch.zeros(3, dtype=torch.float64), torch.zeros(3))
+
+
+@pytest.mark.parametrize("fault", ["one_element", "bias", "nan", "dtype", "shape"])
+def test_budget_catches(fault: str) -> None:
+    truth, plain = budget_case()
+    got = plain.clone()
+    if fault == "one_element":
+        got[3, 4] += 0.25
+    elif fault == "bias":
+        got *= 1.02
+    elif fault == "nan":
+        got[0, 0] = torch.nan
+    elif fault == "dtype":
+        got = got.float()
+    else:
+        got = got[:, 1:]
+    with pytest.raises(AssertionError):
+        assert_within_budget(got, truth, plain)
+
+
+def test_budget_is_not_blinded_by_one_huge_element() -> None:
+    truth = torch.randn(64, 65, dtype=torch.float64)
+    truth[0, 0] = 1e6 + 1 / 3
+    plain = truth.bfloat16()
+    got = plain.clone()
+    got[1:] *= 1.05
+    with pytest.raises(AssertionError, match="median"):
+        assert_within_budget(got, truth, plain)
+
+
+@pytest.mark.parametrize("where", [-1, 6])
+def test_guard_sees_a_write_beyond_the_tensor(where: int) -> None:
+    tensor, check = guarded((2, 3), torch.float16)
+    assert torch.isnan(tensor).all()
+    tensor.fill_(1.0)
+    check()
+    tensor.as_strided((1,), (1,), tensor.storage_offset() + where).fill_(torch.nan)
+    with pytest.raises(AssertionError, match="before" if where < 0 else "after"):
+        check()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_change_the_strides_and_not_the_values(layout: str) -> None:
+    geometry = Geometry(1, 3, 8)
+    ((plain, _),) = make_cache(geometry, 2, 5, generator=torch.Generator().manual_seed(1))
+    ((key, _),) = make_cache(geometry, 2, 5, layout=layout, generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+    assert key.stride(-1) == 1
+    if layout == "expanded":
+        assert key.stride(0) == 0
+        assert torch.equal(key[1], plain[0])
+        return
+    assert torch.equal(key, plain)
+    assert (key.stride(), key.storage_offset()) != (plain.stride(), 0) or layout == "contiguous"
+
+
+@pytest.mark.parametrize("kind", ADVERSARIES)
+def test_adversaries_are_finite(kind: str) -> None:
+    ((key, value),) = make_cache(Geometry(1, 2, 16), 2, 7, adversary=kind, dtype=torch.float16)  # type: ignore[arg-type]
+    assert torch.isfinite(key).all()
+    assert torch.isfinite(value).all()
+
+
+@pytest.mark.parametrize("gates", GATES)
+def test_weights_have_the_public_names_and_shapes(gates: str) -> None:
+    sharer, receiver = Geometry(3, 2, 8), Geometry(5, 3, 16)
+    weights = make_weights(sharer, receiver, 64, cross_context=True, gates=gates, saturated=True)
+    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == {
+        "down_weight": (5, 64, 128),
+        "down_bias": (5, 64),
+        "norm_weight": (5, 2, 64),
+        "ffn_in_weight": (5, 2, 256, 64),
+        "ffn_out_weight": (5, 2, 64, 256),
+        "up_weight": (5, 2, 48, 32),
+        "up_bias": (5, 2, 48),
+        "head_gate_weight": (5, 2, 3, 64),
+        "head_gate_bias": (5, 2, 3),
+        "gate_logit": (5, 2),
+        "span_query": (5, 2, 8),
+        "global_query": (5, 2, 8),
+    }
+    assert torch.equal(weights["gate_logit"][0] > 0, torch.tensor(GATES[gates][0]))
