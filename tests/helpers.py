@@ -105,7 +105,7 @@ def guarded(
     def check() -> None:
         for where, guard in (("before", buffer[:band]), ("after", buffer[band + size :])):
             touched = (guard != 0xFF).nonzero().flatten()
-            assert len(touched) == 0, f"{len(touched)} bytes written {where} the tensor: {touched[:8].tolist()}"
+            assert len(touched) == 0, f"{len(touched)} bytes written {where}, from byte {int(touched[0])}"
 
     return tensor, check
 
@@ -114,8 +114,8 @@ def with_layout(tensor: Tensor, layout: Layout) -> Tensor:
     """``(B, H, N, D)`` with the same values, but laid out as ``layout`` says.
 
     ``token_major`` is ``(B, N, H, D)`` seen transposed; ``padded`` a longer preallocated buffer, as a
-    StaticCache has; ``offset`` starts at an odd element, so that no vector load is aligned; ``expanded`` repeats
-    row 0 over the batch with stride 0 (so its VALUES are row 0's).
+    StaticCache has; ``offset`` starts at an odd element, so that no vector load is aligned; ``expanded``
+    repeats row 0 over the batch with stride 0 (so its VALUES are row 0's).
     """
     batch, heads, length, dim = tensor.shape
     if layout == "contiguous":
