@@ -7,11 +7,15 @@ kernel's parameters. Nothing is copied to the device, so a launch is safe under 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .policy import DEFAULT_TARGET
 
 #: Launch tables are padded to a multiple of this, so that the number of layers adds few compiled variants.
 TABLE_STEP = 8
@@ -28,6 +32,18 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """Round float32 to the cache's dtype, to nearest even. The interpreter cuts bfloat16 off instead: round there."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        x = x.to(tl.float32)
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        rounded = rounded.to(tl.uint32).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)  # a NaN's payload must not be rounded into an infinity
+    return x.to(DTYPE)
 
 
 @triton.jit
@@ -81,6 +97,39 @@ def address_table(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], bool]:
 
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def address_tables(*columns: Sequence[Tensor]) -> tuple[tuple[tuple[int, ...], ...], bool]:
+    """One launch table a column (a column: the same tensor of every layer), all aligned or all not."""
+    tables = [address_table(column) for column in columns]
+    if all(aligned for _, aligned in tables):
+        return tuple(table for table, _ in tables), True
+    return tuple(odd(table) if aligned else table for table, aligned in tables), False
+
+
+def heads_block(heads: int) -> int:
+    """Heads padded to a power of two that is no narrower than a tensor instruction."""
+    return max(16, triton.next_power_of_2(heads))
+
+
+def device_guard(tensor: Tensor) -> AbstractContextManager[None]:
+    """Make the tensor's GPU the current one for a launch; nothing to do for the interpreter's CPU tensors."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@lru_cache
+def _target(device: torch.device) -> str:
+    if device.type != "cuda":
+        return DEFAULT_TARGET
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def target_of(tensor: Tensor) -> str:
+    """The name of the tensor's chip in `policy`: ``sm_90``, ``gfx942``."""
+    return _target(tensor.device)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

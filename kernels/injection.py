@@ -1,0 +1,263 @@
+"""Gated injection into the receiver's cache, forward (spec section 2).
+
+``R_i + gate_i · sigmoid(W_a_i z + b_a_i) · (W_up_i z_i + b_up_i)`` for i in K, V. A program owns a tile of tokens; it makes
+one head's edit at a time and adds it to the receiver's rows on the way, so delta never exists in memory.
+
+Cost a token and layer with both gates open: ``4·Cr`` elements moved (read and written once), ``2·Cr·d`` FLOPs and
+``4·Hr·d`` for the head gates. `gate_scores` and `inject_tile` are shared with `fusion`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import TRITON_DTYPE, cast, device_guard, dot, dot_precision, head_chunk, heads_block, target_of
+from .policy import tile_config
+
+
+@triton.jit
+def gate_scores(
+    n_k,
+    n_v,
+    p_weight,
+    p_bias,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``alpha = sigmoid(W_a z + b_a)``: (BLOCK_T, BLOCK_H) float32, heads padded to BLOCK_H, a tensor instruction's width."""
+    HALF: tl.constexpr = WIDTH // 2
+    o_z = tl.arange(0, HALF)
+    o_h = tl.arange(0, BLOCK_H)
+    m_h = o_h < HEADS
+    p_w = p_weight + o_h[None, :] * WIDTH + o_z[:, None]
+    score = tl.zeros([BLOCK_T, BLOCK_H], dtype=tl.float32)
+    score = dot(n_k, cast(tl.load(p_w, mask=m_h[None, :], other=0.0), DTYPE), score, PRECISION)
+    score = dot(n_v, cast(tl.load(p_w + HALF, mask=m_h[None, :], other=0.0), DTYPE), score, PRECISION)
+    score += tl.load(p_bias + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
+    return 1.0 / (1.0 + tl.exp(-score))
+
+
+@triton.jit
+def inject_tile(
+    n_half,
+    alpha,
+    p_row,
+    stride_head,
+    p_out,
+    stride_out_head,
+    m_edit,
+    m_write,
+    p_up,
+    p_bias,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write ``row + alpha · (W_up z_half + b_up)`` where ``m_edit``, and ``row`` itself elsewhere in ``m_write``.
+
+    An unedited row is selected, not multiplied by zero: what a padded row holds (NaN, infinity) never spreads.
+    """
+    HALF: tl.constexpr = WIDTH // 2
+    CHUNKS: tl.constexpr = (HEAD_DIM + BLOCK_C - 1) // BLOCK_C
+    o_z = tl.arange(0, HALF)
+    o_c = tl.arange(0, BLOCK_C)
+    o_h = tl.arange(0, BLOCK_H)
+    for i in range(0, HEADS * CHUNKS):
+        i_head = i // CHUNKS
+        o_channel = (i % CHUNKS) * BLOCK_C + o_c
+        o_column = i_head * HEAD_DIM + o_channel
+        m_tile = m_write[:, None]
+        p_w = p_up + o_column[None, :] * HALF + o_z[:, None]
+        if HEAD_DIM % BLOCK_C == 0:
+            b_w = tl.load(p_w)
+            b_bias = tl.load(p_bias + o_column)
+        else:
+            m_channel = o_channel < HEAD_DIM
+            m_tile = m_tile & m_channel[None, :]
+            b_w = tl.load(p_w, mask=m_channel[None, :], other=0.0)
+            b_bias = tl.load(p_bias + o_column, mask=m_channel, other=0.0)
+        o_head = i_head.to(tl.int64)
+        b_row = tl.load(p_row[:, None] + o_head * stride_head + o_channel[None, :], mask=m_tile, other=0.0)
+        delta = tl.zeros([n_half.shape[0], BLOCK_C], dtype=tl.float32)
+        delta = dot(n_half, cast(b_w, DTYPE), delta, PRECISION) + b_bias.to(tl.float32)[None, :]
+        b_alpha = tl.sum(tl.where(o_h[None, :] == i_head, alpha, 0.0), 1)
+        edited = cast(b_row.to(tl.float32) + b_alpha[:, None] * delta, DTYPE)
+        b_row = tl.where(m_edit[:, None], edited, b_row)
+        tl.store(p_out[:, None] + o_head * stride_out_head + o_channel[None, :], b_row, mask=m_tile)
+
+
+@triton.jit
+def copy_tile(
+    p_row,
+    stride_head,
+    p_out,
+    stride_out_head,
+    m_write,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Copy a tile's rows unchanged: what an out-of-place edit owes the tokens that it does not edit."""
+    CHUNKS: tl.constexpr = (HEAD_DIM + BLOCK_C - 1) // BLOCK_C
+    o_c = tl.arange(0, BLOCK_C)
+    for i in range(0, HEADS * CHUNKS):
+        o_head = (i // CHUNKS).to(tl.int64)
+        o_channel = (i % CHUNKS) * BLOCK_C + o_c
+        m_tile = m_write[:, None] & (o_channel < HEAD_DIM)[None, :]
+        b_row = tl.load(p_row[:, None] + o_head * stride_head + o_channel[None, :], mask=m_tile)
+        tl.store(p_out[:, None] + o_head * stride_out_head + o_channel[None, :], b_row, mask=m_tile)
+
+
+@triton.jit(do_not_specialize=["tokens", "tiles"])
+def gated_injection_kernel(
+    receiver_key,
+    receiver_value,
+    out_key,
+    out_value,
+    latent,
+    edit_mask,
+    up_weight,
+    up_bias,
+    head_gate_weight,
+    head_gate_bias,
+    gate_logit,
+    tokens,
+    tiles,
+    stride_key_batch,
+    stride_key_head,
+    stride_key_token,
+    stride_value_batch,
+    stride_value_head,
+    stride_value_token,
+    stride_out_key_batch,
+    stride_out_key_head,
+    stride_out_key_token,
+    stride_out_value_batch,
+    stride_out_value_head,
+    stride_out_value_token,
+    HAS_MASK: tl.constexpr,
+    IS_INPLACE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of one layer, key or value (the grid's fastest half), from a latent in memory ``(B, N, d)``.
+
+    The gate is read here, on the device: a closed one costs a copy out of place and nothing in place.
+    """
+    HALF: tl.constexpr = WIDTH // 2
+    i_program = tl.program_id(0)
+    i_kv = i_program % 2
+    i_tile = (i_program // 2) % tiles
+    i_batch = (i_program // (2 * tiles)).to(tl.int64)
+    o_t = (i_tile * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    m_write = o_t < tokens
+    m_edit = m_write
+    if HAS_MASK:
+        m_edit = m_write & (tl.load(edit_mask + i_batch * tokens + o_t, mask=m_write, other=0) != 0)
+    if i_kv == 0:
+        p_row = receiver_key + i_batch * stride_key_batch + o_t * stride_key_token
+        p_out = out_key + i_batch * stride_out_key_batch + o_t * stride_out_key_token
+        stride_head = tl.cast(stride_key_head, tl.int64)
+        stride_out_head = tl.cast(stride_out_key_head, tl.int64)
+    else:
+        p_row = receiver_value + i_batch * stride_value_batch + o_t * stride_value_token
+        p_out = out_value + i_batch * stride_out_value_batch + o_t * stride_out_value_token
+        stride_head = tl.cast(stride_value_head, tl.int64)
+        stride_out_head = tl.cast(stride_out_value_head, tl.int64)
+    is_open = tl.load(gate_logit + i_kv).to(tl.float32) > 0
+    edits = tl.sum(m_edit.to(tl.int32), 0)
+    if is_open & (edits > 0):
+        o_z = tl.arange(0, HALF)
+        p_z = latent + (i_batch * tokens + o_t)[:, None] * WIDTH + o_z[None, :]
+        n_k = cast(tl.load(p_z, mask=m_edit[:, None], other=0.0), DTYPE)
+        n_v = cast(tl.load(p_z + HALF, mask=m_edit[:, None], other=0.0), DTYPE)
+        alpha = gate_scores(
+            n_k, n_v, head_gate_weight + i_kv * (HEADS * WIDTH), head_gate_bias + i_kv * HEADS,
+            HEADS, WIDTH, BLOCK_T, BLOCK_H, DTYPE, PRECISION,
+        )  # fmt: skip
+        n_half = cast(tl.load(p_z + i_kv * HALF, mask=m_edit[:, None], other=0.0), DTYPE)
+        if IS_INPLACE:
+            m_write = m_edit
+        inject_tile(
+            n_half, alpha, p_row, stride_head, p_out, stride_out_head, m_edit, m_write,
+            up_weight + i_kv * (HEADS * HEAD_DIM * HALF), up_bias + i_kv * (HEADS * HEAD_DIM),
+            HEADS, HEAD_DIM, WIDTH, BLOCK_H, BLOCK_C, DTYPE, PRECISION,
+        )  # fmt: skip
+    else:
+        if not IS_INPLACE:
+            copy_tile(p_row, stride_head, p_out, stride_out_head, m_write, HEADS, HEAD_DIM, BLOCK_C)
+
+
+def gated_injection(
+    receiver_key: Tensor,
+    receiver_value: Tensor,
+    latent: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    edit_mask: Tensor | None,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    """Launch `gated_injection_kernel` for one layer. Arguments are checked by ``lcf_fast.ops``.
+
+    ``latent (B, N, d)`` float; ``edit_mask (B, N)`` bool. Returns new contiguous tensors, or the given ones, edited.
+    """
+    batch, heads, tokens, head_dim = receiver_key.shape
+    if inplace:
+        out_key, out_value = receiver_key, receiver_value
+    else:
+        out_key = receiver_key.new_empty(receiver_key.shape)
+        out_value = receiver_key.new_empty(receiver_key.shape)
+    if not receiver_key.numel():
+        return out_key, out_value
+    names = ("up_weight", "up_bias", "head_gate_weight", "head_gate_bias", "gate_logit")
+    width = latent.shape[2]
+    config = tile_config(width, receiver_key.element_size(), target_of(receiver_key), 2 * batch, tokens)
+    tiles = triton.cdiv(tokens, config.block_tokens)
+    latent = latent.contiguous()
+    with device_guard(receiver_key):
+        gated_injection_kernel[(2 * batch * tiles,)](
+            receiver_key,
+            receiver_value,
+            out_key,
+            out_value,
+            latent,
+            edit_mask.contiguous() if edit_mask is not None else latent,
+            *(weights[name].contiguous() for name in names),
+            tokens,
+            tiles,
+            *receiver_key.stride()[:3],
+            *receiver_value.stride()[:3],
+            *out_key.stride()[:3],
+            *out_value.stride()[:3],
+            HAS_MASK=edit_mask is not None,
+            IS_INPLACE=inplace,
+            HEADS=heads,
+            HEAD_DIM=head_dim,
+            WIDTH=width,
+            BLOCK_T=config.block_tokens,
+            BLOCK_C=head_chunk(head_dim, config.block_channels),
+            BLOCK_H=heads_block(heads),
+            DTYPE=TRITON_DTYPE[receiver_key.dtype],
+            PRECISION=dot_precision(receiver_key.dtype),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return out_key, out_value

@@ -1,0 +1,340 @@
+"""Joint K/V projection into the bottleneck, forward (spec section 2).
+
+A program owns a tile of tokens of one layer. The latent lives in registers in float32, as its two halves: ``z_k`` makes
+the key's edit and ``z_v`` the value's, so splitting it costs nothing. The sharer's and the receiver's rows are read
+where they lie in the models' caches, one head at a time; nothing of x is ever concatenated or transposed.
+
+Cost a token and layer, ``C = 2Cs + 2Cr``: ``C`` elements read, ``2·C·d + 32·d²`` FLOPs for two blocks.
+`project_tile` is shared with `fusion`, which goes on from its registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import TRITON_DTYPE, cast, device_guard, dot, dot_precision, gelu, head_chunk, target_of
+from .policy import tile_config
+
+
+@triton.jit
+def add_source(
+    z_k,
+    z_v,
+    p_row,
+    m_row,
+    stride_head,
+    p_down,
+    stride_down,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``z += x W^T`` for one cache: ``p_row`` points at its rows (tokens), ``p_down`` at its first column of W_down.
+
+    Rows outside ``m_row`` count as zero. BLOCK_C channels of one head a step, so that a tile never straddles heads.
+    """
+    HALF: tl.constexpr = WIDTH // 2
+    CHUNKS: tl.constexpr = (HEAD_DIM + BLOCK_C - 1) // BLOCK_C
+    o_z = tl.arange(0, HALF)
+    o_c = tl.arange(0, BLOCK_C)
+    for i in range(0, HEADS * CHUNKS):
+        i_head = i // CHUNKS
+        o_channel = (i % CHUNKS) * BLOCK_C + o_c
+        p_x = p_row[:, None] + i_head.to(tl.int64) * stride_head + o_channel[None, :]
+        p_w = p_down + (i_head * HEAD_DIM + o_channel)[:, None] + o_z[None, :] * stride_down
+        if HEAD_DIM % BLOCK_C == 0:
+            b_x = tl.load(p_x, mask=m_row[:, None], other=0.0)
+            b_wk = tl.load(p_w)
+            b_wv = tl.load(p_w + HALF * stride_down)
+        else:
+            m_channel = o_channel < HEAD_DIM
+            b_x = tl.load(p_x, mask=m_row[:, None] & m_channel[None, :], other=0.0)
+            b_wk = tl.load(p_w, mask=m_channel[:, None], other=0.0)
+            b_wv = tl.load(p_w + HALF * stride_down, mask=m_channel[:, None], other=0.0)
+        b_x = cast(b_x, DTYPE)
+        z_k = dot(b_x, cast(b_wk, DTYPE), z_k, PRECISION)
+        z_v = dot(b_x, cast(b_wv, DTYPE), z_v, PRECISION)
+    return z_k, z_v
+
+
+@triton.jit
+def ffn_block(
+    z_k,
+    z_v,
+    p_norm,
+    p_in,
+    p_out,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    EPS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``z + W_out gelu(W_in rmsnorm(z))``, BLOCK_F hidden units at a time: the hidden layer never exists whole."""
+    HALF: tl.constexpr = WIDTH // 2
+    o_z = tl.arange(0, HALF)
+    o_f = tl.arange(0, BLOCK_F)
+    mean_square = (tl.sum(z_k * z_k, 1) + tl.sum(z_v * z_v, 1)) / WIDTH
+    scale = 1.0 / tl.sqrt(mean_square + EPS)
+    n_k = cast(z_k * scale[:, None] * tl.load(p_norm + o_z).to(tl.float32)[None, :], DTYPE)
+    n_v = cast(z_v * scale[:, None] * tl.load(p_norm + HALF + o_z).to(tl.float32)[None, :], DTYPE)
+    for i in range(0, HIDDEN // BLOCK_F):
+        o_hidden = i * BLOCK_F + o_f
+        p_w = p_in + o_hidden[None, :] * WIDTH + o_z[:, None]
+        hidden = tl.zeros([z_k.shape[0], BLOCK_F], dtype=tl.float32)
+        hidden = dot(n_k, cast(tl.load(p_w), DTYPE), hidden, PRECISION)
+        hidden = dot(n_v, cast(tl.load(p_w + HALF), DTYPE), hidden, PRECISION)
+        hidden = cast(gelu(hidden), DTYPE)
+        p_w = p_out + o_z[None, :] * HIDDEN + o_hidden[:, None]
+        z_k = dot(hidden, cast(tl.load(p_w), DTYPE), z_k, PRECISION)
+        z_v = dot(hidden, cast(tl.load(p_w + HALF * HIDDEN), DTYPE), z_v, PRECISION)
+    return z_k, z_v
+
+
+@triton.jit
+def project_tile(
+    p_sharer_key,
+    p_sharer_value,
+    m_sharer,
+    stride_sharer_key_head,
+    stride_sharer_value_head,
+    p_receiver_key,
+    p_receiver_value,
+    m_receiver,
+    stride_receiver_key_head,
+    stride_receiver_value_head,
+    p_start,
+    p_down,
+    p_norm,
+    p_in,
+    p_out,
+    HAS_SHARER: tl.constexpr,
+    SHARER_HEADS: tl.constexpr,
+    SHARER_DIM: tl.constexpr,
+    RECEIVER_HEADS: tl.constexpr,
+    RECEIVER_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_CS: tl.constexpr,
+    BLOCK_CR: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    EPS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The latent of a tile, ``(z_k, z_v)``, each ``(BLOCK_T, d/2)`` float32.
+
+    ``p_sharer_*``, ``p_receiver_*``: (BLOCK_T,) pointers to the tile's rows. ``p_start``: d floats that z starts from:
+    ``b_down``, or for LCF-X (HAS_SHARER false) the message, which holds ``b_down`` and the sharer's part already.
+    """
+    HALF: tl.constexpr = WIDTH // 2
+    CS: tl.constexpr = SHARER_HEADS * SHARER_DIM
+    CR: tl.constexpr = RECEIVER_HEADS * RECEIVER_DIM
+    STRIDE: tl.constexpr = 2 * CS + 2 * CR
+    o_z = tl.arange(0, HALF)
+    zeros = tl.zeros([BLOCK_T, HALF], dtype=tl.float32)
+    z_k = zeros + tl.load(p_start + o_z).to(tl.float32)[None, :]
+    z_v = zeros + tl.load(p_start + HALF + o_z).to(tl.float32)[None, :]
+    if HAS_SHARER:
+        z_k, z_v = add_source(
+            z_k, z_v, p_sharer_key, m_sharer, stride_sharer_key_head, p_down, STRIDE,
+            SHARER_HEADS, SHARER_DIM, WIDTH, BLOCK_CS, DTYPE, PRECISION,
+        )  # fmt: skip
+        z_k, z_v = add_source(
+            z_k, z_v, p_sharer_value, m_sharer, stride_sharer_value_head, p_down + CS, STRIDE,
+            SHARER_HEADS, SHARER_DIM, WIDTH, BLOCK_CS, DTYPE, PRECISION,
+        )  # fmt: skip
+    p_down += 2 * CS
+    z_k, z_v = add_source(
+        z_k, z_v, p_receiver_key, m_receiver, stride_receiver_key_head, p_down, STRIDE,
+        RECEIVER_HEADS, RECEIVER_DIM, WIDTH, BLOCK_CR, DTYPE, PRECISION,
+    )  # fmt: skip
+    z_k, z_v = add_source(
+        z_k, z_v, p_receiver_value, m_receiver, stride_receiver_value_head, p_down + CR, STRIDE,
+        RECEIVER_HEADS, RECEIVER_DIM, WIDTH, BLOCK_CR, DTYPE, PRECISION,
+    )  # fmt: skip
+    for i in tl.static_range(BLOCKS):
+        z_k, z_v = ffn_block(
+            z_k, z_v, p_norm + i * WIDTH, p_in + i * HIDDEN * WIDTH, p_out + i * HIDDEN * WIDTH,
+            WIDTH, HIDDEN, BLOCK_F, EPS, DTYPE, PRECISION,
+        )  # fmt: skip
+    return z_k, z_v
+
+
+@triton.jit(do_not_specialize=["tokens", "sharer_tokens", "tiles"])
+def joint_projection_kernel(
+    sharer_key,
+    sharer_value,
+    receiver_key,
+    receiver_value,
+    index,
+    latent,
+    start,
+    down_weight,
+    norm_weight,
+    ffn_in_weight,
+    ffn_out_weight,
+    tokens,
+    sharer_tokens,
+    tiles,
+    stride_sharer_key_batch,
+    stride_sharer_key_head,
+    stride_sharer_key_token,
+    stride_sharer_value_batch,
+    stride_sharer_value_head,
+    stride_sharer_value_token,
+    stride_receiver_key_batch,
+    stride_receiver_key_head,
+    stride_receiver_key_token,
+    stride_receiver_value_batch,
+    stride_receiver_value_head,
+    stride_receiver_value_token,
+    stride_start_batch,
+    HAS_SHARER: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    SHARER_HEADS: tl.constexpr,
+    SHARER_DIM: tl.constexpr,
+    RECEIVER_HEADS: tl.constexpr,
+    RECEIVER_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_CS: tl.constexpr,
+    BLOCK_CR: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    EPS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of one layer; ``latent`` is ``(B, N, d)`` float32, contiguous. Rows without a sharer row get zeros."""
+    HALF: tl.constexpr = WIDTH // 2
+    i_program = tl.program_id(0)
+    i_batch = (i_program // tiles).to(tl.int64)
+    o_t = ((i_program % tiles) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    m_t = o_t < tokens
+    m_row = m_t
+    o_sharer = o_t
+    if HAS_INDEX:
+        o_sharer = tl.load(index + i_batch * tokens + o_t, mask=m_t, other=-1).to(tl.int64)
+        m_row = m_t & (o_sharer >= 0) & (o_sharer < sharer_tokens)
+    z_k, z_v = project_tile(
+        sharer_key + i_batch * stride_sharer_key_batch + o_sharer * stride_sharer_key_token,
+        sharer_value + i_batch * stride_sharer_value_batch + o_sharer * stride_sharer_value_token,
+        m_row,
+        stride_sharer_key_head,
+        stride_sharer_value_head,
+        receiver_key + i_batch * stride_receiver_key_batch + o_t * stride_receiver_key_token,
+        receiver_value + i_batch * stride_receiver_value_batch + o_t * stride_receiver_value_token,
+        m_row,
+        stride_receiver_key_head,
+        stride_receiver_value_head,
+        start + i_batch * stride_start_batch,
+        down_weight,
+        norm_weight,
+        ffn_in_weight,
+        ffn_out_weight,
+        HAS_SHARER,
+        SHARER_HEADS,
+        SHARER_DIM,
+        RECEIVER_HEADS,
+        RECEIVER_DIM,
+        WIDTH,
+        HIDDEN,
+        BLOCKS,
+        BLOCK_T,
+        BLOCK_CS,
+        BLOCK_CR,
+        BLOCK_F,
+        EPS,
+        DTYPE,
+        PRECISION,
+    )
+    if HAS_INDEX:
+        z_k = tl.where(m_row[:, None], z_k, 0.0)
+        z_v = tl.where(m_row[:, None], z_v, 0.0)
+    p_z = latent + (i_batch * tokens + o_t)[:, None] * WIDTH + tl.arange(0, HALF)[None, :]
+    tl.store(p_z, z_k, mask=m_t[:, None])
+    tl.store(p_z + HALF, z_v, mask=m_t[:, None])
+
+
+def joint_projection(
+    sharer_key: Tensor | None,
+    sharer_value: Tensor | None,
+    receiver_key: Tensor,
+    receiver_value: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    index: Tensor | None,
+    message: Tensor | None,
+    norm_eps: float,
+) -> Tensor:
+    """Launch `joint_projection_kernel` for one layer. Arguments are checked by ``lcf_fast.ops``.
+
+    ``index (B, N)`` int32 contiguous; ``message (B, d)`` float32 with unit last stride, instead of a sharer.
+    Returns the latent ``(B, N, d)`` float32.
+    """
+    batch, heads, tokens, head_dim = receiver_key.shape
+    stacked = [weights[name].contiguous() for name in ("down_weight", "norm_weight", "ffn_in_weight", "ffn_out_weight")]
+    width, columns = stacked[0].shape
+    latent = receiver_key.new_empty(batch, tokens, width, dtype=torch.float32)
+    if not latent.numel():
+        return latent
+    if sharer_key is None or sharer_value is None:
+        assert message is not None
+        sharer_key, sharer_value = receiver_key, receiver_value
+        # Only the product matters here: where the receiver's columns of W_down begin.
+        sharer_heads, sharer_dim = 1, columns // 2 - heads * head_dim
+    else:
+        sharer_heads, sharer_dim = sharer_key.shape[1], sharer_key.shape[3]
+    config = tile_config(width, receiver_key.element_size(), target_of(receiver_key), batch, tokens)
+    tiles = triton.cdiv(tokens, config.block_tokens)
+    with device_guard(receiver_key):
+        joint_projection_kernel[(batch * tiles,)](
+            sharer_key,
+            sharer_value,
+            receiver_key,
+            receiver_value,
+            index if index is not None else latent,
+            latent,
+            weights["down_bias"].contiguous() if message is None else message,
+            *stacked,
+            tokens,
+            sharer_key.shape[2],
+            tiles,
+            *sharer_key.stride()[:3],
+            *sharer_value.stride()[:3],
+            *receiver_key.stride()[:3],
+            *receiver_value.stride()[:3],
+            0 if message is None else message.stride(0),
+            HAS_SHARER=message is None,
+            HAS_INDEX=index is not None,
+            SHARER_HEADS=sharer_heads,
+            SHARER_DIM=sharer_dim,
+            RECEIVER_HEADS=heads,
+            RECEIVER_DIM=head_dim,
+            WIDTH=width,
+            HIDDEN=stacked[2].shape[1],
+            BLOCKS=stacked[1].shape[0],
+            BLOCK_T=config.block_tokens,
+            BLOCK_CS=head_chunk(sharer_dim, config.block_channels),
+            BLOCK_CR=head_chunk(head_dim, config.block_channels),
+            BLOCK_F=config.block_hidden,
+            EPS=norm_eps,
+            DTYPE=TRITON_DTYPE[receiver_key.dtype],
+            PRECISION=dot_precision(receiver_key.dtype),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return latent
