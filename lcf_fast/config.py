@@ -68,10 +68,10 @@ class CacheGeometry:
         multimodal configs are entered through ``get_text_config``.
 
         Raises:
-            GeometryError: a field is missing, or not all layers hold a key-value cache of one shape (per-layer
-                head counts or dims, layers that reuse another layer's cache, linear-attention or state-space
-                layers, latent attention whose keys and values differ, encoder-decoder models). The text says
-                which layers.
+            GeometryError: a field is missing, or not all layers hold a key-value cache of one shape (head
+                counts or dims that differ, layers that reuse another layer's cache, linear-attention or
+                state-space layers, latent attention whose keys and values differ, encoder-decoder models).
+                The text says which layers.
         """
         if isinstance(model_or_config, cls):
             return model_or_config
@@ -84,8 +84,8 @@ def layer_map(spec: str | Iterable[int], sharer_layers: int, receiver_layers: in
 
     Args:
         spec: ``"last_aligned"``: the last layers pair up, ``clamp(t + Ls - Lr, 0, Ls - 1)`` (spec, section
-            1). ``"relative_depth"``: the sharer layer nearest to ``t * (Ls - 1) / (Lr - 1)``, so first goes to
-            first and last to last; halfway between two, the deeper one; a receiver of one layer reads the
+            1). ``"relative_depth"``: the sharer layer nearest to ``t * (Ls - 1) / (Lr - 1)``, so first goes
+            to first and last to last; halfway between two, the deeper one; a receiver of one layer reads the
             sharer's last. Or one sharer layer per receiver layer, as ints.
         sharer_layers: ``Ls``.
         receiver_layers: ``Lr``.

@@ -1,0 +1,255 @@
+"""transformers caches <-> per-layer ``(key, value)`` tensors, without copying.
+
+transformers is never imported here: its caches are recognised by their classes' names, so plain tensors work
+without it installed. Nothing is copied on the way in; on the way out a cache of the same kind is made anew
+and the given one is left as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache as memoize
+from typing import Any
+
+from torch import Tensor
+
+from .config import CacheGeometry
+from .errors import DeviceError, DTypeError, GeometryError, ShapeError
+
+__all__ = ["Pair", "cache_layers", "is_cache", "rebuild_cache"]
+
+#: One layer: key and value, each ``(B, H, N, D)``.
+Pair = tuple[Tensor, Tensor]
+
+# The layers of transformers 5 that hold one key and one value a token and nothing else.
+_DYNAMIC = ("DynamicLayer", "DynamicSlidingWindowLayer")
+_STATIC = ("StaticLayer", "StaticSlidingWindowLayer")
+_EXPECTED_LAYER = "a DynamicLayer or StaticLayer (or their sliding-window kinds while nothing has slid out)"
+
+
+@memoize
+def _layer_kind(layer_class: type) -> str:
+    """``"dynamic"``, ``"static"`` or ``""`` for what is not served (quantized, linear attention ...).
+
+    The first class that comes from transformers decides: a user's subclass of DynamicLayer is one,
+    transformers' own subclasses carry more state than keys and values.
+    """
+    classes = [c for c in layer_class.__mro__ if c.__module__.partition(".")[0] == "transformers"]
+    name = (classes or [layer_class])[0].__name__
+    return "dynamic" if name in _DYNAMIC else "static" if name in _STATIC else ""
+
+
+def is_cache(cache: Any) -> bool:
+    """True for a transformers-like cache, False for a sequence of pairs (or for what is neither)."""
+    return hasattr(cache, "layers") or hasattr(cache, "self_attention_cache")
+
+
+def cache_layers(
+    cache: Any, *, name: str = "cache", geometry: CacheGeometry | None = None, length: int | None = None
+) -> list[Pair]:
+    """The layers of a cache as views: one ``(key, value)`` a layer, each ``(B, H, N, D)``.
+
+    Args:
+        cache: a transformers ``DynamicCache`` or ``StaticCache``, or a sequence of ``(key, value)``. A
+            StaticCache gives views of its filled part, with the strides of its whole buffer.
+        name: how the caller calls the cache; errors use it.
+        geometry: what the cache must have.
+        length: filled positions of a StaticCache, for the caller who knows them. Used only where the cache
+            itself keeps them on a GPU: reading them there makes the host wait for the device.
+
+    Raises:
+        DTypeError: no cache and no sequence of pairs of float tensors, or several dtypes.
+        GeometryError: unsupported, uninitialised or truncated layers, or another geometry than the given one.
+        ShapeError, DeviceError: layers that disagree.
+    """
+    pairs = _transformers_layers(cache, name, length) if is_cache(cache) else _plain_layers(cache, name)
+    _check(pairs, name, geometry)
+    return pairs
+
+
+def rebuild_cache(cache: Any, layers: Sequence[Pair]) -> Any:
+    """A new cache of the same kind with these layers, from which the model goes on.
+
+    Args:
+        cache: what :func:`cache_layers` read; it stays as it was.
+        layers: one ``(key, value)`` a layer, shaped as those that were read.
+
+    Returns:
+        A sequence gives a tuple of pairs. A ``DynamicCache`` gives one whose layers hold the given tensors; a
+        layer that was not edited may share its storage with the input, which is safe since a DynamicCache
+        grows by concatenation (but an in-place edit of one would show in the other). A ``StaticCache`` gives
+        one of the same maximum whose buffers are all its own, since the next step writes into them.
+    """
+    if not is_cache(cache):
+        return tuple((key, value) for key, value in layers)
+    copy = _shallow_copy(cache)
+    copy.layers = [
+        _static_layer(old, key, value)
+        if _layer_kind(type(old)) == "static"
+        else _dynamic_layer(old, key, value)
+        for old, (key, value) in zip(cache.layers, layers, strict=True)
+    ]
+    return copy
+
+
+def _shallow_copy(original: Any) -> Any:
+    # What copy.copy does for such objects, at a fifth of its cost: there is one a layer on the hot path.
+    copy = object.__new__(type(original))
+    copy.__dict__.update(original.__dict__)
+    return copy
+
+
+def _dynamic_layer(old: Any, key: Tensor, value: Tensor) -> Any:
+    layer = _shallow_copy(old)
+    layer.keys, layer.values = key, value
+    return layer
+
+
+def _static_layer(old: Any, key: Tensor, value: Tensor) -> Any:
+    """A layer with its own buffers, allocated and tagged for torch.compile by its own initialisation."""
+    layer = _shallow_copy(old)
+    filled = getattr(old, "cumulative_length", None)
+    if isinstance(filled, Tensor):
+        layer.cumulative_length = filled.clone()  # counted up in place by the next step
+    layer.is_initialized = False
+    layer.lazy_initialization(key, value)
+    length = key.shape[2]
+    layer.keys[:, :, :length] = key
+    layer.values[:, :, :length] = value
+    return layer
+
+
+def _plain_layers(cache: Any, name: str) -> list[Pair]:
+    if isinstance(cache, (Tensor, str)) or not isinstance(cache, Sequence):
+        raise DTypeError(
+            name,
+            expected="a transformers DynamicCache or StaticCache, or a sequence of (key, value)",
+            got=type(cache).__name__,
+        )
+    pairs = []
+    for i, layer in enumerate(cache):
+        if not isinstance(layer, (tuple, list)) or len(layer) != 2:
+            size = f" of {len(layer)}" if isinstance(layer, (tuple, list)) else ""
+            raise DTypeError(f"{name}[{i}]", expected="a (key, value) pair", got=type(layer).__name__ + size)
+        pairs.append((layer[0], layer[1]))
+    return pairs
+
+
+def _transformers_layers(cache: Any, name: str, length: int | None) -> list[Pair]:
+    if hasattr(cache, "self_attention_cache"):
+        raise DTypeError(
+            name,
+            expected="the cache of a decoder-only model",
+            got=f"{type(cache).__name__} (of an encoder-decoder)",
+        )
+    if getattr(cache, "offloading", False):
+        raise DeviceError(
+            name,
+            expected="a cache that stays on its device",
+            got=f"{type(cache).__name__} with offloading=True",
+        )
+    pairs: list[Pair] = []
+    filled = -1
+    for i, layer in enumerate(cache.layers):
+        kind = _layer_kind(type(layer))
+        if not kind:
+            raise GeometryError(f"{name}.layers[{i}]", expected=_EXPECTED_LAYER, got=type(layer).__name__)
+        key, value = layer.keys, layer.values
+        if key is None or value is None or key.dim() < 4:
+            raise GeometryError(
+                f"{name}.layers[{i}]",
+                expected="keys and values (the model's prefill fills them)",
+                got=f"an uninitialised {type(layer).__name__}",
+            )
+        if kind == "dynamic":
+            seen = getattr(layer, "cumulative_length", None)  # only sliding layers count
+            if seen is not None and seen != key.shape[2]:
+                _refuse_truncated(f"{name}.layers[{i}]", layer, seen, key.shape[2])
+        else:
+            if filled < 0:
+                filled = _filled(layer, f"{name}.layers[{i}]", length)
+            if filled > key.shape[2]:
+                _refuse_truncated(f"{name}.layers[{i}]", layer, filled, key.shape[2])
+            if filled < key.shape[2]:
+                key, value = key.narrow(2, 0, filled), value.narrow(2, 0, filled)
+        pairs.append((key, value))
+    return pairs
+
+
+def _filled(layer: Any, name: str, length: int | None) -> int:
+    """Filled positions of a static layer; the caller's ``length`` where the layer's own is on a device."""
+    own = getattr(layer, "cumulative_length_int", None)  # sliding layers keep an int as well
+    if own is None:
+        own = getattr(layer, "cumulative_length", None)
+    if own is None:
+        own = layer.get_seq_length()
+    if not isinstance(own, Tensor) or own.device.type == "cpu" or length is None:
+        return int(own)
+    capacity = layer.keys.shape[2]
+    if not 0 <= length <= capacity:
+        raise ShapeError(name, expected=f"a length in [0, {capacity}], the buffer's", got=str(length))
+    return length
+
+
+def _refuse_truncated(name: str, layer: Any, seen: int, held: int) -> None:
+    raise GeometryError(
+        name,
+        expected="a layer that still holds every position (a prompt shorter than the sliding window, or a"
+        " cache made without one)",
+        got=f"{type(layer).__name__} that holds {held} of {seen} positions",
+    )
+
+
+def _check(pairs: list[Pair], name: str, geometry: CacheGeometry | None) -> None:
+    """All layers alike and as the geometry says. The loop only compares: it runs on every call."""
+    if geometry is not None and len(pairs) != geometry.layers:
+        raise GeometryError(name, expected=f"{geometry.layers} layers", got=str(len(pairs)))
+    if not pairs:
+        return
+    first = pairs[0][0]
+    if not isinstance(first, Tensor) or first.dim() != 4 or not first.is_floating_point():
+        _refuse(pairs, name, geometry)
+    shape, dtype, device = first.shape, first.dtype, first.device
+    if geometry is not None and (shape[1] != geometry.kv_heads or shape[3] != geometry.head_dim):
+        _refuse(pairs, name, geometry)
+    for pair in pairs:
+        for tensor in pair:
+            if (
+                not isinstance(tensor, Tensor)
+                or tensor.shape != shape
+                or tensor.dtype != dtype
+                or tensor.device != device
+            ):
+                _refuse(pairs, name, geometry)
+
+
+def _refuse(pairs: list[Pair], name: str, geometry: CacheGeometry | None) -> None:
+    """Find the first tensor that is wrong and say what is wrong with it."""
+    first: Tensor | None = None
+    for i, pair in enumerate(pairs):
+        for part, tensor in zip(("key", "value"), pair):
+            where = f"{name} layer {i} {part}"
+            if not isinstance(tensor, Tensor):
+                raise DTypeError(where, expected="a tensor", got=type(tensor).__name__)
+            if tensor.dim() != 4:
+                raise ShapeError(where, expected="(B, H, N, D)", got=str(tuple(tensor.shape)))
+            if not tensor.is_floating_point():
+                raise DTypeError(where, expected="a float dtype", got=str(tensor.dtype))
+            if geometry is not None and (tensor.shape[1], tensor.shape[3]) != (
+                geometry.kv_heads,
+                geometry.head_dim,
+            ):
+                raise GeometryError(
+                    where,
+                    expected=f"{geometry.kv_heads} KV heads of {geometry.head_dim}",
+                    got=f"{tensor.shape[1]} of {tensor.shape[3]}",
+                )
+            first = tensor if first is None else first
+            if tensor.shape != first.shape:
+                expected = f"{tuple(first.shape)} as in layer 0"
+                raise ShapeError(where, expected=expected, got=str(tuple(tensor.shape)))
+            if tensor.dtype != first.dtype:
+                raise DTypeError(where, expected=f"{first.dtype} as in layer 0", got=str(tensor.dtype))
+            if tensor.device != first.device:
+                raise DeviceError(where, expected=f"{first.device} as in layer 0", got=str(tensor.device))
+    raise AssertionError("unreachable: called only where a tensor is wrong")
