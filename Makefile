@@ -7,7 +7,7 @@ VENV ?= .venv
 OUT ?= out/gpu
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 PYTEST := $(BIN)/pytest -q -n 2 -m "not gpu and not slow"
 
 .PHONY: help test bench gpu lint clean

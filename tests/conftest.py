@@ -49,6 +49,15 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a GPU only the tests that take ``device`` do anything they do not do on every machine."""
+    if DEVICE != "cuda":
+        return
+    on_device = [item for item in items if "device" in getattr(item, "fixturenames", ())]
+    config.hook.pytest_deselected(items=[item for item in items if item not in on_device])
+    items[:] = on_device
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The device that the kernels run on: ``cpu`` (interpreted) or ``cuda``."""
@@ -79,6 +88,6 @@ def seed() -> int:
 
 
 @pytest.fixture
-def generator(device: torch.device, seed: int) -> torch.Generator:
+def generator(seed: int) -> torch.Generator:
     """A seeded generator on the CPU: the same data whatever the device."""
     return torch.Generator().manual_seed(seed)
