@@ -37,7 +37,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
     """Round float32 to the cache's dtype, to nearest even. The interpreter cuts bfloat16 off instead: round there."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         x = x.to(tl.float32)
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -112,7 +111,7 @@ def fuse_kernel(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Edit one tile of one layer. Writes tokens ``[begin, end)``; edits those in ``[first, last)`` with ``index >= 0``."""
+    """Edit one tile of one layer: write tokens ``[begin, end)``, edit those in ``[first, last)`` that index allows."""
     HALF: tl.constexpr = WIDTH // 2
     CS: tl.constexpr = SHARER_HEADS * SHARER_DIM
     CR: tl.constexpr = RECEIVER_HEADS * RECEIVER_DIM
@@ -210,7 +209,9 @@ def fuse_kernel(
         p_gate = head_gate_weight + row * (2 * RECEIVER_HEADS * WIDTH)
         p_gate_bias = head_gate_bias + row * (2 * RECEIVER_HEADS)
         if is_key_open:
-            alpha = gate_scores(n_k, n_v, p_gate, p_gate_bias, RECEIVER_HEADS, WIDTH, BLOCK_T, BLOCK_H, DTYPE, PRECISION)
+            alpha = gate_scores(
+                n_k, n_v, p_gate, p_gate_bias, RECEIVER_HEADS, WIDTH, BLOCK_T, BLOCK_H, DTYPE, PRECISION
+            )  # fmt: skip
             inject_tile(
                 n_k, alpha, p_key, stride_receiver_key_head, p_out_key, stride_out_key, m_edit, m_write,
                 p_up, p_up_bias, RECEIVER_HEADS, RECEIVER_DIM, WIDTH, BLOCK_H, BLOCK_CR, DTYPE, PRECISION,
@@ -218,7 +219,9 @@ def fuse_kernel(
         if is_value_open:
             p_gate += RECEIVER_HEADS * WIDTH
             p_gate_bias += RECEIVER_HEADS
-            alpha = gate_scores(n_k, n_v, p_gate, p_gate_bias, RECEIVER_HEADS, WIDTH, BLOCK_T, BLOCK_H, DTYPE, PRECISION)
+            alpha = gate_scores(
+                n_k, n_v, p_gate, p_gate_bias, RECEIVER_HEADS, WIDTH, BLOCK_T, BLOCK_H, DTYPE, PRECISION
+            )  # fmt: skip
             inject_tile(
                 n_v, alpha, p_value, stride_receiver_value_head, p_out_value, stride_out_value, m_edit, m_write,
                 p_up + CR * HALF, p_up_bias + CR,
@@ -272,11 +275,11 @@ def fuse_layers(
         if any(gates):
             pairs = receiver[row] if sharer is None else (*receiver[row], *sharer[row])
             groups.setdefault(tuple(tensor.stride() for tensor in pairs), []).append(row)
-    stacked = {name: weights[name].contiguous() for name in _STACKED}
+    stacked = {name: weights[name].contiguous() for name in (*_STACKED, "down_bias")}
     with device_guard(key):
         for rows in groups.values():
             codes = [layer_code(row, *slots[row], *live[row]) for row in rows]
-            _launch(sharer, receiver, rows, codes, out, stacked, weights["down_bias"], index, message, positions, norm_eps)
+            _launch(sharer, receiver, rows, codes, out, stacked, index, message, positions, norm_eps)
     return out
 
 
@@ -287,7 +290,6 @@ def _launch(
     codes: list[int],
     out: Tensor | None,
     stacked: Mapping[str, Tensor],
-    down_bias: Tensor,
     index: Tensor | None,
     message: Tensor | None,
     positions: tuple[int, int],
@@ -312,7 +314,7 @@ def _launch(
     else:
         sharer_key, sharer_value = sharer[rows[0]]
         sharer_tables, is_sharer_aligned = address_tables(*zip(*(sharer[row] for row in rows)))
-        start, start_strides = down_bias, (width, 0)
+        start, start_strides = stacked["down_bias"], (width, 0)
         sharer_heads, sharer_dim = sharer_key.shape[1], sharer_key.shape[3]
 
     fuse_kernel[(len(rows) * batch * tiles,)](

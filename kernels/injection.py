@@ -1,7 +1,7 @@
 """Gated injection into the receiver's cache, forward (spec section 2).
 
-``R_i + gate_i · sigmoid(W_a_i z + b_a_i) · (W_up_i z_i + b_up_i)`` for i in K, V. A program owns a tile of tokens; it makes
-one head's edit at a time and adds it to the receiver's rows on the way, so delta never exists in memory.
+``R_i + gate_i · sigmoid(W_a_i z + b_a_i) · (W_up_i z_i + b_up_i)`` for i in K, V. A program owns a tile of tokens; it
+makes one head's edit at a time and adds it to the receiver's rows on the way, so delta never exists in memory.
 
 Cost a token and layer with both gates open: ``4·Cr`` elements moved (read and written once), ``2·Cr·d`` FLOPs and
 ``4·Hr·d`` for the head gates. `gate_scores` and `inject_tile` are shared with `fusion`.
@@ -32,7 +32,7 @@ def gate_scores(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``alpha = sigmoid(W_a z + b_a)``: (BLOCK_T, BLOCK_H) float32, heads padded to BLOCK_H, a tensor instruction's width."""
+    """``alpha = sigmoid(W_a z + b_a)``: (BLOCK_T, BLOCK_H) float32, heads padded to a tensor instruction's width."""
     HALF: tl.constexpr = WIDTH // 2
     o_z = tl.arange(0, HALF)
     o_h = tl.arange(0, BLOCK_H)

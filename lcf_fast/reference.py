@@ -57,8 +57,8 @@ def joint_projection(
     ``z = z + W_out · gelu(W_in · rmsnorm(z))``.
 
     Args:
-        sharer_key, sharer_value: ``(B, Hs, M, Ds)``, one layer's cache; ``M = N`` without ``sharer_index``. ``None`` with
-            ``message``.
+        sharer_key, sharer_value: ``(B, Hs, M, Ds)``, one layer's cache; ``M = N`` without ``sharer_index``.
+            ``None`` with ``message``.
         receiver_key, receiver_value: ``(B, Hr, N, Dr)``.
         weights: one layer's ``down_weight (d, 2Cs+2Cr)``, ``down_bias (d)``, ``norm_weight (blocks, d)``,
             ``ffn_in_weight (blocks, 4d, d)``, ``ffn_out_weight (blocks, d, 4d)``.
@@ -106,8 +106,8 @@ def attention_pool(
     Args:
         key, value: ``(B, H, N, D)``, one layer's cache.
         span_query, global_query: ``(H, D)``.
-        span_offsets: ``(B, P+1)`` int, non-decreasing: span ``p`` is tokens ``[offsets[p], offsets[p+1])``. An empty span
-            weighs nothing.
+        span_offsets: ``(B, P+1)`` int, non-decreasing: span ``p`` is tokens ``[offsets[p], offsets[p+1])``. An
+            empty span weighs nothing.
         attention_mask: ``(B, N)``, zero where the token is padding, which is not pooled.
 
     Returns:
@@ -194,7 +194,7 @@ def fuse_layers(
     """The naive whole: `joint_projection` and `gated_injection`, layer by layer (spec sections 2 and 4).
 
     Args:
-        sharer, receiver: one ``(key, value)`` a kept layer, in kept-layer order; ``sharer`` is ``None`` with ``message``.
+        sharer, receiver: one ``(key, value)`` a kept layer, in kept-layer order; ``sharer`` is ``None`` with a message.
         weights: the adapter's stacked parameters, axis 0 = kept layers.
         live: ignored here: the reference reads ``gate_logit``.
         sharer_index, edit_mask: as in the two ops; a position that is masked out or has no sharer row stays as it is.

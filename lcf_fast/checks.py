@@ -1,0 +1,194 @@
+"""What is refused, before anything is launched or written.
+
+Shapes, dtypes and devices are always checked. VALUES (``sharer_index``, ``span_offsets``) are checked when they lie
+on the CPU; reading them off a GPU would stall it, so there they are checked only with ``LCF_FAST_CHECK=1``. The kernels
+are memory-safe without: a row out of range counts as "none", an offset is clamped to the sequence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import DeviceError, DTypeError, GeometryError, IndexRangeError, ShapeError, SpanError
+
+Pair = tuple[Tensor, Tensor]
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+def describe(value: object) -> str:
+    """What came, for an error's text."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return repr(value) if isinstance(value, (int, float, str, bool, type(None), tuple)) else type(value).__name__
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise DTypeError(name, expected="a torch.Tensor", got=describe(value))
+    return value
+
+
+def check_pair(key: object, value: object, names: tuple[str, str]) -> None:
+    """One layer's cache: two ``(B, H, N, D)`` float tensors, alike."""
+    key, value = check_tensor(names[0], key), check_tensor(names[1], value)
+    if key.dim() != 4:
+        raise ShapeError(names[0], expected="(B, H, N, D)", got=describe(key))
+    if key.dtype not in FLOATS:
+        raise DTypeError(names[0], expected="float64, float32, float16 or bfloat16", got=describe(key))
+    if key.shape[1] == 0 or key.shape[3] == 0:
+        raise ShapeError(names[0], expected="at least one head and one channel", got=describe(key))
+    if value.shape != key.shape:
+        raise ShapeError(names[1], expected=f"{tuple(key.shape)}, as {names[0]}", got=describe(value))
+    if value.dtype != key.dtype:
+        raise DTypeError(names[1], expected=f"{key.dtype}, as {names[0]}", got=str(value.dtype))
+    if value.device != key.device:
+        raise DeviceError(names[1], expected=f"{key.device}, as {names[0]}", got=str(value.device))
+
+
+def check_layers(name: str, layers: object, count: int, like: Tensor | None = None) -> None:
+    """``count`` pairs that agree in shape, dtype and device; ``like`` gives batch and device if given."""
+    if not isinstance(layers, Sequence) or len(layers) != count:
+        got = f"{len(layers)} pairs" if isinstance(layers, Sequence) else describe(layers)
+        raise GeometryError(name, expected=f"a (key, value) pair for each of {count} layers", got=got)
+    first: Tensor | None = None
+    for i, pair in enumerate(layers):
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ShapeError(f"{name}[{i}]", expected="a (key, value) pair", got=describe(pair))
+        key, value = pair
+        if first is None:
+            check_pair(key, value, (f"{name}[{i}].key", f"{name}[{i}].value"))
+            first, shape, dtype, device = key, key.shape, key.dtype, key.device
+            continue
+        for part, tensor in (("key", key), ("value", value)):
+            where = f"{name}[{i}].{part}"
+            if not isinstance(tensor, Tensor) or tensor.shape != shape:
+                raise ShapeError(where, expected=f"{tuple(shape)}, as layer 0", got=describe(tensor))
+            if tensor.dtype != dtype:
+                raise DTypeError(where, expected=f"{dtype}, as layer 0", got=str(tensor.dtype))
+            if tensor.device != device:
+                raise DeviceError(where, expected=f"{device}, as layer 0", got=str(tensor.device))
+    if like is not None and first is not None:
+        check_same_batch(name, first, like)
+
+
+def check_same_batch(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise DeviceError(name, expected=f"{like.device}, as the receiver's cache", got=str(tensor.device))
+    if tensor.shape[0] != like.shape[0]:
+        raise ShapeError(name, expected=f"batch size {like.shape[0]}, as the receiver's cache", got=describe(tensor))
+
+
+def check_weight(
+    weights: Mapping[str, Tensor], name: str, shape: tuple[int | None, ...], device: torch.device
+) -> Tensor:
+    """One parameter; ``None`` in ``shape`` is any size."""
+    if name not in weights:
+        raise GeometryError(f"weights[{name!r}]", expected="a tensor", got=f"only {', '.join(sorted(weights))}")
+    weight = check_tensor(f"weights[{name!r}]", weights[name])
+    if weight.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, weight.shape)):
+        wanted = "(" + ", ".join("*" if n is None else str(n) for n in shape) + ")"
+        raise ShapeError(f"weights[{name!r}]", expected=wanted, got=describe(weight))
+    if weight.dtype not in FLOATS:
+        raise DTypeError(f"weights[{name!r}]", expected="a float dtype", got=str(weight.dtype))
+    if weight.device != device:
+        raise DeviceError(f"weights[{name!r}]", expected=f"{device}, as the caches", got=str(weight.device))
+    return weight
+
+
+def check_projection_weights(
+    weights: Mapping[str, Tensor], stack: tuple[int, ...], columns: int, device: torch.device, exact: bool
+) -> int:
+    """Down projection and FFN; returns the width d. ``columns`` is 2Cs + 2Cr, or with ``exact`` false a lower bound."""
+    down = check_weight(weights, "down_weight", (*stack, None, columns if exact else None), device)
+    width = down.shape[-2]
+    if width < 2 or width % 2:
+        raise ShapeError("weights['down_weight']", expected="an even width d", got=describe(down))
+    if not exact and (down.shape[-1] <= columns or down.shape[-1] % 2):
+        expected = f"2Cs + {columns} columns, for a receiver of {columns // 2} channels"
+        raise ShapeError("weights['down_weight']", expected=expected, got=describe(down))
+    check_weight(weights, "down_bias", (*stack, width), device)
+    blocks = check_weight(weights, "norm_weight", (*stack, None, width), device).shape[-2]
+    hidden = check_weight(weights, "ffn_in_weight", (*stack, blocks, None, width), device).shape[-2]
+    check_weight(weights, "ffn_out_weight", (*stack, blocks, width, hidden), device)
+    return width
+
+
+def check_injection_weights(
+    weights: Mapping[str, Tensor], stack: tuple[int, ...], width: int, heads: int, head_dim: int, device: torch.device
+) -> None:
+    channels = heads * head_dim
+    check_weight(weights, "up_weight", (*stack, 2, channels, width // 2), device)
+    check_weight(weights, "up_bias", (*stack, 2, channels), device)
+    check_weight(weights, "head_gate_weight", (*stack, 2, heads, width), device)
+    check_weight(weights, "head_gate_bias", (*stack, 2, heads), device)
+    check_weight(weights, "gate_logit", (*stack, 2), device)
+
+
+def reads_values(tensor: Tensor) -> bool:
+    """Whether values may be read: never while tracing, on a GPU only if asked."""
+    if torch.compiler.is_compiling() or tensor.is_meta or type(tensor) is not Tensor:
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("LCF_FAST_CHECK", "0") == "1"
+
+
+def check_index(sharer_index: object, batch: int, tokens: int, sharer_tokens: int) -> None:
+    index = check_tensor("sharer_index", sharer_index)
+    if index.dtype not in INTEGERS:
+        raise DTypeError("sharer_index", expected="an integer dtype", got=describe(index))
+    if tuple(index.shape) != (batch, tokens):
+        raise ShapeError("sharer_index", expected=f"(B, N) = {(batch, tokens)}", got=describe(index))
+    if reads_values(index) and index.numel():
+        low, high = (int(bound) for bound in torch.aminmax(index))
+        if low < -1 or high >= sharer_tokens:
+            expected = f"rows of a sharer of {sharer_tokens} tokens, or -1 for none"
+            raise IndexRangeError("sharer_index", expected=expected, got=f"values from {low} to {high}")
+
+
+def check_mask(name: str, mask: object, batch: int, tokens: int) -> None:
+    mask = check_tensor(name, mask)
+    if mask.dtype not in (torch.bool, *INTEGERS, *FLOATS):
+        raise DTypeError(name, expected="bool or integer, zero where masked out", got=describe(mask))
+    if tuple(mask.shape) != (batch, tokens):
+        raise ShapeError(name, expected=f"(B, N) = {(batch, tokens)}", got=describe(mask))
+
+
+def check_positions(positions: object, tokens: int) -> tuple[int, int]:
+    if positions is None:
+        return 0, tokens
+    if not isinstance(positions, Sequence) or len(positions) != 2 or not all(isinstance(p, int) for p in positions):
+        raise DTypeError("positions", expected="(start, stop), two ints", got=describe(positions))
+    start, stop = positions
+    if not 0 <= start <= stop <= tokens:
+        raise IndexRangeError("positions", expected=f"0 <= start <= stop <= {tokens}", got=f"({start}, {stop})")
+    return start, stop
+
+
+def check_offsets(span_offsets: object, batch: int, tokens: int, attention_mask: Tensor | None) -> None:
+    """``(B, P+1)`` non-decreasing token offsets, every row with at least one token to pool."""
+    offsets = check_tensor("span_offsets", span_offsets)
+    if offsets.dtype not in INTEGERS:
+        raise DTypeError("span_offsets", expected="an integer dtype", got=describe(offsets))
+    if offsets.dim() != 2 or offsets.shape[0] != batch or offsets.shape[1] < 2:
+        raise ShapeError("span_offsets", expected=f"(B, P+1) with B = {batch} and P >= 1", got=describe(offsets))
+    if not reads_values(offsets) or not batch:
+        return
+    rows = offsets.long()
+    if bool((rows[:, 1:] < rows[:, :-1]).any()):
+        raise SpanError("span_offsets", expected="offsets that do not decrease", got=f"{rows.tolist()}"[:200])
+    low, high = int(rows.min()), int(rows.max())
+    if low < 0 or high > tokens:
+        raise SpanError("span_offsets", expected=f"offsets within [0, {tokens}]", got=f"values from {low} to {high}")
+    token = torch.arange(tokens, device=rows.device)
+    pooled = (token >= rows[:, :1]) & (token < rows[:, -1:])
+    if attention_mask is not None:
+        if attention_mask.device != rows.device and not reads_values(attention_mask):
+            return
+        pooled &= attention_mask.to(rows.device) != 0
+    empty = (~pooled.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise SpanError("span_offsets", expected="a token to pool in every row", got=f"none in rows {empty}"[:200])

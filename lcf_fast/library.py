@@ -1,0 +1,376 @@
+"""The torch.library boundary: each op with its schema, its fake, and its gradient.
+
+One boundary a call. An op picks its back end when it runs, so compiled graphs obey `use_backend` too. Where no backward
+kernel exists, the gradient is that of the reference formula, recomputed; it sits behind an op of its own, so that
+``torch.compile`` sees one opaque node and a kernel can take its place.
+
+Every op is functional or declares what it mutates; no output shares memory with an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import eager, reference
+from .backends import resolve
+
+PROJECTION_WEIGHTS = ("down_weight", "down_bias", "norm_weight", "ffn_in_weight", "ffn_out_weight")
+INJECTION_WEIGHTS = ("up_weight", "up_bias", "head_gate_weight", "head_gate_bias", "gate_logit")
+WEIGHTS = PROJECTION_WEIGHTS + INJECTION_WEIGHTS
+SUMMARY_WEIGHTS = ("span_query", "global_query", "down_weight", "down_bias")
+
+Pair = tuple[Tensor, Tensor]
+
+
+def unit_rows(tensor: Tensor) -> Tensor:
+    """The kernels need stride 1 along the head dim and take every other stride as it is."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def pairs_of(flat: Sequence[Tensor]) -> list[Pair]:
+    """``[k0, v0, k1, v1, ...]`` to ``[(k0, v0), (k1, v1), ...]``."""
+    return list(zip(flat[0::2], flat[1::2]))
+
+
+def recompute_gradients(
+    formula: Callable[[Sequence[Any]], Sequence[Tensor]],
+    inputs: Sequence[Any],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor],
+) -> list[Tensor]:
+    """Gradients of ``formula(inputs)`` for the inputs that are ``needed``, in order; zeros where it does not depend."""
+    leaves = [x.detach().requires_grad_() if need else x for x, need in zip(inputs, needed)]
+    with torch.enable_grad():
+        outputs = formula(leaves)
+    wanted = [leaf for leaf, need in zip(leaves, needed) if need]
+    live = [(output, grad) for output, grad in zip(outputs, grads) if output.requires_grad]
+    if not live:
+        return [torch.zeros_like(leaf) for leaf in wanted]
+    found = torch.autograd.grad([o for o, _ in live], wanted, [g for _, g in live], allow_unused=True)
+    return [torch.zeros_like(leaf) if grad is None else grad.contiguous() for grad, leaf in zip(found, wanted)]
+
+
+def like_needed(inputs: Sequence[Any], needed: Sequence[bool]) -> list[Tensor]:
+    """The fake of a backward op."""
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, need in zip(inputs, needed) if need]
+
+
+def spread(grads: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    """Put the gradients of the needed inputs back in their places."""
+    left = iter(grads)
+    return [next(left) if need else None for need in needed]
+
+
+# --- joint projection ---------------------------------------------------------------------------------------------
+
+
+def run_joint_projection(
+    sharer_key: Tensor | None,
+    sharer_value: Tensor | None,
+    receiver_key: Tensor,
+    receiver_value: Tensor,
+    weights: Sequence[Tensor],
+    index: Tensor | None,
+    message: Tensor | None,
+    norm_eps: float,
+) -> Tensor:
+    named = dict(zip(PROJECTION_WEIGHTS, weights))
+    if resolve(receiver_key.device, receiver_key.dtype, weights[0].shape[0]) == "triton":
+        from .kernels import projection
+
+        return projection.joint_projection(
+            None if sharer_key is None else unit_rows(sharer_key),
+            None if sharer_value is None else unit_rows(sharer_value),
+            unit_rows(receiver_key),
+            unit_rows(receiver_value),
+            named,
+            index=index,
+            message=None if message is None else message.float().contiguous(),
+            norm_eps=norm_eps,
+        )
+    return eager.joint_projection(
+        sharer_key, sharer_value, receiver_key, receiver_value, named,
+        sharer_index=index, message=message, norm_eps=norm_eps,
+    )  # fmt: skip
+
+
+joint_projection = torch.library.custom_op("lcf_fast::joint_projection", run_joint_projection, mutates_args=())
+
+
+@joint_projection.register_fake
+def _(
+    sharer_key: Tensor | None,
+    sharer_value: Tensor | None,
+    receiver_key: Tensor,
+    receiver_value: Tensor,
+    weights: Sequence[Tensor],
+    index: Tensor | None,
+    message: Tensor | None,
+    norm_eps: float,
+) -> Tensor:
+    shape = (receiver_key.shape[0], receiver_key.shape[2], weights[0].shape[0])
+    return receiver_key.new_empty(shape, dtype=reference.accumulation_dtype(receiver_key.dtype))
+
+
+def _projection_formula(
+    inputs: Sequence[Any], index: Tensor | None, has_sharer: bool, has_message: bool, norm_eps: float
+) -> Sequence[Tensor]:
+    rest = list(inputs)
+    sharer = (rest.pop(0), rest.pop(0)) if has_sharer else (None, None)
+    receiver = (rest.pop(0), rest.pop(0))
+    message = rest.pop(0) if has_message else None
+    weights = dict(zip(PROJECTION_WEIGHTS, rest))
+    return (
+        reference.joint_projection(
+            *sharer, *receiver, weights, sharer_index=index, message=message, norm_eps=norm_eps
+        ),
+    )
+
+
+@torch.library.custom_op("lcf_fast::joint_projection_backward", mutates_args=())
+def joint_projection_backward(
+    grad: Tensor,
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+    index: Tensor | None,
+    has_sharer: bool,
+    has_message: bool,
+    norm_eps: float,
+) -> list[Tensor]:
+    def formula(leaves: Sequence[Any]) -> Sequence[Tensor]:
+        return _projection_formula(leaves, index, has_sharer, has_message, norm_eps)
+
+    return recompute_gradients(formula, inputs, needed, (grad,))
+
+
+@joint_projection_backward.register_fake
+def _(
+    grad: Tensor,
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+    index: Tensor | None,
+    has_sharer: bool,
+    has_message: bool,
+    norm_eps: float,
+) -> list[Tensor]:
+    return like_needed(inputs, needed)
+
+
+def _projection_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    sharer_key, sharer_value, receiver_key, receiver_value, weights, index, message, ctx.norm_eps = inputs
+    ctx.has_sharer, ctx.has_message = sharer_key is not None, message is not None
+    tensors = [sharer_key, sharer_value] * ctx.has_sharer + [receiver_key, receiver_value]
+    tensors += [message] * ctx.has_message + list(weights)
+    ctx.needed = [t.requires_grad for t in tensors]
+    ctx.has_index = index is not None
+    ctx.save_for_backward(*tensors, *([index] if index is not None else []))
+
+
+def _projection_backward(ctx: Any, grad: Tensor) -> Any:
+    tensors = list(ctx.saved_tensors)
+    index = tensors.pop() if ctx.has_index else None
+    found = joint_projection_backward(
+        grad, tensors, ctx.needed, index, ctx.has_sharer, ctx.has_message, ctx.norm_eps
+    )
+    grads = spread(found, ctx.needed)
+    sharer = [grads.pop(0), grads.pop(0)] if ctx.has_sharer else [None, None]
+    receiver = [grads.pop(0), grads.pop(0)]
+    message = grads.pop(0) if ctx.has_message else None
+    return *sharer, *receiver, grads, None, message, None
+
+
+joint_projection.register_autograd(_projection_backward, setup_context=_projection_setup)
+
+
+# --- attention pooling --------------------------------------------------------------------------------------------
+
+
+def run_attention_pool(
+    key: Tensor,
+    value: Tensor,
+    span_query: Tensor,
+    global_query: Tensor,
+    span_offsets: Tensor,
+    attention_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if resolve(key.device, key.dtype) == "triton":
+        from .kernels import pooling
+
+        return pooling.attention_pool(
+            unit_rows(key), unit_rows(value), span_query, global_query, span_offsets, attention_mask
+        )
+    return eager.attention_pool(
+        key, value, span_query, global_query, span_offsets, attention_mask=attention_mask
+    )
+
+
+attention_pool = torch.library.custom_op("lcf_fast::attention_pool", run_attention_pool, mutates_args=())
+
+
+@attention_pool.register_fake
+def _(
+    key: Tensor,
+    value: Tensor,
+    span_query: Tensor,
+    global_query: Tensor,
+    span_offsets: Tensor,
+    attention_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    shape = (key.shape[0], key.shape[1], key.shape[3])
+    return key.new_empty(shape), value.new_empty(shape)
+
+
+@torch.library.custom_op("lcf_fast::attention_pool_backward", mutates_args=())
+def attention_pool_backward(
+    grads: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+    span_offsets: Tensor,
+    attention_mask: Tensor | None,
+) -> list[Tensor]:
+    def formula(leaves: Sequence[Any]) -> Sequence[Tensor]:
+        return reference.attention_pool(*leaves, span_offsets, attention_mask=attention_mask)
+
+    return recompute_gradients(formula, inputs, needed, grads)
+
+
+@attention_pool_backward.register_fake
+def _(
+    grads: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+    span_offsets: Tensor,
+    attention_mask: Tensor | None,
+) -> list[Tensor]:
+    return like_needed(inputs, needed)
+
+
+def _pool_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, span_offsets, attention_mask = inputs
+    ctx.needed = [t.requires_grad for t in tensors]
+    ctx.has_mask = attention_mask is not None
+    ctx.save_for_backward(*tensors, span_offsets, *([attention_mask] if ctx.has_mask else []))
+
+
+def _pool_backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> Any:
+    tensors = list(ctx.saved_tensors)
+    mask = tensors.pop() if ctx.has_mask else None
+    offsets = tensors.pop()
+    found = attention_pool_backward([grad_key, grad_value], tensors, ctx.needed, offsets, mask)
+    return *spread(found, ctx.needed), None, None
+
+
+attention_pool.register_autograd(_pool_backward, setup_context=_pool_setup)
+
+
+# --- gated injection ----------------------------------------------------------------------------------------------
+
+
+def _inject(
+    key: Tensor, value: Tensor, latent: Tensor, weights: Sequence[Tensor], edit_mask: Tensor | None, inplace: bool
+) -> Pair:
+    named = dict(zip(INJECTION_WEIGHTS, weights))
+    if resolve(key.device, key.dtype, latent.shape[2]) == "triton":
+        from .kernels import injection
+
+        if not inplace:
+            key, value = unit_rows(key), unit_rows(value)
+        return injection.gated_injection(key, value, latent, named, edit_mask=edit_mask, inplace=inplace)
+    run = eager.gated_injection_ if inplace else eager.gated_injection
+    return run(key, value, latent, named, edit_mask=edit_mask)
+
+
+def run_gated_injection(
+    receiver_key: Tensor,
+    receiver_value: Tensor,
+    latent: Tensor,
+    weights: Sequence[Tensor],
+    edit_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    key, value = _inject(receiver_key, receiver_value, latent, weights, edit_mask, False)
+    return (
+        key.clone() if key is receiver_key else key.contiguous(),
+        value.clone() if value is receiver_value else value.contiguous(),
+    )
+
+
+gated_injection = torch.library.custom_op("lcf_fast::gated_injection", run_gated_injection, mutates_args=())
+
+
+@gated_injection.register_fake
+def _(
+    receiver_key: Tensor,
+    receiver_value: Tensor,
+    latent: Tensor,
+    weights: Sequence[Tensor],
+    edit_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return receiver_key.new_empty(receiver_key.shape), receiver_value.new_empty(receiver_value.shape)
+
+
+def run_gated_injection_(
+    receiver_key: Tensor,
+    receiver_value: Tensor,
+    latent: Tensor,
+    weights: Sequence[Tensor],
+    edit_mask: Tensor | None,
+) -> None:
+    _inject(receiver_key, receiver_value, latent, weights, edit_mask, True)
+
+
+gated_injection_ = torch.library.custom_op(
+    "lcf_fast::gated_injection_", run_gated_injection_, mutates_args=("receiver_key", "receiver_value")
+)
+
+
+@gated_injection_.register_fake
+def _(
+    receiver_key: Tensor,
+    receiver_value: Tensor,
+    latent: Tensor,
+    weights: Sequence[Tensor],
+    edit_mask: Tensor | None,
+) -> None:
+    return None
+
+
+@torch.library.custom_op("lcf_fast::gated_injection_backward", mutates_args=())
+def gated_injection_backward(
+    grads: Sequence[Tensor], inputs: Sequence[Tensor], needed: Sequence[bool], edit_mask: Tensor | None
+) -> list[Tensor]:
+    def formula(leaves: Sequence[Any]) -> Sequence[Tensor]:
+        key, value, latent, *weights = leaves
+        named = dict(zip(INJECTION_WEIGHTS, weights))
+        return reference.gated_injection(key, value, latent, named, edit_mask=edit_mask)
+
+    return recompute_gradients(formula, inputs, needed, grads)
+
+
+@gated_injection_backward.register_fake
+def _(
+    grads: Sequence[Tensor], inputs: Sequence[Tensor], needed: Sequence[bool], edit_mask: Tensor | None
+) -> list[Tensor]:
+    return like_needed(inputs, needed)
+
+
+def _injection_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    key, value, latent, weights, edit_mask = inputs
+    tensors = [key, value, latent, *weights]
+    ctx.needed = [t.requires_grad for t in tensors]
+    ctx.has_mask = edit_mask is not None
+    ctx.save_for_backward(*tensors, *([edit_mask] if ctx.has_mask else []))
+
+
+def _injection_backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> Any:
+    tensors = list(ctx.saved_tensors)
+    mask = tensors.pop() if ctx.has_mask else None
+    found = gated_injection_backward([grad_key, grad_value], tensors, ctx.needed, mask)
+    key, value, latent, *weights = spread(found, ctx.needed)
+    return key, value, latent, weights, None
+
+
+gated_injection.register_autograd(_injection_backward, setup_context=_injection_setup)

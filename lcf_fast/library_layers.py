@@ -1,0 +1,288 @@
+"""The torch.library boundary of the ops over all layers: `fuse_layers` and `summarize_layers`.
+
+Caches cross as flat lists ``[k0, v0, k1, v1, ...]`` over the kept layers, hard gates as host bools ``[k0, v0, ...]``,
+so that a fake knows the output's shape. Out of place, `fuse_layers` returns the edited tensors only, stacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import eager, reference
+from .backends import resolve
+from .library import SUMMARY_WEIGHTS, WEIGHTS, like_needed, pairs_of, recompute_gradients, spread, unit_rows
+
+
+def _fuse(
+    sharer: Sequence[Tensor],
+    receiver: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    live: Sequence[bool],
+    index: Tensor | None,
+    message: Tensor | None,
+    first: int,
+    last: int,
+    norm_eps: float,
+    inplace: bool,
+) -> Tensor | None:
+    """Run a back end. ``index (B, N)`` int32 is negative where a position must stay; without a sharer it only masks."""
+    named = dict(zip(WEIGHTS, weights))
+    gates = list(zip(live[0::2], live[1::2]))
+    key = receiver[0]
+    if resolve(key.device, key.dtype, weights[0].shape[1]) == "triton":
+        from .kernels import fusion
+
+        receiver_pairs = pairs_of(receiver if inplace else [unit_rows(t) for t in receiver])
+        return fusion.fuse_layers(
+            pairs_of([unit_rows(t) for t in sharer]) if sharer else None,
+            receiver_pairs,
+            named,
+            live=gates,
+            index=index,
+            message=None if message is None else message.float().contiguous(),
+            positions=(first, last),
+            inplace=inplace,
+            norm_eps=norm_eps,
+        )
+    run = eager.fuse_layers_ if inplace else eager.fuse_layers
+    fused = run(
+        pairs_of(sharer) if sharer else None,
+        pairs_of(receiver),
+        named,
+        live=gates,
+        sharer_index=index if sharer else None,
+        message=message,
+        edit_mask=None if sharer or index is None else index >= 0,
+        positions=(first, last),
+        norm_eps=norm_eps,
+    )
+    if inplace:
+        return None
+    edited = [tensor for pair, opened in zip(fused, gates) for tensor, is_open in zip(pair, opened) if is_open]
+    return torch.stack(edited) if edited else key.new_empty(0, *key.shape)
+
+
+def run_fuse_layers(
+    sharer: Sequence[Tensor],
+    receiver: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    live: Sequence[bool],
+    index: Tensor | None,
+    message: Tensor | None,
+    first: int,
+    last: int,
+    norm_eps: float,
+) -> Tensor:
+    out = _fuse(sharer, receiver, weights, live, index, message, first, last, norm_eps, False)
+    assert out is not None
+    return out
+
+
+fuse_layers = torch.library.custom_op("lcf_fast::fuse_layers", run_fuse_layers, mutates_args=())
+
+
+@fuse_layers.register_fake
+def _(
+    sharer: Sequence[Tensor],
+    receiver: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    live: Sequence[bool],
+    index: Tensor | None,
+    message: Tensor | None,
+    first: int,
+    last: int,
+    norm_eps: float,
+) -> Tensor:
+    return receiver[0].new_empty(sum(live), *receiver[0].shape)
+
+
+def run_fuse_layers_(
+    sharer: Sequence[Tensor],
+    receiver: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    live: Sequence[bool],
+    index: Tensor | None,
+    message: Tensor | None,
+    first: int,
+    last: int,
+    norm_eps: float,
+) -> None:
+    _fuse(sharer, receiver, weights, live, index, message, first, last, norm_eps, True)
+
+
+fuse_layers_ = torch.library.custom_op("lcf_fast::fuse_layers_", run_fuse_layers_, mutates_args=("receiver",))
+
+
+@fuse_layers_.register_fake
+def _(
+    sharer: Sequence[Tensor],
+    receiver: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    live: Sequence[bool],
+    index: Tensor | None,
+    message: Tensor | None,
+    first: int,
+    last: int,
+    norm_eps: float,
+) -> None:
+    return None
+
+
+@torch.library.custom_op("lcf_fast::fuse_layers_backward", mutates_args=())
+def fuse_layers_backward(
+    grad: Tensor,
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+    layers: int,
+    live: Sequence[bool],
+    index: Tensor | None,
+    has_message: bool,
+    first: int,
+    last: int,
+    norm_eps: float,
+) -> list[Tensor]:
+    def formula(leaves: Sequence[Any]) -> Sequence[Tensor]:
+        rest = list(leaves)
+        receiver, rest = pairs_of(rest[: 2 * layers]), rest[2 * layers :]
+        weights, rest = dict(zip(WEIGHTS, rest)), rest[len(WEIGHTS) :]
+        fused = reference.fuse_layers(
+            None if has_message else pairs_of(rest),
+            receiver,
+            weights,
+            sharer_index=None if has_message else index,
+            message=rest[0] if has_message else None,
+            edit_mask=index >= 0 if has_message and index is not None else None,
+            positions=(first, last),
+            norm_eps=norm_eps,
+        )
+        return [tensor for tensor, is_open in zip((t for pair in fused for t in pair), live) if is_open]
+
+    return recompute_gradients(formula, inputs, needed, list(grad.unbind(0)))
+
+
+@fuse_layers_backward.register_fake
+def _(
+    grad: Tensor,
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+    layers: int,
+    live: Sequence[bool],
+    index: Tensor | None,
+    has_message: bool,
+    first: int,
+    last: int,
+    norm_eps: float,
+) -> list[Tensor]:
+    return like_needed(inputs, needed)
+
+
+def _fuse_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    sharer, receiver, weights, live, index, message, first, last, norm_eps = inputs
+    tensors = [*receiver, *weights, *([message] if message is not None else sharer)]
+    ctx.needed = [t.requires_grad for t in tensors]
+    ctx.layers, ctx.live, ctx.has_index = len(receiver) // 2, list(live), index is not None
+    ctx.has_message, ctx.sharers = message is not None, len(sharer)
+    ctx.weights = len(weights)
+    ctx.scalars = (first, last, norm_eps)
+    ctx.save_for_backward(*tensors, *([index] if index is not None else []))
+
+
+def _fuse_backward(ctx: Any, grad: Tensor) -> Any:
+    tensors = list(ctx.saved_tensors)
+    index = tensors.pop() if ctx.has_index else None
+    found = fuse_layers_backward(
+        grad, tensors, ctx.needed, ctx.layers, ctx.live, index, ctx.has_message, *ctx.scalars
+    )
+    grads = spread(found, ctx.needed)
+    receiver, grads = grads[: 2 * ctx.layers], grads[2 * ctx.layers :]
+    weights, grads = grads[: ctx.weights], grads[ctx.weights :]
+    sharer, message = ([], grads[0]) if ctx.has_message else (grads, None)
+    return sharer, receiver, weights, None, None, message, None, None, None
+
+
+fuse_layers.register_autograd(_fuse_backward, setup_context=_fuse_setup)
+
+
+# --- summary of all layers ----------------------------------------------------------------------------------------
+
+
+def run_summarize_layers(
+    sharer: Sequence[Tensor], weights: Sequence[Tensor], span_offsets: Tensor, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``weights``: `SUMMARY_WEIGHTS`, stacked. Returns ``latent (L, B, d)`` and ``summary (L, 2, B, Hs, Ds)``."""
+    if resolve(sharer[0].device, sharer[0].dtype) == "triton":
+        from .kernels import pooling
+
+        pairs = pairs_of([unit_rows(t) for t in sharer])
+        return pooling.summarize_layers(
+            [key for key, _ in pairs], [value for _, value in pairs], *weights, span_offsets, attention_mask
+        )
+    named = dict(zip(SUMMARY_WEIGHTS, weights))
+    return eager.summarize_layers(pairs_of(sharer), named, span_offsets, attention_mask=attention_mask)
+
+
+summarize_layers = torch.library.custom_op("lcf_fast::summarize_layers", run_summarize_layers, mutates_args=())
+
+
+@summarize_layers.register_fake
+def _(
+    sharer: Sequence[Tensor], weights: Sequence[Tensor], span_offsets: Tensor, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    layers = len(sharer) // 2
+    batch, heads, _, head_dim = sharer[0].shape
+    dtype = reference.accumulation_dtype(sharer[0].dtype)
+    latent = sharer[0].new_empty((layers, batch, weights[2].shape[1]), dtype=dtype)
+    return latent, sharer[0].new_empty((layers, 2, batch, heads, head_dim), dtype=dtype)
+
+
+@torch.library.custom_op("lcf_fast::summarize_layers_backward", mutates_args=())
+def summarize_layers_backward(
+    grads: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+    span_offsets: Tensor,
+    attention_mask: Tensor | None,
+) -> list[Tensor]:
+    def formula(leaves: Sequence[Any]) -> Sequence[Tensor]:
+        count = len(SUMMARY_WEIGHTS)
+        named = dict(zip(SUMMARY_WEIGHTS, leaves))
+        return reference.summarize_layers(
+            pairs_of(leaves[count:]), named, span_offsets, attention_mask=attention_mask
+        )
+
+    return recompute_gradients(formula, inputs, needed, grads)
+
+
+@summarize_layers_backward.register_fake
+def _(
+    grads: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+    span_offsets: Tensor,
+    attention_mask: Tensor | None,
+) -> list[Tensor]:
+    return like_needed(inputs, needed)
+
+
+def _summarize_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    sharer, weights, span_offsets, attention_mask = inputs
+    tensors = [*weights, *sharer]
+    ctx.needed = [t.requires_grad for t in tensors]
+    ctx.weights, ctx.has_mask = len(weights), attention_mask is not None
+    ctx.save_for_backward(*tensors, span_offsets, *([attention_mask] if ctx.has_mask else []))
+
+
+def _summarize_backward(ctx: Any, grad_latent: Tensor, grad_summary: Tensor) -> Any:
+    tensors = list(ctx.saved_tensors)
+    mask = tensors.pop() if ctx.has_mask else None
+    offsets = tensors.pop()
+    found = summarize_layers_backward([grad_latent, grad_summary], tensors, ctx.needed, offsets, mask)
+    grads = spread(found, ctx.needed)
+    return grads[ctx.weights :], grads[: ctx.weights], None, None
+
+
+summarize_layers.register_autograd(_summarize_backward, setup_context=_summarize_setup)

@@ -1,0 +1,515 @@
+"""The public functions: checked, differentiable, compilable, on whichever back end serves.
+
+Same names and signatures as `lcf_fast.reference`. Back ends: see `lcf_fast.backends`. Bad input raises a typed error
+(`lcf_fast.errors`) before anything is launched or written. Out of place unless the name ends in ``_``.
+
+Products run in the receiver cache's dtype with float32 accumulation; latents, norms, softmax, gates and the residual
+add run in float32 (float64 for float64 caches, which the eager path serves).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks as check
+from . import eager, library, library_layers, reference
+from .backends import resolve
+from .errors import DTypeError, GeometryError, ShapeError
+
+__all__ = [
+    "attention_pool",
+    "fuse_layers",
+    "fuse_layers_",
+    "gated_injection",
+    "gated_injection_",
+    "joint_projection",
+    "summarize_layers",
+]
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the dispatcher may be bypassed: not while tracing, compiling or under a tensor subclass."""
+    return not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def _served_by(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str:
+    """The back end, or its error, before anything runs. A compiled graph chooses when it runs, not when it is traced."""
+    return "compiled" if torch.compiler.is_compiling() else resolve(device, dtype, width)
+
+
+def _row_index(
+    sharer_index: Tensor | None, edit_mask: Tensor | None, tokens: int, device: torch.device
+) -> Tensor | None:
+    """Both masks as one ``(B, N)`` int32: the sharer's row, or -1 where the position must stay as it is."""
+    if sharer_index is None and edit_mask is None:
+        return None
+    if edit_mask is None:
+        assert sharer_index is not None
+        return sharer_index.to(device, torch.int32, non_blocking=True).contiguous()
+    keep = edit_mask.to(device, non_blocking=True) != 0
+    if sharer_index is None:
+        rows = torch.arange(tokens, device=device, dtype=torch.int32).expand(keep.shape)
+    else:
+        rows = sharer_index.to(device, torch.int32, non_blocking=True)
+    return torch.where(keep, rows, rows.new_full((), -1)).contiguous()
+
+
+def joint_projection(
+    sharer_key: Tensor | None,
+    sharer_value: Tensor | None,
+    receiver_key: Tensor,
+    receiver_value: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    sharer_index: Tensor | None = None,
+    message: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> Tensor:
+    """Project keys and values of both models together into the bottleneck (paper section 3; spec section 2).
+
+    Args:
+        sharer_key, sharer_value: ``(B, Hs, M, Ds)``, one layer's cache; ``M = N`` unless ``sharer_index`` is given;
+            ``None`` with ``message``. Any strides; the last axis should have stride 1 (it is copied otherwise).
+        receiver_key, receiver_value: ``(B, Hr, N, Dr)``, keys after RoPE, as the model stores them.
+        weights: one layer's ``down_weight (d, 2Cs+2Cr)``, ``down_bias (d)``, ``norm_weight (blocks, d)``,
+            ``ffn_in_weight (blocks, 4d, d)``, ``ffn_out_weight (blocks, d, 4d)``; other names are ignored.
+        sharer_index: ``(B, N)`` int: the sharer's row for each receiver position; -1 for none, whose latent is zero.
+        message: ``(B, d)`` instead of the sharer (LCF-X): ``W_down[:, :2Cs]·[K*;V*] + b_down``.
+        norm_eps: epsilon of the RMS norm.
+
+    Returns:
+        The latent ``z (B, N, d)``, float32 (float64 for float64 caches).
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, GeometryError, IndexRangeError, BackendError: named by argument.
+    """
+    check.check_pair(receiver_key, receiver_value, ("receiver_key", "receiver_value"))
+    batch, heads, tokens, head_dim = receiver_key.shape
+    device = receiver_key.device
+    columns = 2 * heads * head_dim
+    if message is None:
+        check.check_pair(sharer_key, sharer_value, ("sharer_key", "sharer_value"))
+        assert sharer_key is not None and sharer_value is not None
+        check.check_same_batch("sharer_key", sharer_key, receiver_key)
+        _check_lengths("sharer_key", sharer_key, tokens, sharer_index)
+        columns += 2 * sharer_key.shape[1] * sharer_key.shape[3]
+    elif sharer_key is not None or sharer_value is not None:
+        raise GeometryError("message", expected="either a sharer's cache or a message", got="both")
+    width = check.check_projection_weights(weights, (), columns, device, exact=message is None)
+    if sharer_index is not None:
+        sharer_tokens = tokens if sharer_key is None else sharer_key.shape[2]
+        check.check_index(sharer_index, batch, tokens, sharer_tokens)
+    if message is not None:
+        _check_message(message, (batch, width), device)
+    _served_by(device, receiver_key.dtype, width)
+    index = _row_index(sharer_index, None, tokens, device)
+    parameters = [weights[name] for name in library.PROJECTION_WEIGHTS]
+    caches = (sharer_key, sharer_value, receiver_key, receiver_value)
+    arguments = (*caches, parameters, index, message, norm_eps)
+    if not _is_plain(receiver_key):
+        return library.joint_projection(*arguments)
+    if not _needs_grad(*caches, message, *parameters):
+        return _undispatched(library.run_joint_projection, arguments)
+    if _served_by(device, receiver_key.dtype, width) == "eager":
+        return reference.joint_projection(
+            *caches, weights, sharer_index=index, message=message, norm_eps=norm_eps
+        )
+    return library.joint_projection(*arguments)
+
+
+def _undispatched(run: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Call an op's implementation without the dispatcher: host time is a published figure."""
+    with torch.no_grad():
+        return run(*arguments)
+
+
+def _check_lengths(name: str, sharer: Tensor, tokens: int, sharer_index: Tensor | None) -> None:
+    if sharer_index is None and sharer.shape[2] != tokens:
+        expected = f"{tokens} tokens, as the receiver (or sharer_index to align other lengths)"
+        raise ShapeError(name, expected=expected, got=f"{sharer.shape[2]} tokens")
+
+
+def _check_message(message: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    check.check_tensor("message", message)
+    if tuple(message.shape) != shape:
+        raise ShapeError("message", expected=f"{shape}", got=check.describe(message))
+    if message.dtype not in check.FLOATS:
+        raise DTypeError("message", expected="a float dtype", got=check.describe(message))
+    if message.device != device:
+        raise check.DeviceError("message", expected=f"{device}, as the receiver's cache", got=str(message.device))
+
+
+def attention_pool(
+    key: Tensor,
+    value: Tensor,
+    span_query: Tensor,
+    global_query: Tensor,
+    span_offsets: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+) -> Pair:
+    """Pool a whole cache to one key and one value a head, in two stages (paper section 4; spec section 4).
+
+    Args:
+        key, value: ``(B, H, N, D)``, one layer's cache.
+        span_query, global_query: ``(H, D)``.
+        span_offsets: ``(B, P+1)`` int, non-decreasing: span ``p`` is tokens ``[offsets[p], offsets[p+1])``; an empty
+            span weighs nothing, a row with no token to pool is an error.
+        attention_mask: ``(B, N)``, zero where the token is padding: it is not pooled.
+
+    Returns:
+        ``K*, V*``, each ``(B, H, D)`` in the cache's dtype; softmax and sums run in float32.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, SpanError, BackendError: named by argument.
+    """
+    check.check_pair(key, value, ("key", "value"))
+    batch, heads, tokens, head_dim = key.shape
+    queries = {"span_query": span_query, "global_query": global_query}
+    for name, query in queries.items():
+        _check_query(name, query, (heads, head_dim), key.device)
+    if attention_mask is not None:
+        check.check_mask("attention_mask", attention_mask, batch, tokens)
+    check.check_offsets(span_offsets, batch, tokens, attention_mask)
+    backend = _served_by(key.device, key.dtype)
+    offsets, mask = _on_device(span_offsets, attention_mask, key.device)
+    arguments = (key, value, span_query, global_query, offsets, mask)
+    if not _is_plain(key):
+        return library.attention_pool(*arguments)
+    if not _needs_grad(*arguments[:4]):
+        return _undispatched(library.run_attention_pool, arguments)
+    if backend == "eager":
+        return reference.attention_pool(*arguments[:5], attention_mask=mask)
+    return library.attention_pool(*arguments)
+
+
+def _check_query(name: str, query: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    check.check_tensor(name, query)
+    if tuple(query.shape) != shape:
+        raise ShapeError(name, expected=f"{shape}", got=check.describe(query))
+    if query.dtype not in check.FLOATS:
+        raise DTypeError(name, expected="a float dtype", got=check.describe(query))
+    if query.device != device:
+        raise check.DeviceError(name, expected=f"{device}, as the cache", got=str(query.device))
+
+
+def _on_device(
+    span_offsets: Tensor, attention_mask: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    offsets = span_offsets.to(device, torch.int32, non_blocking=True).contiguous()
+    if attention_mask is None:
+        return offsets, None
+    return offsets, (attention_mask.to(device, non_blocking=True) != 0).contiguous()
+
+
+def gated_injection(
+    receiver_key: Tensor,
+    receiver_value: Tensor,
+    latent: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    edit_mask: Tensor | None = None,
+) -> Pair:
+    """Edit one receiver layer: ``R_i + gate_i · sigmoid(W_a z + b_a) · (W_up z_i + b_up)``, i in K, V (spec section 2).
+
+    Args:
+        receiver_key, receiver_value: ``(B, H, N, D)``.
+        latent: ``(B, N, d)`` float; its first half makes the key's edit, its second half the value's.
+        weights: one layer's ``up_weight (2, C, d/2)``, ``up_bias (2, C)``, ``head_gate_weight (2, H, d)``,
+            ``head_gate_bias (2, H)``, ``gate_logit (2)``: not above zero closes the gate.
+        edit_mask: ``(B, N)``, zero where the position stays as it is.
+
+    Returns:
+        New, contiguous key and value; a closed gate gives a copy.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, GeometryError, BackendError: named by argument.
+    """
+    backend, parameters, mask = _check_injection(receiver_key, receiver_value, latent, weights, edit_mask)
+    arguments = (receiver_key, receiver_value, latent, parameters, mask)
+    if not _is_plain(receiver_key):
+        return library.gated_injection(*arguments)
+    if not _needs_grad(*arguments[:3], *parameters):
+        return _undispatched(library.run_gated_injection, arguments)
+    if backend == "eager":
+        return reference.gated_injection(receiver_key, receiver_value, latent, weights, edit_mask=mask)
+    return library.gated_injection(*arguments)
+
+
+def gated_injection_(
+    receiver_key: Tensor,
+    receiver_value: Tensor,
+    latent: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    edit_mask: Tensor | None = None,
+) -> Pair:
+    """`gated_injection` in place, for inference: it records no graph. Returns the given tensors.
+
+    Raises:
+        As `gated_injection`; and ShapeError where a cache's elements share memory or its last axis is strided.
+    """
+    _, parameters, mask = _check_injection(receiver_key, receiver_value, latent, weights, edit_mask)
+    _check_writable("receiver_key", receiver_key)
+    _check_writable("receiver_value", receiver_value)
+    arguments = (receiver_key, receiver_value, latent, parameters, mask)
+    if _is_plain(receiver_key):
+        _undispatched(library.run_gated_injection_, arguments)
+    else:
+        library.gated_injection_(*arguments)
+    return receiver_key, receiver_value
+
+
+def _check_injection(
+    key: Tensor, value: Tensor, latent: Tensor, weights: Mapping[str, Tensor], edit_mask: Tensor | None
+) -> tuple[str, list[Tensor], Tensor | None]:
+    check.check_pair(key, value, ("receiver_key", "receiver_value"))
+    batch, heads, tokens, head_dim = key.shape
+    check.check_tensor("latent", latent)
+    if latent.dim() != 3 or tuple(latent.shape[:2]) != (batch, tokens) or latent.shape[2] % 2:
+        raise ShapeError("latent", expected=f"({batch}, {tokens}, d), d even", got=check.describe(latent))
+    if latent.dtype not in check.FLOATS:
+        raise DTypeError("latent", expected="a float dtype", got=check.describe(latent))
+    if latent.device != key.device:
+        raise check.DeviceError("latent", expected=f"{key.device}, as the cache", got=str(latent.device))
+    check.check_injection_weights(weights, (), latent.shape[2], heads, head_dim, key.device)
+    mask = None
+    if edit_mask is not None:
+        check.check_mask("edit_mask", edit_mask, batch, tokens)
+        mask = (edit_mask.to(key.device, non_blocking=True) != 0).contiguous()
+    backend = _served_by(key.device, key.dtype, latent.shape[2])
+    return backend, [weights[name] for name in library.INJECTION_WEIGHTS], mask
+
+
+def _check_writable(name: str, tensor: Tensor) -> None:
+    """An in-place edit needs every element to have memory of its own and rows with stride 1."""
+    for size, stride in zip(tensor.shape, tensor.stride()):
+        if stride == 0 and size > 1:
+            raise ShapeError(name, expected="memory of its own for every element", got=f"strides {tensor.stride()}")
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ShapeError(name, expected="stride 1 along the head dim", got=f"strides {tensor.stride()}")
+
+
+def fuse_layers(
+    sharer: Sequence[Pair] | None,
+    receiver: Sequence[Pair],
+    weights: Mapping[str, Tensor],
+    *,
+    live: Sequence[tuple[bool, bool]] | None = None,
+    sharer_index: Tensor | None = None,
+    message: Tensor | None = None,
+    edit_mask: Tensor | None = None,
+    positions: tuple[int, int] | None = None,
+    norm_eps: float = 1e-6,
+) -> list[Pair]:
+    """Projection to injection for all kept layers, on a GPU in one launch (spec sections 2 and 4).
+
+    Args:
+        sharer: one ``(key, value)``, ``(B, Hs, M, Ds)`` each, a kept layer: what that layer reads. ``None`` with
+            ``message``.
+        receiver: one ``(key, value)``, ``(B, Hr, N, Dr)`` each, a kept layer.
+        weights: the adapter's stacked parameters, axis 0 = kept layers (``lcf_fast.adapter`` has the table).
+        live: the hard gates on the host, ``(key open, value open)`` a layer. ``None`` reads ``gate_logit``, which on a
+            GPU waits for it.
+        sharer_index: ``(B, N)`` int: the sharer's row for each receiver position; -1 leaves the position untouched.
+        message: ``(L, B, d)`` instead of the sharer (LCF-X).
+        edit_mask: ``(B, N)``, zero where the position stays as it is (padding).
+        positions: half-open range of receiver positions to edit; ``None`` is all.
+        norm_eps: epsilon of the RMS norm.
+
+    Returns:
+        ``(key, value)`` a layer: new tensors where the gate is open; where it is closed, the given tensor itself.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, GeometryError, IndexRangeError, BackendError: named by argument.
+    """
+    arguments, gates, backend = _check_fuse(
+        sharer, receiver, weights, live, sharer_index, message, edit_mask, positions, norm_eps
+    )
+    flat_sharer, flat_receiver, parameters, _, index = arguments[:5]
+    plain = not flat_receiver or _is_plain(flat_receiver[0])
+    needs_grad = _needs_grad(message, *parameters, *flat_receiver, *flat_sharer)
+    if plain and backend == "eager":
+        masks: dict[str, Any] = {"sharer_index": index, "edit_mask": None}
+        if sharer is None:
+            masks = {"sharer_index": None, "edit_mask": None if index is None else index >= 0}
+        keywords = {**masks, "message": message, "positions": arguments[6:8], "norm_eps": norm_eps}
+        if not needs_grad:
+            with torch.no_grad():
+                return eager.fuse_layers(sharer, receiver, weights, live=gates, **keywords)
+        fused = reference.fuse_layers(sharer, receiver, weights, **keywords)
+        return [
+            (new[0] if opened[0] else old[0], new[1] if opened[1] else old[1])
+            for new, old, opened in zip(fused, receiver, gates)
+        ]
+    if plain and not needs_grad:
+        out = _undispatched(library_layers.run_fuse_layers, arguments)
+    else:
+        out = library_layers.fuse_layers(*arguments)
+    edited = iter(out.unbind(0))
+    return [
+        (next(edited) if open_key else key, next(edited) if open_value else value)
+        for (key, value), (open_key, open_value) in zip(receiver, gates)
+    ]
+
+
+def fuse_layers_(
+    sharer: Sequence[Pair] | None,
+    receiver: Sequence[Pair],
+    weights: Mapping[str, Tensor],
+    *,
+    live: Sequence[tuple[bool, bool]] | None = None,
+    sharer_index: Tensor | None = None,
+    message: Tensor | None = None,
+    edit_mask: Tensor | None = None,
+    positions: tuple[int, int] | None = None,
+    norm_eps: float = 1e-6,
+) -> list[Pair]:
+    """`fuse_layers` in place on the receiver's tensors, for inference: it records no graph. Returns those tensors.
+
+    The sharer must not lie in the receiver's memory: layers are edited in no particular order.
+
+    Raises:
+        As `fuse_layers`; and ShapeError where a receiver's elements share memory or its last axis is strided.
+    """
+    arguments, _, _ = _check_fuse(
+        sharer, receiver, weights, live, sharer_index, message, edit_mask, positions, norm_eps
+    )
+    flat_sharer, flat_receiver = arguments[:2]
+    for i, tensor in enumerate(flat_receiver):
+        _check_writable(f"receiver[{i // 2}].{('key', 'value')[i % 2]}", tensor)
+    if not torch.compiler.is_compiling():
+        own = {tensor.data_ptr() for tensor in flat_receiver if tensor.numel()}
+        if any(tensor.numel() and tensor.data_ptr() in own for tensor in flat_sharer):
+            expected = "memory apart from the receiver's, which is edited in place (use fuse_layers)"
+            raise GeometryError("sharer", expected=expected, got="the receiver's own tensors")
+    if not flat_receiver or _is_plain(flat_receiver[0]):
+        if flat_receiver:
+            _undispatched(library_layers.run_fuse_layers_, arguments)
+    else:
+        library_layers.fuse_layers_(*arguments)
+    return [(key, value) for key, value in receiver]
+
+
+def _check_fuse(
+    sharer: Sequence[Pair] | None,
+    receiver: Sequence[Pair],
+    weights: Mapping[str, Tensor],
+    live: Sequence[tuple[bool, bool]] | None,
+    sharer_index: Tensor | None,
+    message: Tensor | None,
+    edit_mask: Tensor | None,
+    positions: tuple[int, int] | None,
+    norm_eps: float,
+) -> tuple[tuple[Any, ...], list[tuple[bool, bool]], str]:
+    """All checks of `fuse_layers`; returns the op's arguments, the hard gates and the back end."""
+    logit = check.check_tensor("weights['gate_logit']", weights.get("gate_logit"))
+    layers = logit.shape[0] if logit.dim() else 0
+    check.check_layers("receiver", receiver, layers)
+    if not layers:
+        raise GeometryError("receiver", expected="at least one layer", got="none")
+    key = receiver[0][0]
+    batch, heads, tokens, head_dim = key.shape
+    columns = 2 * heads * head_dim
+    if message is None:
+        if sharer is None:
+            raise GeometryError("sharer", expected="a sharer's cache or a message", got="neither")
+        check.check_layers("sharer", sharer, layers, like=key)
+        sharer_key = sharer[0][0]
+        _check_lengths("sharer", sharer_key, tokens, sharer_index)
+        columns += 2 * sharer_key.shape[1] * sharer_key.shape[3]
+        sharer_tokens = sharer_key.shape[2]
+    else:
+        if sharer is not None:
+            raise GeometryError("message", expected="either a sharer's cache or a message", got="both")
+        sharer_tokens = tokens
+    width = check.check_projection_weights(weights, (layers,), columns, key.device, exact=message is None)
+    check.check_injection_weights(weights, (layers,), width, heads, head_dim, key.device)
+    if message is not None:
+        _check_message(message, (layers, batch, width), key.device)
+    if sharer_index is not None:
+        check.check_index(sharer_index, batch, tokens, sharer_tokens)
+    if edit_mask is not None:
+        check.check_mask("edit_mask", edit_mask, batch, tokens)
+    first, last = check.check_positions(positions, tokens)
+    if live is None:
+        live = [(bool(k), bool(v)) for k, v in (logit.detach() > 0).tolist()]
+    gates = [(bool(pair[0]), bool(pair[1])) for pair in live]
+    if len(gates) != layers:
+        raise GeometryError("live", expected=f"a pair of bools for each of {layers} layers", got=f"{len(gates)} pairs")
+    backend = _served_by(key.device, key.dtype, width)
+    arguments = (
+        [] if sharer is None else [tensor for pair in sharer for tensor in pair],
+        [tensor for pair in receiver for tensor in pair],
+        [weights[name] for name in library.WEIGHTS],
+        [is_open for pair in gates for is_open in pair],
+        _row_index(sharer_index, edit_mask, tokens, key.device),
+        message,
+        first,
+        last,
+        norm_eps,
+    )
+    return arguments, gates, backend
+
+
+def summarize_layers(
+    sharer: Sequence[Pair],
+    weights: Mapping[str, Tensor],
+    span_offsets: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Pool every kept layer's sharer cache and fold it through the sharer's half of ``W_down`` (spec section 4).
+
+    Args:
+        sharer: one ``(key, value)``, ``(B, Hs, N, Ds)`` each, a kept layer.
+        weights: stacked ``span_query``, ``global_query (L, Hs, Ds)``, ``down_weight (L, d, 2Cs+2Cr)``,
+            ``down_bias (L, d)``; other names are ignored.
+        span_offsets, attention_mask: as in `attention_pool`.
+
+    Returns:
+        ``latent (L, B, d)``: ``c = W_down[:, :2Cs]·[K*;V*] + b_down``; and ``summary (L, 2, B, Hs, Ds)``: K*, V*.
+        Both float32 (float64 for float64 caches).
+
+    Raises:
+        As `attention_pool`, and GeometryError for weights or layers that do not fit.
+    """
+    query = check.check_tensor("weights['span_query']", weights.get("span_query"))
+    layers = query.shape[0] if query.dim() else 0
+    check.check_layers("sharer", sharer, layers)
+    if not layers:
+        raise GeometryError("sharer", expected="at least one layer", got="none")
+    key = sharer[0][0]
+    batch, heads, tokens, head_dim = key.shape
+    for name in ("span_query", "global_query"):
+        check.check_weight(weights, name, (layers, heads, head_dim), key.device)
+    down = check.check_weight(weights, "down_weight", (layers, None, None), key.device)
+    if down.shape[2] < 2 * heads * head_dim:
+        expected = f"at least 2Cs = {2 * heads * head_dim} columns"
+        raise ShapeError("weights['down_weight']", expected=expected, got=check.describe(down))
+    check.check_weight(weights, "down_bias", (layers, down.shape[1]), key.device)
+    if attention_mask is not None:
+        check.check_mask("attention_mask", attention_mask, batch, tokens)
+    check.check_offsets(span_offsets, batch, tokens, attention_mask)
+    backend = _served_by(key.device, key.dtype)
+    offsets, mask = _on_device(span_offsets, attention_mask, key.device)
+    parameters = [weights[name] for name in library.SUMMARY_WEIGHTS]
+    flat = [tensor for pair in sharer for tensor in pair]
+    arguments = (flat, parameters, offsets, mask)
+    if not _is_plain(key):
+        return library_layers.summarize_layers(*arguments)
+    if not _needs_grad(*parameters, *flat):
+        return _undispatched(library_layers.run_summarize_layers, arguments)
+    if backend == "eager":
+        return reference.summarize_layers(sharer, weights, offsets, attention_mask=mask)
+    return library_layers.summarize_layers(*arguments)
