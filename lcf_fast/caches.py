@@ -8,7 +8,6 @@ and the given one is left as it was.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache as memoize
 from typing import Any
 
 from torch import Tensor
@@ -27,16 +26,23 @@ _STATIC = ("StaticLayer", "StaticSlidingWindowLayer")
 _EXPECTED_LAYER = "a DynamicLayer or StaticLayer (or their sliding-window kinds while nothing has slid out)"
 
 
-@memoize
-def _layer_kind(layer_class: type) -> str:
+#: What `_layer_kind` found, by class: it is asked once a layer and call.
+_KINDS: dict[type, str] = {}
+
+
+def _layer_kind(layer: Any) -> str:
     """``"dynamic"``, ``"static"`` or ``""`` for what is not served (quantized, linear attention ...).
 
     The first class that comes from transformers decides: a user's subclass of DynamicLayer is one,
     transformers' own subclasses carry more state than keys and values.
     """
-    classes = [c for c in layer_class.__mro__ if c.__module__.partition(".")[0] == "transformers"]
-    name = (classes or [layer_class])[0].__name__
-    return "dynamic" if name in _DYNAMIC else "static" if name in _STATIC else ""
+    found = _KINDS.get(type(layer))
+    if found is None:
+        lineage = type(layer).__mro__
+        known = [c for c in lineage if c.__module__.partition(".")[0] == "transformers"] or lineage
+        name = known[0].__name__
+        found = _KINDS[type(layer)] = "dynamic" if name in _DYNAMIC else "static" if name in _STATIC else ""
+    return found
 
 
 def is_cache(cache: Any) -> bool:
@@ -84,9 +90,7 @@ def rebuild_cache(cache: Any, layers: Sequence[Pair]) -> Any:
         return tuple((key, value) for key, value in layers)
     copy = _shallow_copy(cache)
     copy.layers = [
-        _static_layer(old, key, value)
-        if _layer_kind(type(old)) == "static"
-        else _dynamic_layer(old, key, value)
+        _static_layer(old, key, value) if _layer_kind(old) == "static" else _dynamic_layer(old, key, value)
         for old, (key, value) in zip(cache.layers, layers, strict=True)
     ]
     return copy
@@ -151,7 +155,7 @@ def _transformers_layers(cache: Any, name: str, length: int | None) -> list[Pair
     pairs: list[Pair] = []
     filled = -1
     for i, layer in enumerate(cache.layers):
-        kind = _layer_kind(type(layer))
+        kind = _layer_kind(layer)
         if not kind:
             raise GeometryError(f"{name}.layers[{i}]", expected=_EXPECTED_LAYER, got=type(layer).__name__)
         key, value = layer.keys, layer.values

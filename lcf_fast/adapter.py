@@ -1,0 +1,495 @@
+"""`LatentCacheFlow`: the adapter as an `nn.Module`, on caches of transformers or plain tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .caches import Pair, cache_layers, rebuild_cache
+from .config import LCFConfig
+from .errors import DTypeError, GeometryError, IndexRangeError, ShapeError
+from .inputs import check_device, hide_padding, known_length, real_tokens, span_offsets
+from .message import Message
+
+__all__ = ["LatentCacheFlow", "parameter_shapes"]
+
+#: Hard gates of one layer, read on the host: (key open, value open).
+Live = tuple[tuple[bool, bool], ...]
+
+
+def parameter_shapes(config: LCFConfig, layers: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters, in their order, for ``layers`` kept layers."""
+    d, blocks, wide = config.bottleneck, config.ffn_blocks, config.ffn_expansion * config.bottleneck
+    channels, heads = config.receiver.channels, config.receiver.kv_heads
+    shapes: dict[str, tuple[int, ...]] = {
+        "down_weight": (layers, d, config.in_channels),
+        "down_bias": (layers, d),
+        "norm_weight": (layers, blocks, d),
+        "ffn_in_weight": (layers, blocks, wide, d),
+        "ffn_out_weight": (layers, blocks, d, wide),
+        "up_weight": (layers, 2, channels, d // 2),
+        "up_bias": (layers, 2, channels),
+        "head_gate_weight": (layers, 2, heads, d),
+        "head_gate_bias": (layers, 2, heads),
+        "gate_logit": (layers, 2),
+    }
+    if config.cross_context:
+        query = (layers, config.sharer.kv_heads, config.sharer.head_dim)
+        shapes |= {"span_query": query, "global_query": query}
+    return shapes
+
+
+class LatentCacheFlow(nn.Module):
+    """An LCF or LCF-X adapter (arXiv 2605.22863; spec, sections 2 to 4): one projector a kept receiver layer.
+
+    LCF (``cross_context=False``): :meth:`fuse` edits the receiver's cache with the sharer's, position by
+    position. LCF-X: :meth:`summarize` pools the sharer's cache to a :class:`Message`, :meth:`inject` edits
+    the receiver's cache with it. What ends in ``_`` edits in place, the rest leaves its inputs as they are.
+    Edit the cache of the prompt but its last token, then let the receiver go on from there.
+
+    A *cache* is a transformers ``DynamicCache`` or ``StaticCache`` or a sequence of ``(key, value)``, one
+    pair a layer of the whole model (not only the kept ones), each ``(B, H, N, D)``; see
+    :mod:`lcf_fast.caches`. Adapter and cache may differ in dtype: products run in the receiver cache's dtype.
+
+    Parameters are stacked over the kept layers on axis 0; where an axis has two entries, 0 is the key's and 1
+    the value's; input channels in the order S_K, S_V, R_K, R_V. Buffers ``receiver_layers (L,)`` and
+    ``sharer_layers (L,)`` say which layer reads from which.
+
+    A gate is open where its logit is above zero; a layer whose two gates are closed, like one that is not
+    kept, is passed through untouched and costs nothing. On a GPU the gates are read once and again whenever
+    ``gate_logit`` changes in place; an edit through ``gate_logit.data`` escapes this, use ``with
+    torch.no_grad()`` instead. ``torch.compile`` takes them as constants. ``train()`` changes nothing yet: the
+    training gate and dropout come with training, until then both modes compute what inference does.
+
+    Args:
+        config: geometries, widths and layer map.
+        keep_layers: receiver layers that get a projector; None: all of them.
+        device, dtype: of the parameters, as in ``nn.Linear``.
+    """
+
+    receiver_layers: Tensor
+    sharer_layers: Tensor
+    gate_logit: nn.Parameter
+    down_weight: nn.Parameter
+
+    def __init__(
+        self,
+        config: LCFConfig,
+        *,
+        keep_layers: Iterable[int] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(config, LCFConfig):
+            raise DTypeError("config", expected="an LCFConfig", got=type(config).__name__)
+        self.config = config
+        everything = tuple(range(config.receiver.layers))
+        kept = everything if keep_layers is None else _kept_layers(keep_layers, everything)
+        for name, shape in parameter_shapes(config, len(kept)).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        reads = tuple(config.sharer_layers[t] for t in kept)
+        self.register_buffer("receiver_layers", torch.tensor(kept, dtype=torch.int64, device=device))
+        self.register_buffer("sharer_layers", torch.tensor(reads, dtype=torch.int64, device=device))
+        # The same on the host: routing must not wait for a device.
+        self._kept, self._reads = kept, reads
+        self._gates: tuple[Tensor, int, int, Live] | None = None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fresh parameters: linears like ``nn.Linear``, norms 1, gates ``config.gate_init``, small queries."""
+        for name, parameter in self.named_parameters():
+            if name == "norm_weight":
+                parameter.fill_(1.0)
+            elif name == "gate_logit":
+                parameter.fill_(cast(float, self.config.gate_init))
+            elif name in ("span_query", "global_query"):
+                parameter.normal_(std=0.02)  # nearly even weights over a span to begin with
+            else:
+                # A bias takes the bound of its weight; the weight's last axis is the fan-in.
+                weight = self.get_parameter(name.replace("_bias", "_weight"))
+                bound = 1 / math.sqrt(weight.shape[-1])
+                parameter.uniform_(-bound, bound)
+
+    # --- LCF
+    # -----------------------------------------------------------------------------------------------------
+
+    def fuse(
+        self,
+        sharer_cache: Any,
+        receiver_cache: Any,
+        *,
+        sharer_index: Tensor | None = None,
+        positions: tuple[int, int] | None = None,
+        attention_mask: Tensor | None = None,
+        sharer_attention_mask: Tensor | None = None,
+    ) -> Any:
+        """The receiver's cache, edited with the sharer's (LCF). A new cache of the same kind.
+
+        Args:
+            sharer_cache, receiver_cache: caches of ``config.sharer`` and ``config.receiver``, of one batch
+                size, and of one length unless ``sharer_index`` is given.
+            sharer_index: ``(B, N)`` int, the sharer's row for each receiver position; -1: none, left
+                untouched.
+            positions: half-open ``(start, stop)`` of receiver positions to edit; None: all.
+            attention_mask: ``(B, N)`` as transformers has it, zero where the receiver's position is padding,
+                which is left untouched. N is the length of the cache.
+            sharer_attention_mask: ``(B, M)``, the sharer's; a receiver position that aligns with padding is
+                left untouched.
+
+        Returns:
+            What :func:`lcf_fast.caches.rebuild_cache` makes of the edited layers: a layer (of a DynamicCache
+            or a sequence) that was not edited may share its tensors with ``receiver_cache``. A StaticCache on
+            a GPU knows its length only there; give a mask or an index and the host need not wait for it.
+
+        Raises:
+            GeometryError, ShapeError, DTypeError, DeviceError, IndexRangeError: naming the argument, before
+                anything is computed.
+        """
+        return self._fuse(
+            False,
+            sharer_cache,
+            receiver_cache,
+            sharer_index,
+            positions,
+            attention_mask,
+            sharer_attention_mask,
+        )
+
+    def fuse_(
+        self,
+        sharer_cache: Any,
+        receiver_cache: Any,
+        *,
+        sharer_index: Tensor | None = None,
+        positions: tuple[int, int] | None = None,
+        attention_mask: Tensor | None = None,
+        sharer_attention_mask: Tensor | None = None,
+    ) -> Any:
+        """:meth:`fuse` in place: edits ``receiver_cache`` and returns it. On an error it is as it was."""
+        return self._fuse(
+            True, sharer_cache, receiver_cache, sharer_index, positions, attention_mask, sharer_attention_mask
+        )
+
+    def _fuse(
+        self,
+        in_place: bool,
+        sharer_cache: Any,
+        receiver_cache: Any,
+        sharer_index: Tensor | None,
+        positions: tuple[int, int] | None,
+        attention_mask: Tensor | None,
+        sharer_attention_mask: Tensor | None,
+    ) -> Any:
+        if self.config.cross_context:
+            raise GeometryError(
+                "adapter",
+                expected="an LCF adapter (cross_context=False) to fuse with",
+                got="LCF-X: use summarize and inject",
+            )
+        hint = known_length(sharer_index, attention_mask)
+        receiver = cache_layers(receiver_cache, name="receiver_cache", geometry=self.config.receiver, length=hint)
+        hint = known_length(sharer_attention_mask, *(() if sharer_index is not None else (attention_mask,)))
+        sharer = cache_layers(sharer_cache, name="sharer_cache", geometry=self.config.sharer, length=hint)
+        key = receiver[0][0]
+        batch, _, length, _ = key.shape
+        sharer_key = sharer[0][0]
+        self._check_device("receiver_cache", key)
+        check_device("sharer_cache", sharer_key, key)
+        if sharer_key.shape[0] != batch:
+            raise ShapeError(
+                "sharer_cache", expected=f"batch size {batch} as the receiver's", got=str(sharer_key.shape[0])
+            )
+        if sharer_index is None and sharer_key.shape[2] != length:
+            raise ShapeError(
+                "sharer_cache",
+                expected=f"{length} positions as the receiver's (or a sharer_index that aligns them)",
+                got=str(sharer_key.shape[2]),
+            )
+        edit_mask = real_tokens("attention_mask", attention_mask, key)
+        visible = real_tokens("sharer_attention_mask", sharer_attention_mask, sharer_key)
+        if visible is not None:
+            if sharer_index is None:
+                edit_mask = visible if edit_mask is None else edit_mask & visible
+            else:
+                sharer_index = hide_padding(sharer_index, visible, key)
+        fused = (ops.fuse_layers_ if in_place else ops.fuse_layers)(
+            [sharer[s] for s in self._reads],
+            [receiver[t] for t in self._kept],
+            self._weights(),
+            live=self._live(),
+            sharer_index=sharer_index,
+            edit_mask=edit_mask,
+            positions=positions,
+            norm_eps=self.config.norm_eps,
+        )
+        return receiver_cache if in_place else self._rebuilt(receiver_cache, receiver, fused)
+
+    # --- LCF-X
+    # ---------------------------------------------------------------------------------------------------
+
+    def summarize(
+        self,
+        sharer_cache: Any,
+        spans: Tensor | Sequence[Sequence[int]] | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+    ) -> Message:
+        """Pool the sharer's cache to a message of fixed size (LCF-X; spec, section 4).
+
+        Args:
+            sharer_cache: a cache of ``config.sharer``, ``(B, Hs, M, Ds)`` a layer.
+            spans: ``(B, P+1)`` int offsets, non-decreasing, span ``p`` being tokens ``[spans[b, p], spans[b,
+                p+1])``; an empty span weighs nothing. Or a list of such lists, whose rows may differ in
+                length. None: one span over each row's valid tokens.
+            attention_mask: ``(B, M)`` as transformers has it; padding is not pooled.
+
+        Returns:
+            A :class:`Message` with ``latent (L, B, d)`` and ``summary (L, 2, B, Hs, Ds)``.
+
+        Raises:
+            SpanError: offsets that decrease or leave the sequence, or a row without a token to pool.
+            GeometryError, ShapeError, DTypeError, DeviceError: as in :meth:`fuse`.
+        """
+        self._check_cross_context("summarize")
+        hint = known_length(attention_mask)
+        sharer = cache_layers(sharer_cache, name="sharer_cache", geometry=self.config.sharer, length=hint)
+        key = sharer[0][0]
+        self._check_device("sharer_cache", key)
+        mask = real_tokens("attention_mask", attention_mask, key)
+        offsets = span_offsets(spans, key, mask)
+        latent, summary = ops.summarize_layers(
+            [sharer[s] for s in self._reads], self._weights(), offsets, attention_mask=mask
+        )
+        return Message(latent=latent, receiver_layers=self._kept, spans=int(offsets.shape[1]) - 1, summary=summary)
+
+    def inject(
+        self,
+        receiver_cache: Any,
+        message: Message,
+        *,
+        positions: tuple[int, int] | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Any:
+        """The receiver's cache, edited with a message (LCF-X). A new cache of the same kind.
+
+        Args:
+            receiver_cache: a cache of ``config.receiver``.
+            message: of an adapter with the same kept layers and width; a message of batch size 1 serves every
+                row.
+            positions, attention_mask: as in :meth:`fuse`.
+
+        Returns, raises: as :meth:`fuse`.
+        """
+        return self._inject(False, receiver_cache, message, positions, attention_mask)
+
+    def inject_(
+        self,
+        receiver_cache: Any,
+        message: Message,
+        *,
+        positions: tuple[int, int] | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Any:
+        """:meth:`inject` in place: edits ``receiver_cache`` and returns it. On an error it is as it was."""
+        return self._inject(True, receiver_cache, message, positions, attention_mask)
+
+    def _inject(
+        self,
+        in_place: bool,
+        receiver_cache: Any,
+        message: Message,
+        positions: tuple[int, int] | None,
+        attention_mask: Tensor | None,
+    ) -> Any:
+        self._check_cross_context("inject")
+        hint = known_length(attention_mask)
+        receiver = cache_layers(receiver_cache, name="receiver_cache", geometry=self.config.receiver, length=hint)
+        key = receiver[0][0]
+        self._check_device("receiver_cache", key)
+        latent = self._checked_latent(message, key.shape[0], key)
+        edit_mask = real_tokens("attention_mask", attention_mask, key)
+        injected = (ops.fuse_layers_ if in_place else ops.fuse_layers)(
+            None,
+            [receiver[t] for t in self._kept],
+            self._weights(),
+            live=self._live(),
+            message=latent,
+            edit_mask=edit_mask,
+            positions=positions,
+            norm_eps=self.config.norm_eps,
+        )
+        return receiver_cache if in_place else self._rebuilt(receiver_cache, receiver, injected)
+
+    def _checked_latent(self, message: Message, batch: int, key: Tensor) -> Tensor:
+        if not isinstance(message, Message):
+            raise DTypeError("message", expected="a Message", got=type(message).__name__)
+        latent = message.latent
+        if tuple(message.receiver_layers) != self._kept:
+            raise GeometryError(
+                "message.receiver_layers", expected=f"{self._kept}", got=f"{tuple(message.receiver_layers)}"
+            )
+        layers, d = len(self._kept), self.config.bottleneck
+        if latent.dim() != 3 or latent.shape[0] != layers or latent.shape[2] != d:
+            got = str(tuple(latent.shape))
+            raise ShapeError("message.latent", expected=f"(L={layers}, B, d={d})", got=got)
+        if not latent.is_floating_point():
+            raise DTypeError("message.latent", expected="a float dtype", got=str(latent.dtype))
+        if latent.shape[1] not in (1, batch):
+            raise ShapeError("message.latent", expected=f"batch size {batch} or 1", got=str(latent.shape[1]))
+        check_device("message.latent", latent, key)
+        return latent if latent.shape[1] == batch else latent.expand(layers, batch, d)
+
+    # --- what both share
+    # -----------------------------------------------------------------------------------------
+
+    def _rebuilt(self, cache: Any, layers: list[Pair], edited: Sequence[Pair]) -> Any:
+        layers = list(layers)
+        for t, pair in zip(self._kept, edited):
+            layers[t] = pair
+        return rebuild_cache(cache, layers)
+
+    def _check_cross_context(self, method: str) -> None:
+        if not self.config.cross_context:
+            raise GeometryError(
+                "adapter",
+                expected=f"an LCF-X adapter (cross_context=True) to {method} with",
+                got="LCF: use fuse",
+            )
+
+    def _check_device(self, name: str, key: Tensor) -> None:
+        check_device(name, key, self._weights()["gate_logit"], "the adapter")
+
+    def _weights(self) -> Mapping[str, Tensor]:
+        # The module's own dictionary: building one a call would cost more host time than the checks.
+        return cast("Mapping[str, Tensor]", self._parameters)
+
+    def _live(self) -> Live:
+        """The hard gates, on the host."""
+        if torch.compiler.is_compiling():
+            return self._live_when_traced()
+        logit = self._weights()["gate_logit"]
+        # A tensor made in inference mode does not count its changes.
+        if logit.device.type == "cpu" or logit.is_inference():
+            return _open(logit)
+        known = self._gates
+        if known is None or known[0] is not logit or known[1:3] != (logit._version, logit.data_ptr()):
+            known = self._gates = (logit, logit._version, logit.data_ptr(), _open(logit))
+        return known[3]
+
+    def _live_when_traced(self) -> Live:
+        return _open(self._weights()["gate_logit"])
+
+    # What torch.compiler.assume_constant_result sets: dynamo calls the function once, while tracing. Set by
+    # hand since that helper imports the whole compiler.
+    _live_when_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    # --- pruning, saving
+    # -----------------------------------------------------------------------------------------
+
+    def prune(self, keep_layers: Iterable[int]) -> LatentCacheFlow:
+        """Drop all projectors but those of these receiver layers, in place like ``nn.Module.half``; returns
+        self.
+
+        The parameters are new tensors, so make optimizers anew. Kept layers stay in ascending order.
+
+        Args:
+            keep_layers: receiver layers (not rows of the stacked parameters), each kept so far.
+
+        Raises:
+            IndexRangeError: a layer that the adapter does not hold. GeometryError: none, or one named twice.
+        """
+        kept = _kept_layers(keep_layers, self._kept)
+        rows = [self._kept.index(t) for t in kept]
+        index = torch.tensor(rows, device=self.receiver_layers.device)
+        for name, old in list(self._parameters.items()):
+            assert old is not None
+            new = nn.Parameter(old.detach().index_select(0, index), requires_grad=old.requires_grad)
+            self._parameters[name] = new
+        self.receiver_layers = self.receiver_layers.index_select(0, index)
+        self.sharer_layers = self.sharer_layers.index_select(0, index)
+        self._kept, self._reads = kept, tuple(self._reads[row] for row in rows)
+        self._gates = None
+        return self
+
+    def parameter_count(self) -> int:
+        """Number of parameters held, over the kept layers."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+        """Write ``config.json`` and ``adapter.safetensors`` to a folder; see :mod:`lcf_fast.checkpoint`."""
+        from .checkpoint import save
+
+        save(self, directory)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        sharer: Any = None,
+        receiver: Any = None,
+    ) -> LatentCacheFlow:
+        """Read what :meth:`save_pretrained` wrote.
+
+        Args:
+            directory: the folder.
+            device: where the parameters go; None: the CPU.
+            dtype: of the parameters; None: as saved.
+            sharer, receiver: the models it is meant for (or their configs, or CacheGeometry), to be checked.
+
+        Raises:
+            CheckpointError: missing, damaged, or of an unknown version. GeometryError: not for these models.
+                Both before any weight is used.
+        """
+        from .checkpoint import load
+
+        return load(cls, directory, device=device, dtype=dtype, sharer=sharer, receiver=receiver)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # The kept layers live twice, as buffers and on the host; a state dict may bring others.
+        kept, reads = self._kept, self._reads
+        found = [state_dict.get(prefix + name) for name in ("receiver_layers", "sharer_layers")]
+        if all(isinstance(part, Tensor) and part.shape == (len(kept),) for part in found):
+            kept, reads = (tuple(int(i) for i in cast(Tensor, part).tolist()) for part in found)
+            geometries = self.config.receiver, self.config.sharer
+            for name, layers, geometry in zip(("receiver_layers", "sharer_layers"), (kept, reads), geometries):
+                if any(not 0 <= t < geometry.layers for t in layers):
+                    raise IndexRangeError(prefix + name, expected=f"layers in [0, {geometry.layers})", got=f"{layers}")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._kept, self._reads, self._gates = kept, reads, None
+
+    def extra_repr(self) -> str:
+        c, kept = self.config, self._kept
+        sides = (f"{g.layers}x{g.kv_heads}x{g.head_dim}" for g in (c.sharer, c.receiver))
+        layers = f"all {len(kept)} layers" if len(kept) == c.receiver.layers else f"layers={kept}"
+        kind = "LCF-X" if c.cross_context else "LCF"
+        return f"{kind}, {' -> '.join(sides)}, bottleneck={c.bottleneck}, {layers}"
+
+
+def _open(logit: Tensor) -> Live:
+    return tuple((key > 0, value > 0) for key, value in logit.detach().tolist())
+
+
+def _kept_layers(keep_layers: Iterable[int], held: tuple[int, ...]) -> tuple[int, ...]:
+    if isinstance(keep_layers, Tensor):
+        keep_layers = keep_layers.tolist()
+    layers = tuple(keep_layers)
+    for t in layers:
+        if isinstance(t, bool) or not isinstance(t, int):
+            raise DTypeError("keep_layers", expected="ints", got=f"{t!r} ({type(t).__name__})")
+        if t not in held:
+            raise IndexRangeError("keep_layers", expected=f"receiver layers among {held}", got=str(t))
+    if not layers or len(set(layers)) < len(layers):
+        got = f"{layers}" if layers else "none"
+        raise GeometryError("keep_layers", expected="at least one receiver layer, each once", got=got)
+    return tuple(sorted(layers))

@@ -1,0 +1,83 @@
+"""Masks, alignments and spans as users have them, made ready for `lcf_fast.ops`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import check_index, check_mask, check_offsets
+from .errors import DeviceError, DTypeError, LCFError, SpanError
+
+__all__ = ["check_device", "hide_padding", "known_length", "real_tokens", "span_offsets"]
+
+
+def check_device(name: str, tensor: Tensor, other: Any, whose: str = "the receiver's cache") -> None:
+    """``tensor`` lies where ``other``, ``whose`` it is, lies."""
+    if tensor.device != other.device:
+        raise DeviceError(name, expected=f"{other.device} as {whose}", got=str(tensor.device))
+
+
+def known_length(*given: Any) -> int | None:
+    """The length that a ``(B, N)`` mask or index gives away without reading a device, if any."""
+    for tensor in given:
+        if isinstance(tensor, Tensor) and tensor.dim() == 2:
+            return int(tensor.shape[1])
+    return None
+
+
+def real_tokens(name: str, mask: Any, key: Tensor) -> Tensor | None:
+    """A transformers-style mask as bool ``(B, N)``, True where ``key (B, H, N, D)`` holds a real token."""
+    if mask is None:
+        return None
+    check_mask(name, mask, key.shape[0], key.shape[2])
+    check_device(name, mask, key, "the cache")
+    real: Tensor = mask if mask.dtype == torch.bool else mask != 0
+    return real
+
+
+def hide_padding(sharer_index: Any, visible: Tensor, key: Tensor) -> Tensor:
+    """``sharer_index (B, N)`` with -1 where it names a row that is not ``visible (B, M)``.
+
+    What is out of range stays as it is: refusing it is the op's part.
+    """
+    check_index(sharer_index, key.shape[0], key.shape[2], visible.shape[1])
+    index: Tensor = sharer_index
+    if visible.shape[1] == 0:
+        return index
+    rows = index.to(key.device, torch.int64, non_blocking=True)
+    shown = visible.gather(1, rows.clamp(0, visible.shape[1] - 1))
+    return rows.masked_fill(~shown & (rows >= 0) & (rows < visible.shape[1]), -1)
+
+
+def span_offsets(spans: Any, key: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """``(B, P+1)`` int32 on the device of ``key (B, H, N, D)``; what lies on the host is checked there.
+
+    ``spans`` as `LatentCacheFlow.summarize` takes them: a tensor, a list of lists, or None.
+    """
+    batch, length = key.shape[0], key.shape[2]
+    if spans is None:
+        spans = torch.tensor([[0, length]]).expand(batch, 2)
+    elif not isinstance(spans, Tensor):
+        spans = _padded(spans)
+    try:
+        check_offsets(spans, batch, length, attention_mask)
+    except LCFError as error:
+        raise type(error)("spans", expected=error.expected, got=error.got) from None
+    offsets: Tensor = spans.to(key.device, torch.int32, non_blocking=True)
+    return offsets
+
+
+def _padded(spans: Any) -> Tensor:
+    """Lists of offsets as one tensor; rows of fewer spans end in empty ones, which weigh nothing."""
+    if not isinstance(spans, Sequence) or not all(isinstance(row, Sequence) for row in spans):
+        raise DTypeError("spans", expected="a (B, P+1) tensor or a list of lists", got=type(spans).__name__)
+    if not all(isinstance(offset, int) for row in spans for offset in row):
+        raise DTypeError("spans", expected="int offsets", got="other entries")
+    if any(len(row) < 2 for row in spans):
+        raise SpanError("spans", expected="two offsets or more a row", got=f"{[len(row) for row in spans]}")
+    widest = max((len(row) for row in spans), default=2)
+    rows = [[*row, *[row[-1]] * (widest - len(row))] for row in spans]
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), widest)
