@@ -41,5 +41,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode(), lcf_fast.use_backend("triton"):
+    with torch.no_grad(), lcf_fast.use_backend("triton"):
         main()

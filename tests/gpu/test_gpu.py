@@ -38,7 +38,9 @@ SMALL_SHARER, SMALL_RECEIVER = Geometry(3, 2, 64), Geometry(4, 8, 128)
 @pytest.fixture(autouse=True)
 def on_the_kernels(device: torch.device) -> Iterator[None]:
     assert device.type == "cuda", "run with LCF_FAST_TEST_DEVICE=cuda: the interpreter is on"
-    with torch.inference_mode(), lcf_fast.use_backend("triton"):
+    # Not inference_mode: parameters made in it do not count their changes, so that the adapter would read its
+    # gates, and sync, in every call.
+    with torch.no_grad(), lcf_fast.use_backend("triton"):
         yield
 
 
