@@ -43,9 +43,22 @@ def recompute_gradients(
     grads: Sequence[Tensor],
 ) -> list[Tensor]:
     """Gradients of ``formula(inputs)`` for the inputs that are ``needed``, in order; zeros where it does not depend."""
+    # An op's implementation runs below autograd; to differentiate inside one, its key must be let through again.
+    keys: Any = torch._C
+    autograd_key = keys.DispatchKeySet(keys.DispatchKey.AutogradFunctionality)
+    exclude = keys._dispatch_tls_local_exclude_set() - autograd_key
+    with keys._ForceDispatchKeyGuard(keys._dispatch_tls_local_include_set(), exclude), torch.enable_grad():
+        return _differentiate(formula, inputs, needed, grads)
+
+
+def _differentiate(
+    formula: Callable[[Sequence[Any]], Sequence[Tensor]],
+    inputs: Sequence[Any],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor],
+) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() if need else x for x, need in zip(inputs, needed)]
-    with torch.enable_grad():
-        outputs = formula(leaves)
+    outputs = formula(leaves)
     wanted = [leaf for leaf, need in zip(leaves, needed) if need]
     live = [(output, grad) for output, grad in zip(outputs, grads) if output.requires_grad]
     if not live:
