@@ -1,0 +1,599 @@
+"""Attention pooling of spans to a fixed-size summary, and its fold through W_down, forward (spec section 4).
+
+Three launches for all layers, whatever the number of spans:
+
+1. `pool_chunk_kernel`: a program reads one chunk of tokens of one layer, batch item and head, each byte of the cache
+   once, and reduces it to a partial state.
+2. `merge_kernel`: partial states merge, a tile of chunks at a time; one more launch for every factor 31 beyond 32 chunks.
+3. `fold_kernel`: ``c = W_down[:, :2Cs]·[K*;V*] + b_down``, the weights read once.
+
+**The state of a token range** has three parts, each a softmax state ``(max, sum, acc_K, acc_V)``:
+
+- LEFT: the range's part of the span that began before it and reaches into it;
+- RIGHT: the range's part of the span that begins in it and goes on after it;
+- INNER: the cross-span state of the spans that lie wholly inside; it weighs whole spans by ``q_global``;
+
+and a flag THROUGH: one span covers the range and goes on on both sides (then it is LEFT, and the others are empty).
+States of neighbouring ranges merge exactly, in any grouping. So the buffers grow with the length, never with the spans.
+
+**No per-span vectors.** ``q_global·K~_p`` is the mean of ``q_global·K_t`` under the span's weights, so a span's score
+comes from two numbers a token, and every token's final weight is known before keys and values are summed up. Tokens of
+the three parts are disjoint: a chunk needs two dot products and one weighted sum a token, for one span or a span a token.
+
+Everything is float32 after the load. Cost a token, layer and KV head: ``2·D`` elements read, ``8·D`` FLOPs; partial
+states add ``8·D`` bytes a chunk for each part present. Floor: the cache's bytes at the copy bandwidth; the fold adds
+``2·Cs·d`` weights a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import TRITON_DTYPE, address_tables, cast, device_guard, table_entry, target_of
+from .pooling_policy import fold_config, pooling_config
+
+#: Parts of a state, and floats a chunk in the statistics: (max, sum) a part, the through flag, one unused.
+PARTS = tl.constexpr(3)
+STATS = tl.constexpr(8)
+LEFT = tl.constexpr(0)
+RIGHT = tl.constexpr(1)
+INNER = tl.constexpr(2)
+#: Offsets probed at once by `spans_ended`: one warp's lanes.
+PROBES = tl.constexpr(32)
+
+
+@triton.jit
+def row_pointer(table, i_layer, LAYERS: tl.constexpr, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
+    """The pointer that `address_table` stored for layer ``i_layer``.
+
+    Triton reads the alignment hint off the integer-to-pointer conversion only, and in the function that made it.
+    """
+    pointer = table_entry(table, i_layer, LAYERS, not IS_ALIGNED).to(tl.pointer_type(DTYPE))
+    if IS_ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def load_offset(p_offsets, i, tokens):
+    """A span offset, clamped into the sequence: whatever the offsets hold, nothing outside is ever addressed."""
+    return tl.minimum(tl.maximum(tl.load(p_offsets + i), 0), tokens)
+
+
+@triton.jit
+def spans_ended(p_offsets, position, spans, tokens):
+    """How many spans end at or before ``position``: the first span that reaches beyond it, or ``spans``."""
+    low = tl.full([], 0, dtype=tl.int32)
+    high = spans
+    o_probe = tl.arange(0, PROBES) + 1
+    while low < high:  # invariant: the answer is in [low, high]
+        step = (high - low + PROBES - 1) // PROBES
+        o_span = low + o_probe * step
+        end = tl.load(p_offsets + o_span, mask=o_span <= high, other=0)
+        ended = (tl.minimum(tl.maximum(end, 0), tokens) <= position) & (o_span <= high)
+        count = tl.sum(ended.to(tl.int32), 0)
+        high = tl.minimum(high, low + (count + 1) * step - 1)
+        low += count * step
+    return low
+
+
+@triton.jit
+def finite_or_zero(maximum):
+    """The maximum of a softmax state to subtract: 0 for an empty one, so that ``exp(-inf - max)`` is 0 and not NaN."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit(do_not_specialize=["tokens", "spans", "chunks", "batch"])
+def pool_chunk_kernel(
+    keys,
+    values,
+    span_query,
+    global_query,
+    offsets,
+    mask,
+    states,
+    stats,
+    tokens,
+    spans,
+    chunks,
+    batch,
+    stride_key_batch,
+    stride_key_head,
+    stride_key_token,
+    stride_value_batch,
+    stride_value_head,
+    stride_value_token,
+    stride_offsets,
+    stride_mask_batch,
+    stride_mask_token,
+    LAYERS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Reduce one chunk of BLOCK_T tokens of one (layer, batch item, head) to its state.
+
+    ``keys``, ``values``: launch tables. ``span_query``, ``global_query`` ``(L, H, D)`` contiguous. ``states``
+    ``(L, B, H, chunks, PARTS, 2, D)`` and ``stats`` ``(L, B, H, chunks, STATS)``, float32. The vectors of an empty part
+    are NOT written; its sum is 0, and no reader may touch them.
+    """
+    i_program = tl.program_id(0)
+    i_chunk = i_program % chunks
+    i_row = i_program // chunks  # (layer, batch item, head)
+    i_head = i_row % HEADS
+    i_batch = (i_row // HEADS) % batch
+    i_layer = i_row // (HEADS * batch)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < HEAD_DIM
+    begin = i_chunk * BLOCK_T
+    end = tl.minimum(begin + BLOCK_T, tokens)
+    o_t = begin + tl.arange(0, BLOCK_T)
+
+    # Tokens of no span and padding are never loaded: what lies there (NaN, too) can not reach a sum.
+    p_offsets = offsets + i_batch.to(tl.int64) * stride_offsets
+    m_t = (o_t >= load_offset(p_offsets, 0, tokens)) & (o_t < load_offset(p_offsets, spans, tokens))
+    if HAS_MASK:
+        p_mask = mask + i_batch.to(tl.int64) * stride_mask_batch + o_t.to(tl.int64) * stride_mask_token
+        m_t = m_t & (tl.load(p_mask, mask=m_t, other=0) != 0)
+    m_td = m_t[:, None] & m_d[None, :]
+    p_key = row_pointer(keys, i_layer, LAYERS, DTYPE, IS_ALIGNED)
+    p_key += i_batch.to(tl.int64) * stride_key_batch + i_head.to(tl.int64) * stride_key_head
+    p_value = row_pointer(values, i_layer, LAYERS, DTYPE, IS_ALIGNED)
+    p_value += i_batch.to(tl.int64) * stride_value_batch + i_head.to(tl.int64) * stride_value_head
+    o_t64 = o_t.to(tl.int64)
+    b_key = tl.load(p_key + o_t64[:, None] * stride_key_token + o_d[None, :], mask=m_td, other=0.0)
+    b_value = tl.load(p_value + o_t64[:, None] * stride_value_token + o_d[None, :], mask=m_td, other=0.0)
+
+    # While the rows are under way: which spans cross the chunk's ends, which lie inside. [left_end, right_begin) holds
+    # the inner ones; spans first_inner .. last-1 are those.
+    first = spans_ended(p_offsets, begin, spans, tokens)
+    last = spans_ended(p_offsets, end, spans, tokens)
+    left_end = load_offset(p_offsets, first, tokens)
+    right_begin = load_offset(p_offsets, last, tokens)
+    has_left = (first < spans) & (left_end < begin)
+    has_right = (last < spans) & (right_begin < end)
+    is_through = has_left & has_right & (first == last)
+    has_right = has_right & (is_through == 0)
+    if has_left:
+        left_end = load_offset(p_offsets, first + 1, tokens)
+    first_inner = first + has_left.to(tl.int32)
+
+    p_query = (i_layer * HEADS + i_head) * HEAD_DIM + o_d
+    b_span_query = tl.load(span_query + p_query, mask=m_d, other=0.0).to(tl.float32)
+    b_global_query = tl.load(global_query + p_query, mask=m_d, other=0.0).to(tl.float32)
+    b_key32 = b_key.to(tl.float32)
+    b_score = tl.sum(b_key32 * b_span_query[None, :], 1) * SCALE
+    b_global = tl.sum(b_key32 * b_global_query[None, :], 1) * SCALE
+
+    # Each token's part, logit and weight: softmax over a part of weight * exp(logit) is what the token counts for.
+    # Outside INNER that is the span's own softmax; inside it is the span's logit and the token's share of the span.
+    m_inner = (o_t >= left_end) & (o_t < right_begin)
+    b_part = tl.where(m_inner, INNER, tl.where(o_t < left_end, LEFT, RIGHT))
+    b_logit = tl.where(m_inner, 0.0, b_score)
+    b_weight = tl.where(m_inner, 0.0, 1.0)
+    i_span = first_inner
+    while i_span < last:
+        o_span = i_span + tl.arange(0, GROUP)
+        m_span = o_span < last
+        span_begin = tl.load(p_offsets + o_span, mask=m_span, other=0)
+        span_end = tl.load(p_offsets + o_span + 1, mask=m_span, other=0)
+        m_member = (o_t[None, :] >= span_begin[:, None]) & (o_t[None, :] < span_end[:, None])
+        m_member = m_member & m_span[:, None] & m_t[None, :] & m_inner[None, :]
+        b_member = tl.where(m_member, b_score[None, :], float("-inf"))
+        b_member = tl.exp(b_member - finite_or_zero(tl.max(b_member, 1))[:, None])
+        total = tl.sum(b_member, 1)
+        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+        b_member = b_member * inverse[:, None]
+        span_logit = tl.sum(b_member * b_global[None, :], 1)
+        b_weight += tl.sum(b_member, 0)
+        b_logit += tl.sum(tl.where(m_member, span_logit[:, None], 0.0), 0)
+        i_span += GROUP
+
+    i_state = i_row.to(tl.int64) * chunks + i_chunk
+    p_stats = stats + i_state * STATS
+    tl.store(p_stats + 2 * PARTS, is_through.to(tl.float32))
+    b_value32 = b_value.to(tl.float32)
+    for i_part in range(PARTS):
+        is_present = has_left
+        if i_part == RIGHT:
+            is_present = has_right
+        if i_part == INNER:
+            is_present = first_inner < last
+        maximum = tl.full([], float("-inf"), dtype=tl.float32)
+        total = tl.full([], 0.0, dtype=tl.float32)
+        if is_present:
+            m_part = m_t & (b_part == i_part)
+            maximum = tl.max(tl.where(m_part, b_logit, float("-inf")), 0)
+            b_sum = tl.where(m_part, b_weight * tl.exp(b_logit - finite_or_zero(maximum)), 0.0)
+            total = tl.sum(b_sum, 0)
+            p_state = states + (i_state * PARTS + i_part) * (2 * HEAD_DIM) + o_d
+            tl.store(p_state, tl.sum(b_sum[:, None] * b_key32, 0), mask=m_d)
+            tl.store(p_state + HEAD_DIM, tl.sum(b_sum[:, None] * b_value32, 0), mask=m_d)
+        tl.store(p_stats + 2 * i_part, maximum)
+        tl.store(p_stats + 2 * i_part + 1, total)
+
+
+@triton.jit
+def load_stats(p_stats, m_chunk, PART: tl.constexpr):
+    """``(max, sum, present)`` of one part of a tile of chunks; a part that is not there weighs nothing."""
+    maximum = tl.load(p_stats + 2 * PART, mask=m_chunk, other=float("-inf"))
+    total = tl.load(p_stats + 2 * PART + 1, mask=m_chunk, other=0.0)
+    present = total != 0.0  # a NaN is there, and must be seen
+    return tl.where(present, maximum, float("-inf")), total, present
+
+
+@triton.jit
+def weighted_rows(p_state, b_left, b_right, b_inner, m_left, m_right, m_inner, HEAD_DIM: tl.constexpr):
+    """The weighted sum over a tile of chunks of all three parts' vectors; absent ones are not loaded."""
+    row = tl.load(p_state + LEFT * 2 * HEAD_DIM, mask=m_left, other=0.0) * b_left[:, None]
+    row += tl.load(p_state + RIGHT * 2 * HEAD_DIM, mask=m_right, other=0.0) * b_right[:, None]
+    row += tl.load(p_state + INNER * 2 * HEAD_DIM, mask=m_inner, other=0.0) * b_inner[:, None]
+    return tl.sum(row, 0)
+
+
+@triton.jit(do_not_specialize=["chunks", "groups", "batch"])
+def merge_kernel(
+    states,
+    stats,
+    global_query,
+    out_states,
+    out_stats,
+    out_key,
+    out_value,
+    chunks,
+    groups,
+    batch,
+    stride_out_layer,
+    stride_out_batch,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SCALE: tl.constexpr,
+    IS_LAST: tl.constexpr,
+    OUT_DTYPE: tl.constexpr,
+):
+    """Merge the states of up to FAN_IN neighbouring chunks of one (layer, batch item, head).
+
+    IS_LAST: they are the whole sequence, the result is ``K*, V*`` in ``out_key``, ``out_value`` ``(L, B, H, D)``; else it
+    is a state in ``out_states``, ``out_stats``, laid out as the given ones.
+
+    A span that crosses chunks is named by the chunk in which it ends. One that does not end here is named BLOCK_C - 1,
+    so no chunk may have that place (FAN_IN = BLOCK_C - 1); in the last merge every span ends.
+    """
+    FAN_IN: tl.constexpr = BLOCK_C if IS_LAST else BLOCK_C - 1
+    OPEN: tl.constexpr = BLOCK_C - 1
+    i_program = tl.program_id(0)
+    i_group = i_program % groups
+    i_row = i_program // groups
+    i_head = i_row % HEADS
+    i_batch = (i_row // HEADS) % batch
+    i_layer = i_row // (HEADS * batch)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < HEAD_DIM
+    o_c = tl.arange(0, BLOCK_C)
+    m_c = (o_c < FAN_IN) & (i_group * FAN_IN + o_c < chunks)
+    o_state = i_row.to(tl.int64) * chunks + i_group * FAN_IN + o_c
+
+    p_stats = stats + o_state * STATS
+    left_max, left_sum, has_left = load_stats(p_stats, m_c, LEFT)
+    right_max, right_sum, has_right = load_stats(p_stats, m_c, RIGHT)
+    inner_max, inner_sum, has_inner = load_stats(p_stats, m_c, INNER)
+    is_through = tl.load(p_stats + 2 * PARTS, mask=m_c, other=1.0) != 0.0
+    m_left = has_left[:, None] & m_d[None, :]
+    m_right = has_right[:, None] & m_d[None, :]
+    m_inner = has_inner[:, None] & m_d[None, :]
+    p_state = states + (o_state * (PARTS * 2 * HEAD_DIM))[:, None] + o_d[None, :]
+    b_query = tl.load(global_query + (i_layer * HEADS + i_head) * HEAD_DIM + o_d, mask=m_d, other=0.0)
+    b_query = b_query.to(tl.float32) * SCALE
+    b_left = tl.load(p_state + LEFT * 2 * HEAD_DIM, mask=m_left, other=0.0)
+    b_right = tl.load(p_state + RIGHT * 2 * HEAD_DIM, mask=m_right, other=0.0)
+    left_logit = tl.sum(b_left * b_query[None, :], 1)
+    right_logit = tl.sum(b_right * b_query[None, :], 1)
+
+    # [span, chunk] from here on: which chunks' parts make up which span, and with what weight.
+    o_span = tl.arange(0, BLOCK_C)
+    b_stop = tl.where(is_through, OPEN, o_c)
+    left_span = tl.min(tl.where(o_span[:, None] >= o_c[None, :], b_stop[:, None], OPEN), 0)
+    right_span = tl.min(tl.where(o_span[:, None] > o_c[None, :], b_stop[:, None], OPEN), 0)
+    m_span_left = (left_span[None, :] == o_span[:, None]) & has_left[None, :]
+    m_span_right = (right_span[None, :] == o_span[:, None]) & has_right[None, :]
+    b_span_left = tl.where(m_span_left, left_max[None, :], float("-inf"))
+    b_span_right = tl.where(m_span_right, right_max[None, :], float("-inf"))
+    span_max = tl.maximum(tl.max(b_span_left, 1), tl.max(b_span_right, 1))
+    b_span_left = tl.exp(b_span_left - finite_or_zero(span_max)[:, None])
+    b_span_right = tl.exp(b_span_right - finite_or_zero(span_max)[:, None])
+    span_sum = tl.sum(b_span_left * left_sum[None, :] + b_span_right * right_sum[None, :], 1)
+    inverse = 1.0 / tl.where(span_sum == 0.0, 1.0, span_sum)
+    span_logit = tl.sum(b_span_left * left_logit[None, :] + b_span_right * right_logit[None, :], 1) * inverse
+
+    # Spans that end here and began here are complete: they join INNER. The one that began before ends in `left_stop`.
+    is_complete = span_sum != 0.0
+    left_stop = tl.min(b_stop, 0)
+    if not IS_LAST:
+        is_complete = is_complete & (o_span != OPEN) & (o_span != left_stop)
+    span_logit = tl.where(is_complete, span_logit, float("-inf"))
+    maximum = tl.maximum(tl.max(span_logit, 0), tl.max(inner_max, 0))
+    shift = finite_or_zero(maximum)
+    span_weight = tl.where(is_complete, tl.exp(span_logit - shift), 0.0)
+    inner_weight = tl.exp(inner_max - shift)
+    total = tl.sum(span_weight, 0) + tl.sum(inner_weight * inner_sum, 0)
+    span_weight *= inverse
+    left_weight = tl.sum(span_weight[:, None] * b_span_left, 0)
+    right_weight = tl.sum(span_weight[:, None] * b_span_right, 0)
+    p_key = p_state
+    p_value = p_state + HEAD_DIM
+    b_key = weighted_rows(p_key, left_weight, right_weight, inner_weight, m_left, m_right, m_inner, HEAD_DIM)
+    b_value = weighted_rows(p_value, left_weight, right_weight, inner_weight, m_left, m_right, m_inner, HEAD_DIM)
+    if IS_LAST:  # no span at all: 0 / 0, NaN
+        o_out = i_layer.to(tl.int64) * stride_out_layer + i_batch.to(tl.int64) * stride_out_batch
+        o_out += i_head * HEAD_DIM + o_d
+        tl.store(out_key + o_out, cast(b_key / total, OUT_DTYPE), mask=m_d)
+        tl.store(out_value + o_out, cast(b_value / total, OUT_DTYPE), mask=m_d)
+    else:
+        i_out = i_row.to(tl.int64) * groups + i_group
+        p_out = out_states + i_out * (PARTS * 2 * HEAD_DIM) + o_d
+        p_out_stats = out_stats + i_out * STATS
+        tl.store(p_out_stats + 2 * PARTS, (left_stop == OPEN).to(tl.float32))
+        tl.store(p_out_stats + 2 * INNER, maximum)
+        tl.store(p_out_stats + 2 * INNER + 1, total)
+        tl.store(p_out + INNER * 2 * HEAD_DIM, b_key, mask=m_d)
+        tl.store(p_out + INNER * 2 * HEAD_DIM + HEAD_DIM, b_value, mask=m_d)
+        for i_part in tl.static_range(2):
+            i_span = left_stop if i_part == 0 else OPEN
+            m_one = o_span == i_span
+            if i_part == 1:
+                m_one = m_one & (left_stop != OPEN)
+            left_weight = tl.sum(tl.where(m_one[:, None], b_span_left, 0.0), 0)
+            right_weight = tl.sum(tl.where(m_one[:, None], b_span_right, 0.0), 0)
+            tl.store(p_out_stats + 2 * i_part, tl.max(tl.where(m_one, span_max, float("-inf")), 0))
+            tl.store(p_out_stats + 2 * i_part + 1, tl.sum(tl.where(m_one, span_sum, 0.0), 0))
+            none = tl.zeros([BLOCK_C], dtype=tl.float32)
+            b_key = weighted_rows(p_key, left_weight, right_weight, none, m_left, m_right, m_inner, HEAD_DIM)
+            b_value = weighted_rows(p_value, left_weight, right_weight, none, m_left, m_right, m_inner, HEAD_DIM)
+            tl.store(p_out + i_part * 2 * HEAD_DIM, b_key, mask=m_d)
+            tl.store(p_out + i_part * 2 * HEAD_DIM + HEAD_DIM, b_value, mask=m_d)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def fold_kernel(
+    summary,
+    down_weight,
+    down_bias,
+    latent,
+    batch,
+    stride_weight_layer,
+    stride_weight_row,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """BLOCK_W latent channels of one layer for BLOCK_B batch items, so that a row of weights serves them all.
+
+    ``summary`` ``(L, 2, B, Cs)``, ``latent`` ``(L, B, WIDTH)`` float32, ``down_bias`` ``(L, WIDTH)``, all contiguous.
+    Axis 0: ``[width tile, batch tile, layer]``, width fastest.
+    """
+    STEPS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    TILES: tl.constexpr = (WIDTH + BLOCK_W - 1) // BLOCK_W
+    i_program = tl.program_id(0)
+    batch_tiles = (batch + BLOCK_B - 1) // BLOCK_B
+    i_layer = (i_program // TILES // batch_tiles).to(tl.int64)
+    o_w = (i_program % TILES) * BLOCK_W + tl.arange(0, BLOCK_W)
+    o_b = (i_program // TILES) % batch_tiles * BLOCK_B + tl.arange(0, BLOCK_B)
+    o_c = tl.arange(0, BLOCK_C)
+    m_w = o_w < WIDTH
+    m_b = o_b < batch
+    p_weight = down_weight + i_layer * stride_weight_layer + o_w[:, None] * stride_weight_row
+    p_summary = summary + (i_layer * 2 * batch + o_b)[:, None] * CHANNELS
+    acc = tl.zeros([BLOCK_B, BLOCK_W, BLOCK_C], dtype=tl.float32)
+    for i in tl.range(0, 2 * STEPS, num_stages=STAGES):
+        i_side = i // STEPS  # 0: K*, 1: V*
+        o_channel = (i % STEPS) * BLOCK_C + o_c
+        m_channel = o_channel < CHANNELS
+        b_weight = tl.load(
+            p_weight + (i_side * CHANNELS + o_channel)[None, :],
+            mask=m_w[:, None] & m_channel[None, :],
+            other=0.0,
+        )
+        b_summary = tl.load(
+            p_summary + i_side.to(tl.int64) * batch * CHANNELS + o_channel[None, :],
+            mask=m_b[:, None] & m_channel[None, :],
+            other=0.0,
+        )
+        acc += b_weight.to(tl.float32)[None, :, :] * b_summary[:, None, :]
+    b_bias = tl.load(down_bias + i_layer * WIDTH + o_w, mask=m_w, other=0.0).to(tl.float32)
+    p_latent = latent + (i_layer * batch + o_b)[:, None] * WIDTH + o_w[None, :]
+    tl.store(p_latent, tl.sum(acc, 2) + b_bias[None, :], mask=m_b[:, None] & m_w[None, :])
+
+
+def _pool(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    span_query: Tensor,
+    global_query: Tensor,
+    span_offsets: Tensor,
+    attention_mask: Tensor | None,
+    out_key: Tensor,
+    out_value: Tensor,
+) -> None:
+    """Pool layers that lie alike into ``out_key``, ``out_value`` ``(L, B, H, D)``, the last two axes contiguous."""
+    layers = len(keys)
+    batch, heads, tokens, head_dim = keys[0].shape
+    config = pooling_config(head_dim, keys[0].element_size(), target_of(keys[0]))
+    block_d = triton.next_power_of_2(head_dim)
+    chunks = triton.cdiv(tokens, config.block_tokens)
+    rows = layers * batch * heads
+    (key_table, value_table), aligned = address_tables(keys, values)
+    states = keys[0].new_empty(rows, chunks, PARTS.value, 2, head_dim, dtype=torch.float32)
+    stats = keys[0].new_empty(rows, chunks, STATS.value, dtype=torch.float32)
+    pool_chunk_kernel[(rows * chunks,)](
+        key_table,
+        value_table,
+        span_query,
+        global_query,
+        span_offsets,
+        span_offsets if attention_mask is None else attention_mask,
+        states,
+        stats,
+        tokens,
+        span_offsets.shape[1] - 1,
+        chunks,
+        batch,
+        *keys[0].stride()[:3],
+        *values[0].stride()[:3],
+        span_offsets.stride(0),
+        *((0, 0) if attention_mask is None else attention_mask.stride()),
+        LAYERS=len(key_table),
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        BLOCK_T=config.block_tokens,
+        BLOCK_D=block_d,
+        GROUP=config.group_spans,
+        SCALE=head_dim**-0.5,
+        HAS_MASK=attention_mask is not None,
+        IS_ALIGNED=aligned,
+        DTYPE=TRITON_DTYPE[keys[0].dtype],
+        num_warps=config.num_warps,
+    )
+    is_last = False
+    while not is_last:
+        is_last = chunks <= config.merge_chunks
+        groups = 1 if is_last else triton.cdiv(chunks, config.merge_chunks - 1)
+        merged = states, stats
+        if not is_last:
+            merged = states.new_empty(rows, groups, *states.shape[2:]), stats.new_empty(rows, groups, STATS.value)
+        merge_kernel[(rows * groups,)](
+            states,
+            stats,
+            global_query,
+            *merged,
+            out_key,
+            out_value,
+            chunks,
+            groups,
+            batch,
+            out_key.stride(0),
+            out_key.stride(1),
+            HEADS=heads,
+            HEAD_DIM=head_dim,
+            BLOCK_C=config.merge_chunks,
+            BLOCK_D=block_d,
+            SCALE=head_dim**-0.5,
+            IS_LAST=is_last,
+            OUT_DTYPE=TRITON_DTYPE[out_key.dtype],
+            num_warps=config.merge_warps,
+        )
+        (states, stats), chunks = merged, groups
+
+
+def attention_pool(
+    key: Tensor,
+    value: Tensor,
+    span_query: Tensor,
+    global_query: Tensor,
+    span_offsets: Tensor,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the pooling of one layer. Arguments are checked by ``lcf_fast.ops``.
+
+    ``key``, ``value`` ``(B, H, N, D)``, last stride 1, ``N >= 1``; ``span_query``, ``global_query`` ``(H, D)``;
+    ``span_offsets`` ``(B, P+1)`` int32, last stride 1, ``P >= 1``; ``attention_mask`` ``(B, N)`` bool or integer.
+    Returns ``K*, V*`` ``(B, H, D)`` in the key's dtype; NaN where a row has no token to pool.
+    """
+    batch, heads, _, head_dim = key.shape
+    pooled = key.new_empty(batch, heads, head_dim), key.new_empty(batch, heads, head_dim)
+    if pooled[0].numel():
+        with device_guard(key):
+            _pool(
+                [key],
+                [value],
+                span_query.contiguous(),
+                global_query.contiguous(),
+                span_offsets,
+                attention_mask,
+                pooled[0][None],
+                pooled[1][None],
+            )
+    return pooled
+
+
+def _laid_out(pair: tuple[Tensor, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return pair[0].stride(), pair[1].stride()
+
+
+def summarize_layers(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    span_query: Tensor,
+    global_query: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    span_offsets: Tensor,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the pooling of all layers and its fold through W_down. Arguments are checked by ``lcf_fast.ops``.
+
+    ``keys``, ``values``: a ``(B, H, N, D)`` tensor a layer, last stride 1, ``N >= 1``; one may serve several layers.
+    ``span_query``, ``global_query`` ``(L, H, D)``; ``down_weight`` ``(L, d, 2Cs+2Cr)``; ``down_bias`` ``(L, d)``;
+    ``span_offsets`` and ``attention_mask`` as for `attention_pool`. Neighbouring layers with equal strides share a launch.
+    Returns the latent ``(L, B, d)`` and the summary ``(L, 2, B, H, D)``, both float32.
+    """
+    layers = len(keys)
+    batch, heads, _, head_dim = keys[0].shape
+    width = down_weight.shape[1]
+    summary = keys[0].new_empty(layers, 2, batch, heads, head_dim, dtype=torch.float32)
+    latent = keys[0].new_empty(layers, batch, width, dtype=torch.float32)
+    if not summary.numel():
+        return latent, summary
+    span_query, global_query = span_query.contiguous(), global_query.contiguous()
+    if down_weight.stride(2) != 1:
+        down_weight = down_weight.contiguous()
+    down_bias = down_bias.contiguous()
+    with device_guard(keys[0]):
+        for _, group in groupby(enumerate(zip(keys, values)), lambda layer: _laid_out(layer[1])):
+            indices, pairs = zip(*group)
+            run = slice(indices[0], indices[-1] + 1)
+            _pool(
+                [key for key, _ in pairs],
+                [value for _, value in pairs],
+                span_query[run],
+                global_query[run],
+                span_offsets,
+                attention_mask,
+                summary[run, 0],
+                summary[run, 1],
+            )
+        config = fold_config(heads * head_dim, batch)
+        tiles = triton.cdiv(width, config.block_width) * triton.cdiv(batch, config.block_batch)
+        fold_kernel[(layers * tiles,)](
+            summary,
+            down_weight,
+            down_bias,
+            latent,
+            batch,
+            down_weight.stride(0),
+            down_weight.stride(1),
+            CHANNELS=heads * head_dim,
+            WIDTH=width,
+            BLOCK_B=config.block_batch,
+            BLOCK_W=config.block_width,
+            BLOCK_C=config.block_channels,
+            STAGES=config.num_stages,
+            num_warps=config.num_warps,
+        )
+    return latent, summary
