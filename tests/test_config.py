@@ -424,14 +424,15 @@ def test_of_what_is_no_config() -> None:
 
 def test_of_real_models_is_the_shape_of_their_cache() -> None:
     transformers = pytest.importorskip("transformers")
-    for name, extra in [
+    models: list[tuple[str, dict[str, Any]]] = [
         ("Qwen2", {}),
         ("Qwen3", {"head_dim": 16}),
         ("Llama", {}),
         ("Mistral", {"sliding_window": None}),
         ("Gemma", {"head_dim": 16}),
         ("Gemma3Text", {"head_dim": 16}),
-    ]:
+    ]
+    for name, extra in models:
         config = transformers_config(
             f"{name}Config", **SMALL, num_key_value_heads=2, vocab_size=32, intermediate_size=32, **extra
         )
