@@ -133,9 +133,7 @@ def missing() -> str:
         importlib.import_module("lcf_fast.kernels")
     except ImportError as error:
         install = "pip install --no-deps --no-build-isolation -e ."
-        return (
-            f"lcf_fast is not installed for {sys.executable} ({error}); first: {sys.executable} -m {install}"
-        )
+        return f"lcf_fast is not installed for {sys.executable} ({error}); first: {sys.executable} -m {install}"
     return ""
 
 
