@@ -186,7 +186,8 @@ def _filled(layer: Any, name: str, length: int | None) -> int:
     if own is None:
         own = getattr(layer, "cumulative_length", None)
     if own is None:
-        own = layer.get_seq_length()
+        # transformers 5.0 counts rows that are not zero, on the device; a padded row may well be zero.
+        own = layer.get_seq_length() if length is None else length
     if not isinstance(own, Tensor) or own.device.type == "cpu" or length is None:
         return int(own)
     capacity = layer.keys.shape[2]

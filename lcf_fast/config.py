@@ -100,8 +100,7 @@ def layer_map(spec: str | Iterable[int], sharer_layers: int, receiver_layers: in
     if isinstance(spec, str):
         if spec == "last_aligned":
             return tuple(
-                min(max(t + sharer_layers - receiver_layers, 0), sharer_layers - 1)
-                for t in range(receiver_layers)
+                min(max(t + sharer_layers - receiver_layers, 0), sharer_layers - 1) for t in range(receiver_layers)
             )
         if spec == "relative_depth":
             if receiver_layers == 1:
@@ -111,9 +110,7 @@ def layer_map(spec: str | Iterable[int], sharer_layers: int, receiver_layers: in
             return tuple((2 * t * (sharer_layers - 1) + last) // (2 * last) for t in range(receiver_layers))
         raise GeometryError("layer_map", expected=f"one of {LAYER_MAPS} or a list of ints", got=repr(spec))
     if not isinstance(spec, Iterable):
-        raise DTypeError(
-            "layer_map", expected=f"one of {LAYER_MAPS} or a list of ints", got=type(spec).__name__
-        )
+        raise DTypeError("layer_map", expected=f"one of {LAYER_MAPS} or a list of ints", got=type(spec).__name__)
     entries = tuple(spec)
     for t, entry in enumerate(entries):
         if isinstance(entry, bool) or not isinstance(entry, int):
@@ -126,9 +123,7 @@ def layer_map(spec: str | Iterable[int], sharer_layers: int, receiver_layers: in
         )
     for t, entry in enumerate(entries):
         if not 0 <= entry < sharer_layers:
-            raise IndexRangeError(
-                f"layer_map[{t}]", expected=f"a sharer layer in [0, {sharer_layers})", got=str(entry)
-            )
+            raise IndexRangeError(f"layer_map[{t}]", expected=f"a sharer layer in [0, {sharer_layers})", got=str(entry))
     return entries
 
 
@@ -166,9 +161,7 @@ class LCFConfig:
         for name in ("sharer", "receiver"):
             if not isinstance(getattr(self, name), CacheGeometry):
                 got = type(getattr(self, name)).__name__
-                raise DTypeError(
-                    name, expected="a CacheGeometry (CacheGeometry.of(model) makes one)", got=got
-                )
+                raise DTypeError(name, expected="a CacheGeometry (CacheGeometry.of(model) makes one)", got=got)
         for name in ("bottleneck", "ffn_blocks", "ffn_expansion"):
             _positive_int(name, getattr(self, name))
         if self.bottleneck % 2:
@@ -240,9 +233,7 @@ def _known_keys(cls: type, data: Any, name: str) -> dict[str, Any]:
     known = {field.name: field for field in fields(cls)}
     unknown = sorted(str(key) for key in data if key not in known)
     if unknown:
-        raise GeometryError(
-            name, expected=f"only the keys {', '.join(known)}", got=f"also {', '.join(unknown)}"
-        )
+        raise GeometryError(name, expected=f"only the keys {', '.join(known)}", got=f"also {', '.join(unknown)}")
     required = ("layers", "kv_heads", "head_dim", "sharer", "receiver")
     missing = [key for key in required if key in known and key not in data]
     if missing:

@@ -140,9 +140,7 @@ class _View:
 def _layer_shape(config: Any, kind: str) -> tuple[int, int]:
     """``(kv_heads, head_dim)`` of one layer."""
     if any("att" in str(part) for part in getattr(config, "skip", None) or ()):
-        raise GeometryError(
-            "config", expected="attention in every layer", got=f"{kind} with layers that skip it"
-        )
+        raise GeometryError("config", expected="attention in every layer", got=f"{kind} with layers that skip it")
     if _first(config, "kv_lora_rank") is not None:
         raise GeometryError(
             "config",

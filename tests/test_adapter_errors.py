@@ -1,0 +1,184 @@
+"""Bad input to `LatentCacheFlow`: a typed error that names the argument, and nothing is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from adapters import assert_equal, cloned, make_adapter, make_caches
+from torch import Tensor
+
+from helpers import Geometry, make_cache
+from lcf_fast import (
+    DeviceError,
+    DTypeError,
+    GeometryError,
+    IndexRangeError,
+    LatentCacheFlow,
+    LCFError,
+    Message,
+    ShapeError,
+    SpanError,
+)
+
+
+def masks(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.long)
+
+
+FUSE_ERRORS: dict[str, tuple[dict[str, Any], type[LCFError], str]] = {
+    "sharer layers": ({"sharer_cache": make_cache(Geometry(2, 2, 16), 2, 7)}, GeometryError, "sharer_cache"),
+    "receiver is the sharer's": ({"receiver_cache": make_caches()[0]}, GeometryError, "receiver_cache"),
+    "receiver heads": ({"receiver_cache": make_cache(Geometry(5, 2, 8), 2, 7)}, GeometryError, "receiver_cache"),
+    "no cache": ({"sharer_cache": None}, DTypeError, "sharer_cache"),
+    "lengths": ({"sharer_cache": make_caches(length=6)[0]}, ShapeError, "sharer_cache"),
+    "batches": ({"sharer_cache": make_caches(batch=1)[0]}, ShapeError, "sharer_cache"),
+    "device": ({"sharer_cache": make_caches("meta")[0]}, DeviceError, "sharer_cache"),
+    "range": ({"positions": (3, 8)}, IndexRangeError, "positions"),
+    "negative range": ({"positions": (-2, 4)}, IndexRangeError, "positions"),
+    "reversed range": ({"positions": (4, 2)}, IndexRangeError, "positions"),
+    "no range": ({"positions": 4}, DTypeError, "positions"),
+    "float range": ({"positions": (0.0, 4.0)}, DTypeError, "positions"),
+    "mask length": ({"attention_mask": masks(2, 8)}, ShapeError, "attention_mask"),
+    "mask batch": ({"attention_mask": masks(1, 7)}, ShapeError, "attention_mask"),
+    "4-d mask": ({"attention_mask": masks(2, 1, 7, 7)}, ShapeError, "attention_mask"),
+    "mask list": ({"attention_mask": [[1] * 7] * 2}, DTypeError, "attention_mask"),
+    "mask device": ({"attention_mask": masks(2, 7).to("meta")}, DeviceError, "attention_mask"),
+    "sharer mask": ({"sharer_attention_mask": masks(2, 6)}, ShapeError, "sharer_attention_mask"),
+    "index high": ({"sharer_index": masks(2, 7) * 7}, IndexRangeError, "sharer_index"),
+    "index low": ({"sharer_index": masks(2, 7) * -2}, IndexRangeError, "sharer_index"),
+    "index shape": ({"sharer_index": masks(2, 6)}, ShapeError, "sharer_index"),
+    "index dtype": ({"sharer_index": masks(2, 7).float()}, DTypeError, "sharer_index"),
+    "masked index high": (
+        {"sharer_index": masks(2, 7) * 7, "sharer_attention_mask": masks(2, 7)},
+        IndexRangeError,
+        "sharer_index",
+    ),
+    "masked index shape": (
+        {"sharer_index": masks(2, 6), "sharer_attention_mask": masks(2, 7)},
+        ShapeError,
+        "sharer_index",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FUSE_ERRORS)
+def test_fuse_names_what_is_wrong_and_writes_nothing(case: str) -> None:
+    change, error, argument = FUSE_ERRORS[case]
+    sharer, receiver = make_caches()
+    arguments = {"sharer_cache": sharer, "receiver_cache": receiver, **change}
+    adapter = make_adapter()
+    before = cloned(arguments["receiver_cache"])
+    for method in (adapter.fuse, adapter.fuse_):
+        with pytest.raises(error) as caught:
+            method(**arguments)
+        assert caught.value.argument.partition(" ")[0] == argument
+        assert caught.value.expected
+        assert caught.value.got
+    assert_equal(arguments["receiver_cache"], before)
+
+
+def test_an_adapter_elsewhere_is_told_from_its_caches() -> None:
+    sharer, receiver = make_caches()
+    adapter = make_adapter().to("meta")
+    with pytest.raises(DeviceError, match="receiver_cache: expected meta as the adapter, got cpu"):
+        adapter.fuse(sharer, receiver)
+
+
+def test_in_place_needs_memory_of_its_own() -> None:
+    sharer, receiver = make_caches()
+    shared = [(key[:1].expand(2, -1, -1, -1), value) for key, value in receiver]
+    before = cloned(shared)
+    with pytest.raises(ShapeError, match="memory of its own"):
+        make_adapter().fuse_(sharer, shared)
+    assert_equal(shared, before)
+
+
+def _message(adapter: LatentCacheFlow, **changes: Any) -> Message:
+    message = adapter.summarize(make_caches()[0])
+    fields = {name: getattr(message, name) for name in ("latent", "receiver_layers", "spans", "summary")}
+    return Message(**{**fields, **changes})
+
+
+MESSAGE_ERRORS: dict[str, tuple[dict[str, Any], type[LCFError], str]] = {
+    "fewer layers": ({"latent": torch.zeros(4, 2, 64)}, ShapeError, "message.latent"),
+    "width": ({"latent": torch.zeros(5, 2, 128)}, ShapeError, "message.latent"),
+    "batch": ({"latent": torch.zeros(5, 3, 64)}, ShapeError, "message.latent"),
+    "dims": ({"latent": torch.zeros(5, 64)}, ShapeError, "message.latent"),
+    "dtype": ({"latent": torch.zeros(5, 2, 64, dtype=torch.int32)}, DTypeError, "message.latent"),
+    "device": ({"latent": torch.zeros(5, 2, 64, device="meta")}, DeviceError, "message.latent"),
+    "other layers": ({"receiver_layers": (0, 1, 2, 3, 5)}, GeometryError, "message.receiver_layers"),
+}
+
+
+@pytest.mark.parametrize("case", MESSAGE_ERRORS)
+def test_inject_names_what_is_wrong_and_writes_nothing(case: str) -> None:
+    change, error, argument = MESSAGE_ERRORS[case]
+    adapter = make_adapter(True)
+    _, receiver = make_caches()
+    before = cloned(receiver)
+    for method in (adapter.inject, adapter.inject_):
+        with pytest.raises(error) as caught:
+            method(receiver, _message(adapter, **change))
+        assert caught.value.argument == argument
+    assert_equal(receiver, before)
+
+
+@pytest.mark.parametrize("case", ["positions", "attention_mask", "receiver_cache", "message"])
+def test_inject_checks_the_rest_too(case: str) -> None:
+    adapter = make_adapter(True)
+    sharer, receiver = make_caches()
+    arguments = {"receiver_cache": receiver, "message": adapter.summarize(sharer)}
+    bad = {"positions": (0, 9), "attention_mask": masks(2, 9), "receiver_cache": sharer, "message": sharer}
+    before = cloned(receiver)
+    with pytest.raises(LCFError) as caught:
+        adapter.inject_(**{**arguments, case: bad[case]})  # type: ignore[arg-type]
+    assert caught.value.argument.partition(" ")[0] == case
+    assert_equal(receiver, before)
+
+
+SPAN_ERRORS: dict[str, tuple[Any, type[LCFError]]] = {
+    "decreasing": (torch.tensor([[0, 4, 3], [0, 1, 7]]), SpanError),
+    "too far": (torch.tensor([[0, 8], [0, 7]]), SpanError),
+    "negative": ([[-1, 7], [0, 7]], SpanError),
+    "all empty": ([[0, 7], [3, 3]], SpanError),
+    "one offset": ([[0], [0, 7]], SpanError),
+    "rows": ([[0, 7]], ShapeError),
+    "one-dimensional": (torch.tensor([0, 7]), ShapeError),
+    "floats": (torch.tensor([[0.0, 7.0]] * 2), DTypeError),
+    "list of floats": ([[0, 3.5, 7], [0, 7]], DTypeError),
+    "flat list": ([0, 7], DTypeError),
+    "text": ("0:7", DTypeError),
+}
+
+
+@pytest.mark.parametrize("case", SPAN_ERRORS)
+def test_summarize_names_bad_spans(case: str) -> None:
+    spans, error = SPAN_ERRORS[case]
+    with pytest.raises(error) as caught:
+        make_adapter(True).summarize(make_caches()[0], spans)
+    assert caught.value.argument == "spans"
+
+
+def test_summarize_refuses_rows_that_are_all_padding() -> None:
+    sharer, _ = make_caches()
+    mask = torch.tensor([[0] * 7, [1] * 7])
+    with pytest.raises(SpanError, match="spans: expected a token to pool in every row"):
+        make_adapter(True).summarize(sharer, attention_mask=mask)
+    with pytest.raises(ShapeError, match="attention_mask"):
+        make_adapter(True).summarize(sharer, attention_mask=mask[:, 1:])
+
+
+def test_methods_of_the_other_kind_say_so() -> None:
+    sharer, receiver = make_caches()
+    lcf, lcf_x = make_adapter(), make_adapter(True)
+    message = lcf_x.summarize(sharer)
+    for method in (lcf_x.fuse, lcf_x.fuse_):
+        with pytest.raises(GeometryError, match="LCF-X: use summarize and inject"):
+            method(sharer, receiver)
+    with pytest.raises(GeometryError, match="to summarize with, got LCF: use fuse"):
+        lcf.summarize(sharer)
+    for inject in (lcf.inject, lcf.inject_):
+        with pytest.raises(GeometryError, match="to inject with, got LCF: use fuse"):
+            inject(receiver, message)
