@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .caches import Pair, cache_layers, rebuild_cache
+from .caches import Pair, cache_layers, check_pairs, rebuild_cache
 from .config import LCFConfig
-from .errors import DTypeError, GeometryError, IndexRangeError, ShapeError
+from .errors import DTypeError, GeometryError, IndexRangeError, LCFError, ShapeError
 from .inputs import check_device, hide_padding, known_length, real_tokens, span_offsets
 from .message import Message
 
@@ -194,10 +194,11 @@ class LatentCacheFlow(nn.Module):
                 expected="an LCF adapter (cross_context=False) to fuse with",
                 got="LCF-X: use summarize and inject",
             )
-        hint = known_length(sharer_index, attention_mask)
-        receiver = cache_layers(receiver_cache, name="receiver_cache", geometry=self.config.receiver, length=hint)
-        hint = known_length(sharer_attention_mask, *(() if sharer_index is not None else (attention_mask,)))
-        sharer = cache_layers(sharer_cache, name="sharer_cache", geometry=self.config.sharer, length=hint)
+        aligned = sharer_index is None  # then both have one length, and either mask tells it
+        receiver = self._receiver_layers(
+            receiver_cache, sharer_index, attention_mask, sharer_attention_mask if aligned else None
+        )
+        sharer = self._sharer_layers(sharer_cache, sharer_attention_mask, attention_mask if aligned else None)
         key = receiver[0][0]
         batch, _, length, _ = key.shape
         sharer_key = sharer[0][0]
@@ -207,7 +208,7 @@ class LatentCacheFlow(nn.Module):
             raise ShapeError(
                 "sharer_cache", expected=f"batch size {batch} as the receiver's", got=str(sharer_key.shape[0])
             )
-        if sharer_index is None and sharer_key.shape[2] != length:
+        if aligned and sharer_key.shape[2] != length:
             raise ShapeError(
                 "sharer_cache",
                 expected=f"{length} positions as the receiver's (or a sharer_index that aligns them)",
@@ -216,20 +217,24 @@ class LatentCacheFlow(nn.Module):
         edit_mask = real_tokens("attention_mask", attention_mask, key)
         visible = real_tokens("sharer_attention_mask", sharer_attention_mask, sharer_key)
         if visible is not None:
-            if sharer_index is None:
+            if aligned:
                 edit_mask = visible if edit_mask is None else edit_mask & visible
             else:
                 sharer_index = hide_padding(sharer_index, visible, key)
-        fused = (ops.fuse_layers_ if in_place else ops.fuse_layers)(
-            [sharer[s] for s in self._reads],
-            [receiver[t] for t in self._kept],
-            self._weights(),
-            live=self._live(),
-            sharer_index=sharer_index,
-            edit_mask=edit_mask,
-            positions=positions,
-            norm_eps=self.config.norm_eps,
-        )
+        try:
+            fused = (ops.fuse_layers_ if in_place else ops.fuse_layers)(
+                [sharer[s] for s in self._reads],
+                [receiver[t] for t in self._kept],
+                self._weights(),
+                live=self._live(),
+                sharer_index=sharer_index,
+                edit_mask=edit_mask,
+                positions=positions,
+                norm_eps=self.config.norm_eps,
+            )
+        except LCFError:
+            self._name_the_layer(receiver, sharer)
+            raise
         return receiver_cache if in_place else self._rebuilt(receiver_cache, receiver, fused)
 
     # --- LCF-X
@@ -259,15 +264,18 @@ class LatentCacheFlow(nn.Module):
             GeometryError, ShapeError, DTypeError, DeviceError: as in :meth:`fuse`.
         """
         self._check_cross_context("summarize")
-        hint = known_length(attention_mask)
-        sharer = cache_layers(sharer_cache, name="sharer_cache", geometry=self.config.sharer, length=hint)
+        sharer = self._sharer_layers(sharer_cache, attention_mask)
         key = sharer[0][0]
         self._check_device("sharer_cache", key)
         mask = real_tokens("attention_mask", attention_mask, key)
         offsets = span_offsets(spans, key, mask)
-        latent, summary = ops.summarize_layers(
-            [sharer[s] for s in self._reads], self._weights(), offsets, attention_mask=mask
-        )
+        try:
+            latent, summary = ops.summarize_layers(
+                [sharer[s] for s in self._reads], self._weights(), offsets, attention_mask=mask
+            )
+        except LCFError:
+            self._name_the_layer(None, sharer)
+            raise
         return Message(latent=latent, receiver_layers=self._kept, spans=int(offsets.shape[1]) - 1, summary=summary)
 
     def inject(
@@ -310,22 +318,25 @@ class LatentCacheFlow(nn.Module):
         attention_mask: Tensor | None,
     ) -> Any:
         self._check_cross_context("inject")
-        hint = known_length(attention_mask)
-        receiver = cache_layers(receiver_cache, name="receiver_cache", geometry=self.config.receiver, length=hint)
+        receiver = self._receiver_layers(receiver_cache, attention_mask)
         key = receiver[0][0]
         self._check_device("receiver_cache", key)
         latent = self._checked_latent(message, key.shape[0], key)
         edit_mask = real_tokens("attention_mask", attention_mask, key)
-        injected = (ops.fuse_layers_ if in_place else ops.fuse_layers)(
-            None,
-            [receiver[t] for t in self._kept],
-            self._weights(),
-            live=self._live(),
-            message=latent,
-            edit_mask=edit_mask,
-            positions=positions,
-            norm_eps=self.config.norm_eps,
-        )
+        try:
+            injected = (ops.fuse_layers_ if in_place else ops.fuse_layers)(
+                None,
+                [receiver[t] for t in self._kept],
+                self._weights(),
+                live=self._live(),
+                message=latent,
+                edit_mask=edit_mask,
+                positions=positions,
+                norm_eps=self.config.norm_eps,
+            )
+        except LCFError:
+            self._name_the_layer(receiver, None)
+            raise
         return receiver_cache if in_place else self._rebuilt(receiver_cache, receiver, injected)
 
     def _checked_latent(self, message: Message, batch: int, key: Tensor) -> Tensor:
@@ -349,6 +360,33 @@ class LatentCacheFlow(nn.Module):
 
     # --- what both share
     # -----------------------------------------------------------------------------------------
+
+    # The ops check the layers that they get, and on the hot path each look at 28 of them costs host time: here only
+    # the first is looked at, and all of them when the ops have found something, to say it in the caller's terms.
+
+    def _receiver_layers(self, cache: Any, *lengths: Tensor | None) -> list[Pair]:
+        return cache_layers(
+            cache,
+            name="receiver_cache",
+            geometry=self.config.receiver,
+            length=known_length(*lengths),
+            every_layer=False,
+        )
+
+    def _sharer_layers(self, cache: Any, *lengths: Tensor | None) -> list[Pair]:
+        return cache_layers(
+            cache,
+            name="sharer_cache",
+            geometry=self.config.sharer,
+            length=known_length(*lengths),
+            every_layer=False,
+        )
+
+    def _name_the_layer(self, receiver: list[Pair] | None, sharer: list[Pair] | None) -> None:
+        if receiver is not None:
+            check_pairs(receiver, "receiver_cache", self.config.receiver)
+        if sharer is not None:
+            check_pairs(sharer, "sharer_cache", self.config.sharer)
 
     def _rebuilt(self, cache: Any, layers: list[Pair], edited: Sequence[Pair]) -> Any:
         layers = list(layers)

@@ -79,6 +79,46 @@ def test_fuse_names_what_is_wrong_and_writes_nothing(case: str) -> None:
     assert_equal(arguments["receiver_cache"], before)
 
 
+LAYER_ERRORS: dict[str, tuple[Any, type[LCFError]]] = {
+    "length": (torch.zeros(2, 3, 6, 8), ShapeError),
+    "heads": (torch.zeros(2, 2, 7, 8), GeometryError),
+    "dims": (torch.zeros(2, 7, 24), ShapeError),
+    "dtype": (torch.zeros(2, 3, 7, 8).half(), DTypeError),
+    "ints": (torch.zeros(2, 3, 7, 8).long(), DTypeError),
+    "device": (torch.zeros(2, 3, 7, 8, device="meta"), DeviceError),
+    "nothing": (None, DTypeError),
+}
+
+
+@pytest.mark.parametrize("case", LAYER_ERRORS)
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_layer_that_differs_is_named(case: str, part: int) -> None:
+    bad, error = LAYER_ERRORS[case]
+    sharer, receiver = make_caches()
+    pair: list[Any] = list(receiver[3])
+    pair[part] = bad
+    broken: list[Any] = [*receiver[:3], tuple(pair), receiver[4]]
+    before = cloned(receiver)
+    adapter, crossing = make_adapter(), make_adapter(True)
+    message = crossing.summarize(sharer)
+    for call in (
+        lambda: adapter.fuse(sharer, broken),
+        lambda: adapter.fuse_(sharer, broken),
+        lambda: crossing.inject(broken, message),
+        lambda: crossing.inject_(broken, message),
+    ):
+        with pytest.raises(error) as caught:
+            call()
+        assert caught.value.argument == f"receiver_cache layer 3 {('key', 'value')[part]}"
+    assert_equal(receiver, before)
+    # The sharer's, for the methods that read it.
+    bad_sharer: list[Any] = [*sharer[:2], (sharer[2][0], sharer[2][1][:, :1])]
+    for call in (lambda: adapter.fuse_(bad_sharer, receiver), lambda: crossing.summarize(bad_sharer)):
+        with pytest.raises(GeometryError, match="sharer_cache layer 2 value: expected 2 KV heads of 16, got 1 of 16"):
+            call()
+    assert_equal(receiver, before)
+
+
 def test_an_adapter_elsewhere_is_told_from_its_caches() -> None:
     sharer, receiver = make_caches()
     adapter = make_adapter().to("meta")

@@ -326,6 +326,8 @@ def test_model_parallel_caches_are_refused() -> None:
 def test_nothing_of_transformers_is_needed_to_tell_a_cache() -> None:
     # A look-alike that was defined elsewhere: recognised by its layers' class names.
     class DynamicLayer:
+        is_sliding = False
+
         def __init__(self) -> None:
             self.keys, self.values = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16)
 
