@@ -47,9 +47,37 @@ def cast(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def gelu(x):
-    """Exact (erf) GELU."""
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+def gelu(x, DTYPE: tl.constexpr):
+    """Erf GELU of float32 values that are rounded to DTYPE next.
+
+    For bfloat16, erf is an odd polynomial that reaches 1 at 4.5 and is clamped there: within 6e-5 of the exact GELU
+    everywhere, a thirtieth of bfloat16's rounding at 1, in 14 instructions instead of 33. Counted over a token, exact
+    GELU costs more issue slots than the products take on the tensor cores.
+    """
+    if tl.constexpr(DTYPE == tl.bfloat16):
+        y = tl.minimum(tl.maximum(x, -4.5), 4.5)
+        u = y * y
+        p = 6.000017698e-11 * u - 6.567827908e-09
+        p = p * u + 3.160515568e-07
+        p = p * u - 8.863371661e-06
+        p = p * u + 1.624194519e-04
+        p = p * u - 2.072506785e-03
+        p = p * u + 1.916130774e-02
+        p = p * u - 1.319545413e-01
+        p = p * u + 7.974171485e-01
+        erf = y * p
+    else:
+        erf = tl.erf(x * 0.7071067811865476)
+    half = 0.5 * x
+    return half * erf + half
+
+
+@triton.jit
+def row_offsets(rows, stride, IS_WIDE: tl.constexpr):
+    """``rows * stride``, in 64 bits only where `needs_wide_offsets` says so: offsets live in registers."""
+    if IS_WIDE:
+        rows = rows.to(tl.int64)
+    return rows * stride
 
 
 @triton.jit
@@ -105,6 +133,11 @@ def address_tables(*columns: Sequence[Tensor]) -> tuple[tuple[tuple[int, ...], .
     if all(aligned for _, aligned in tables):
         return tuple(table for table, _ in tables), True
     return tuple(odd(table) if aligned else table for table, aligned in tables), False
+
+
+def needs_wide_offsets(rows: int, *tensors: Tensor) -> bool:
+    """Whether an offset of up to ``rows`` tokens overflows 32 bits in any of the ``(B, H, N, D)`` tensors."""
+    return any(rows * tensor.stride(2) + tensor.shape[3] >= 2**31 for tensor in tensors)
 
 
 def heads_block(heads: int) -> int:

@@ -24,9 +24,11 @@ from .common import (
     dot_precision,
     head_chunk,
     heads_block,
+    needs_wide_offsets,
     odd,
     padded,
     pointer_of,
+    row_offsets,
     table_entry,
     target_of,
 )
@@ -92,6 +94,7 @@ def fuse_kernel(
     HAS_SHARER: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     IS_INPLACE: tl.constexpr,
+    IS_WIDE: tl.constexpr,
     IS_SHARER_ALIGNED: tl.constexpr,
     IS_RECEIVER_ALIGNED: tl.constexpr,
     SHARER_HEADS: tl.constexpr,
@@ -122,13 +125,16 @@ def fuse_kernel(
 
     code = table_entry(codes, i_layer, LAYERS, True)
     row = code & 0xFFF
-    o_t = begin + i_tile * BLOCK_T + tl.arange(0, BLOCK_T)
-    m_write = o_t < end
-    m_edit = m_write & (o_t >= first) & (o_t < last)
-    o_t = o_t.to(tl.int64)
+    i_start = begin + i_tile * BLOCK_T
+    o_t = tl.arange(0, BLOCK_T)
+    m_write = i_start + o_t < end
+    m_edit = m_write & (i_start + o_t >= first) & (i_start + o_t < last)
+    i_start = i_start.to(tl.int64)
+    i_sharer = i_start
     o_sharer = o_t
     if HAS_INDEX:
-        o_sharer = tl.load(index + i_batch * tokens + o_t, mask=m_edit, other=-1).to(tl.int64)
+        i_sharer = i_start * 0
+        o_sharer = tl.load(index + i_batch * tokens + i_start + o_t, mask=m_edit, other=-1)
         m_edit = m_edit & (o_sharer >= 0)
         if HAS_SHARER:
             m_edit = m_edit & (o_sharer < sharer_tokens)
@@ -136,51 +142,61 @@ def fuse_kernel(
 
     p_key = pointer_of(receiver_keys, i_layer, LAYERS, DTYPE, IS_RECEIVER_ALIGNED)
     p_value = pointer_of(receiver_values, i_layer, LAYERS, DTYPE, IS_RECEIVER_ALIGNED)
-    p_key = p_key + i_batch * stride_receiver_key_batch + o_t * stride_receiver_key_token
-    p_value = p_value + i_batch * stride_receiver_value_batch + o_t * stride_receiver_value_token
+    p_key += i_batch * stride_receiver_key_batch + i_start * stride_receiver_key_token
+    p_value += i_batch * stride_receiver_value_batch + i_start * stride_receiver_value_token
+    o_key = row_offsets(o_t, stride_receiver_key_token, IS_WIDE)
+    o_value = row_offsets(o_t, stride_receiver_value_token, IS_WIDE)
     if IS_INPLACE:
         m_write = m_edit
         p_out_key = p_key
         p_out_value = p_value
+        o_out_key = o_key
+        o_out_value = o_value
         stride_out_key = stride_receiver_key_head
         stride_out_value = stride_receiver_value_head
     else:
-        # out is (open gates, B, H, N, D), contiguous
+        # out is (open gates, B, H, N, D), contiguous; a layer's code says which of them are its own
         stride_out_key = tokens.to(tl.int64) * RECEIVER_DIM
         stride_out_value = stride_out_key
-        p_out_key = out + ((((code >> 12) & 0xFFF) * batch + i_batch) * RECEIVER_HEADS * tokens + o_t) * RECEIVER_DIM
-        p_out_value = out + ((((code >> 24) & 0xFFF) * batch + i_batch) * RECEIVER_HEADS * tokens + o_t) * RECEIVER_DIM
+        p_out = out + i_batch * RECEIVER_HEADS * stride_out_key + i_start * RECEIVER_DIM
+        p_out_key = p_out + ((code >> 12) & 0xFFF) * batch * RECEIVER_HEADS * stride_out_key
+        p_out_value = p_out + ((code >> 24) & 0xFFF) * batch * RECEIVER_HEADS * stride_out_key
+        o_out_key = o_t * RECEIVER_DIM
+        o_out_value = o_out_key
     is_key_open = ((code >> 36) & 1) != 0
     is_value_open = ((code >> 37) & 1) != 0
 
     if edits == 0:
         if not IS_INPLACE:
             if is_key_open:
-                copy_tile(p_key, stride_receiver_key_head, p_out_key, stride_out_key, m_write,
+                copy_tile(p_key, o_key, stride_receiver_key_head, p_out_key, o_out_key, stride_out_key, m_write,
                           RECEIVER_HEADS, RECEIVER_DIM, BLOCK_CR)  # fmt: skip
             if is_value_open:
-                copy_tile(p_value, stride_receiver_value_head, p_out_value, stride_out_value, m_write,
+                copy_tile(p_value, o_value, stride_receiver_value_head, p_out_value, o_out_value, stride_out_value, m_write,
                           RECEIVER_HEADS, RECEIVER_DIM, BLOCK_CR)  # fmt: skip
     else:
         if HAS_SHARER:
             p_sharer_key = pointer_of(sharer_keys, i_layer, LAYERS, SHARER_DTYPE, IS_SHARER_ALIGNED)
             p_sharer_value = pointer_of(sharer_values, i_layer, LAYERS, SHARER_DTYPE, IS_SHARER_ALIGNED)
-            p_sharer_key = p_sharer_key + i_batch * stride_sharer_key_batch + o_sharer * stride_sharer_key_token
-            p_sharer_value = p_sharer_value + i_batch * stride_sharer_value_batch + o_sharer * stride_sharer_value_token
+            p_sharer_key += i_batch * stride_sharer_key_batch + i_sharer * stride_sharer_key_token
+            p_sharer_value += i_batch * stride_sharer_value_batch + i_sharer * stride_sharer_value_token
         else:
             p_sharer_key = p_key
             p_sharer_value = p_value
         z_k, z_v = project_tile(
             p_sharer_key,
             p_sharer_value,
-            m_edit,
+            row_offsets(o_sharer, stride_sharer_key_token, IS_WIDE),
+            row_offsets(o_sharer, stride_sharer_value_token, IS_WIDE),
             stride_sharer_key_head,
             stride_sharer_value_head,
             p_key,
             p_value,
-            m_edit,
+            o_key,
+            o_value,
             stride_receiver_key_head,
             stride_receiver_value_head,
+            m_edit,
             start + row * stride_start_layer + i_batch * stride_start_batch,
             down_weight + row * (WIDTH * (2 * CS + 2 * CR)),
             norm_weight + row * (BLOCKS * WIDTH),
@@ -213,7 +229,8 @@ def fuse_kernel(
                 n_k, n_v, p_gate, p_gate_bias, RECEIVER_HEADS, WIDTH, BLOCK_T, BLOCK_H, DTYPE, PRECISION
             )  # fmt: skip
             inject_tile(
-                n_k, alpha, p_key, stride_receiver_key_head, p_out_key, stride_out_key, m_edit, m_write,
+                n_k, alpha, p_key, o_key, stride_receiver_key_head, p_out_key, o_out_key, stride_out_key,
+                m_edit, m_write,
                 p_up, p_up_bias, RECEIVER_HEADS, RECEIVER_DIM, WIDTH, BLOCK_H, BLOCK_CR, DTYPE, PRECISION,
             )  # fmt: skip
         if is_value_open:
@@ -223,7 +240,8 @@ def fuse_kernel(
                 n_k, n_v, p_gate, p_gate_bias, RECEIVER_HEADS, WIDTH, BLOCK_T, BLOCK_H, DTYPE, PRECISION
             )  # fmt: skip
             inject_tile(
-                n_v, alpha, p_value, stride_receiver_value_head, p_out_value, stride_out_value, m_edit, m_write,
+                n_v, alpha, p_value, o_value, stride_receiver_value_head, p_out_value, o_out_value, stride_out_value,
+                m_edit, m_write,
                 p_up + CR * HALF, p_up_bias + CR,
                 RECEIVER_HEADS, RECEIVER_DIM, WIDTH, BLOCK_H, BLOCK_CR, DTYPE, PRECISION,
             )  # fmt: skip
@@ -342,6 +360,8 @@ def _launch(
         HAS_SHARER=sharer is not None,
         HAS_INDEX=index is not None,
         IS_INPLACE=out is None,
+        IS_WIDE=needs_wide_offsets(config.block_tokens, key, value)
+        or needs_wide_offsets(sharer_key.shape[2] if index is not None else config.block_tokens, sharer_key, sharer_value),
         IS_SHARER_ALIGNED=is_sharer_aligned,
         IS_RECEIVER_ALIGNED=is_receiver_aligned,
         SHARER_HEADS=sharer_heads,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import TRITON_DTYPE, cast, device_guard, dot, dot_precision, head_chunk, heads_block, target_of
+from .common import TRITON_DTYPE, cast, device_guard, dot, dot_precision, head_chunk, heads_block, needs_wide_offsets, target_of
 from .policy import tile_config
 
 
@@ -49,9 +49,11 @@ def gate_scores(
 def inject_tile(
     n_half,
     alpha,
-    p_row,
+    p_base,
+    o_row,
     stride_head,
     p_out,
+    o_out,
     stride_out_head,
     m_edit,
     m_write,
@@ -89,20 +91,23 @@ def inject_tile(
             b_w = tl.load(p_w, mask=m_channel[None, :], other=0.0)
             b_bias = tl.load(p_bias + o_column, mask=m_channel, other=0.0)
         o_head = i_head.to(tl.int64)
-        b_row = tl.load(p_row[:, None] + o_head * stride_head + o_channel[None, :], mask=m_tile, other=0.0)
+        p_row = (p_base + o_head * stride_head) + (o_row[:, None] + o_channel[None, :])
+        b_row = tl.load(p_row, mask=m_tile, other=0.0)
         delta = tl.zeros([n_half.shape[0], BLOCK_C], dtype=tl.float32)
         delta = dot(n_half, cast(b_w, DTYPE), delta, PRECISION) + b_bias.to(tl.float32)[None, :]
         b_alpha = tl.sum(tl.where(o_h[None, :] == i_head, alpha, 0.0), 1)
         edited = cast(b_row.to(tl.float32) + b_alpha[:, None] * delta, DTYPE)
         b_row = tl.where(m_edit[:, None], edited, b_row)
-        tl.store(p_out[:, None] + o_head * stride_out_head + o_channel[None, :], b_row, mask=m_tile)
+        tl.store((p_out + o_head * stride_out_head) + (o_out[:, None] + o_channel[None, :]), b_row, mask=m_tile)
 
 
 @triton.jit
 def copy_tile(
-    p_row,
+    p_base,
+    o_row,
     stride_head,
     p_out,
+    o_out,
     stride_out_head,
     m_write,
     HEADS: tl.constexpr,
@@ -116,8 +121,8 @@ def copy_tile(
         o_head = (i // CHUNKS).to(tl.int64)
         o_channel = (i % CHUNKS) * BLOCK_C + o_c
         m_tile = m_write[:, None] & (o_channel < HEAD_DIM)[None, :]
-        b_row = tl.load(p_row[:, None] + o_head * stride_head + o_channel[None, :], mask=m_tile)
-        tl.store(p_out[:, None] + o_head * stride_out_head + o_channel[None, :], b_row, mask=m_tile)
+        b_row = tl.load((p_base + o_head * stride_head) + (o_row[:, None] + o_channel[None, :]), mask=m_tile)
+        tl.store((p_out + o_head * stride_out_head) + (o_out[:, None] + o_channel[None, :]), b_row, mask=m_tile)
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles"])
@@ -148,6 +153,7 @@ def gated_injection_kernel(
     stride_out_value_head,
     stride_out_value_token,
     HAS_MASK: tl.constexpr,
+    IS_WIDE: tl.constexpr,
     IS_INPLACE: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -167,26 +173,37 @@ def gated_injection_kernel(
     i_kv = i_program % 2
     i_tile = (i_program // 2) % tiles
     i_batch = (i_program // (2 * tiles)).to(tl.int64)
-    o_t = (i_tile * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    m_write = o_t < tokens
+    i_start = (i_tile * BLOCK_T).to(tl.int64)
+    o_t = tl.arange(0, BLOCK_T)
+    m_write = i_start + o_t < tokens
     m_edit = m_write
     if HAS_MASK:
-        m_edit = m_write & (tl.load(edit_mask + i_batch * tokens + o_t, mask=m_write, other=0) != 0)
+        m_edit = m_write & (tl.load(edit_mask + i_batch * tokens + i_start + o_t, mask=m_write, other=0) != 0)
     if i_kv == 0:
-        p_row = receiver_key + i_batch * stride_key_batch + o_t * stride_key_token
-        p_out = out_key + i_batch * stride_out_key_batch + o_t * stride_out_key_token
+        p_row = receiver_key + i_batch * stride_key_batch + i_start * stride_key_token
+        p_out = out_key + i_batch * stride_out_key_batch + i_start * stride_out_key_token
+        stride_token = tl.cast(stride_key_token, tl.int64)
         stride_head = tl.cast(stride_key_head, tl.int64)
+        stride_out_token = tl.cast(stride_out_key_token, tl.int64)
         stride_out_head = tl.cast(stride_out_key_head, tl.int64)
     else:
-        p_row = receiver_value + i_batch * stride_value_batch + o_t * stride_value_token
-        p_out = out_value + i_batch * stride_out_value_batch + o_t * stride_out_value_token
+        p_row = receiver_value + i_batch * stride_value_batch + i_start * stride_value_token
+        p_out = out_value + i_batch * stride_out_value_batch + i_start * stride_out_value_token
+        stride_token = tl.cast(stride_value_token, tl.int64)
         stride_head = tl.cast(stride_value_head, tl.int64)
+        stride_out_token = tl.cast(stride_out_value_token, tl.int64)
         stride_out_head = tl.cast(stride_out_value_head, tl.int64)
+    if IS_WIDE:
+        o_row = o_t * stride_token
+        o_out = o_t * stride_out_token
+    else:
+        o_row = o_t * stride_token.to(tl.int32)
+        o_out = o_t * stride_out_token.to(tl.int32)
     is_open = tl.load(gate_logit + i_kv).to(tl.float32) > 0
     edits = tl.sum(m_edit.to(tl.int32), 0)
     if is_open & (edits > 0):
         o_z = tl.arange(0, HALF)
-        p_z = latent + (i_batch * tokens + o_t)[:, None] * WIDTH + o_z[None, :]
+        p_z = latent + (i_batch * tokens + i_start) * WIDTH + o_t[:, None] * WIDTH + o_z[None, :]
         n_k = cast(tl.load(p_z, mask=m_edit[:, None], other=0.0), DTYPE)
         n_v = cast(tl.load(p_z + HALF, mask=m_edit[:, None], other=0.0), DTYPE)
         alpha = gate_scores(
@@ -197,13 +214,13 @@ def gated_injection_kernel(
         if IS_INPLACE:
             m_write = m_edit
         inject_tile(
-            n_half, alpha, p_row, stride_head, p_out, stride_out_head, m_edit, m_write,
+            n_half, alpha, p_row, o_row, stride_head, p_out, o_out, stride_out_head, m_edit, m_write,
             up_weight + i_kv * (HEADS * HEAD_DIM * HALF), up_bias + i_kv * (HEADS * HEAD_DIM),
             HEADS, HEAD_DIM, WIDTH, BLOCK_H, BLOCK_C, DTYPE, PRECISION,
         )  # fmt: skip
     else:
         if not IS_INPLACE:
-            copy_tile(p_row, stride_head, p_out, stride_out_head, m_write, HEADS, HEAD_DIM, BLOCK_C)
+            copy_tile(p_row, o_row, stride_head, p_out, o_out, stride_out_head, m_write, HEADS, HEAD_DIM, BLOCK_C)
 
 
 def gated_injection(
@@ -248,6 +265,7 @@ def gated_injection(
             *out_key.stride()[:3],
             *out_value.stride()[:3],
             HAS_MASK=edit_mask is not None,
+            IS_WIDE=needs_wide_offsets(config.block_tokens, receiver_key, receiver_value, out_key, out_value),
             IS_INPLACE=inplace,
             HEADS=heads,
             HEAD_DIM=head_dim,

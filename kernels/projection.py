@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import TRITON_DTYPE, cast, device_guard, dot, dot_precision, gelu, head_chunk, target_of
+from .common import TRITON_DTYPE, cast, device_guard, dot, dot_precision, gelu, head_chunk, needs_wide_offsets, row_offsets, target_of
 from .policy import tile_config
 
 
@@ -25,7 +25,8 @@ from .policy import tile_config
 def add_source(
     z_k,
     z_v,
-    p_row,
+    p_base,
+    o_row,
     m_row,
     stride_head,
     p_down,
@@ -37,7 +38,7 @@ def add_source(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``z += x W^T`` for one cache: ``p_row`` points at its rows (tokens), ``p_down`` at its first column of W_down.
+    """``z += x W^T`` for one cache: rows (tokens) at ``p_base + o_row``, columns of W_down from ``p_down`` on.
 
     Rows outside ``m_row`` count as zero. BLOCK_C channels of one head a step, so that a tile never straddles heads.
     """
@@ -48,7 +49,8 @@ def add_source(
     for i in range(0, HEADS * CHUNKS):
         i_head = i // CHUNKS
         o_channel = (i % CHUNKS) * BLOCK_C + o_c
-        p_x = p_row[:, None] + i_head.to(tl.int64) * stride_head + o_channel[None, :]
+        # The scalar base takes the 64-bit part, so that a tile's offsets, which stay in registers, are 32-bit.
+        p_x = (p_base + i_head.to(tl.int64) * stride_head) + (o_row[:, None] + o_channel[None, :])
         p_w = p_down + (i_head * HEAD_DIM + o_channel)[:, None] + o_z[None, :] * stride_down
         if HEAD_DIM % BLOCK_C == 0:
             b_x = tl.load(p_x, mask=m_row[:, None], other=0.0)
@@ -93,7 +95,7 @@ def ffn_block(
         hidden = tl.zeros([z_k.shape[0], BLOCK_F], dtype=tl.float32)
         hidden = dot(n_k, cast(tl.load(p_w), DTYPE), hidden, PRECISION)
         hidden = dot(n_v, cast(tl.load(p_w + HALF), DTYPE), hidden, PRECISION)
-        hidden = cast(gelu(hidden), DTYPE)
+        hidden = cast(gelu(hidden, DTYPE), DTYPE)
         p_w = p_out + o_z[None, :] * HIDDEN + o_hidden[:, None]
         z_k = dot(hidden, cast(tl.load(p_w), DTYPE), z_k, PRECISION)
         z_v = dot(hidden, cast(tl.load(p_w + HALF * HIDDEN), DTYPE), z_v, PRECISION)
@@ -104,14 +106,17 @@ def ffn_block(
 def project_tile(
     p_sharer_key,
     p_sharer_value,
-    m_sharer,
+    o_sharer_key,
+    o_sharer_value,
     stride_sharer_key_head,
     stride_sharer_value_head,
     p_receiver_key,
     p_receiver_value,
-    m_receiver,
+    o_receiver_key,
+    o_receiver_value,
     stride_receiver_key_head,
     stride_receiver_value_head,
+    m_row,
     p_start,
     p_down,
     p_norm,
@@ -135,7 +140,7 @@ def project_tile(
 ):
     """The latent of a tile, ``(z_k, z_v)``, each ``(BLOCK_T, d/2)`` float32.
 
-    ``p_sharer_*``, ``p_receiver_*``: (BLOCK_T,) pointers to the tile's rows. ``p_start``: d floats that z starts from:
+    ``p_*``: the item's base in each cache; ``o_*``: (BLOCK_T,) offsets of the tile's rows. ``p_start``: d floats that z starts from:
     ``b_down``, or for LCF-X (HAS_SHARER false) the message, which holds ``b_down`` and the sharer's part already.
     """
     HALF: tl.constexpr = WIDTH // 2
@@ -148,20 +153,20 @@ def project_tile(
     z_v = zeros + tl.load(p_start + HALF + o_z).to(tl.float32)[None, :]
     if HAS_SHARER:
         z_k, z_v = add_source(
-            z_k, z_v, p_sharer_key, m_sharer, stride_sharer_key_head, p_down, STRIDE,
+            z_k, z_v, p_sharer_key, o_sharer_key, m_row, stride_sharer_key_head, p_down, STRIDE,
             SHARER_HEADS, SHARER_DIM, WIDTH, BLOCK_CS, DTYPE, PRECISION,
         )  # fmt: skip
         z_k, z_v = add_source(
-            z_k, z_v, p_sharer_value, m_sharer, stride_sharer_value_head, p_down + CS, STRIDE,
+            z_k, z_v, p_sharer_value, o_sharer_value, m_row, stride_sharer_value_head, p_down + CS, STRIDE,
             SHARER_HEADS, SHARER_DIM, WIDTH, BLOCK_CS, DTYPE, PRECISION,
         )  # fmt: skip
     p_down += 2 * CS
     z_k, z_v = add_source(
-        z_k, z_v, p_receiver_key, m_receiver, stride_receiver_key_head, p_down, STRIDE,
+        z_k, z_v, p_receiver_key, o_receiver_key, m_row, stride_receiver_key_head, p_down, STRIDE,
         RECEIVER_HEADS, RECEIVER_DIM, WIDTH, BLOCK_CR, DTYPE, PRECISION,
     )  # fmt: skip
     z_k, z_v = add_source(
-        z_k, z_v, p_receiver_value, m_receiver, stride_receiver_value_head, p_down + CR, STRIDE,
+        z_k, z_v, p_receiver_value, o_receiver_value, m_row, stride_receiver_value_head, p_down + CR, STRIDE,
         RECEIVER_HEADS, RECEIVER_DIM, WIDTH, BLOCK_CR, DTYPE, PRECISION,
     )  # fmt: skip
     for i in tl.static_range(BLOCKS):
@@ -203,6 +208,7 @@ def joint_projection_kernel(
     stride_start_batch,
     HAS_SHARER: tl.constexpr,
     HAS_INDEX: tl.constexpr,
+    IS_WIDE: tl.constexpr,
     SHARER_HEADS: tl.constexpr,
     SHARER_DIM: tl.constexpr,
     RECEIVER_HEADS: tl.constexpr,
@@ -222,24 +228,30 @@ def joint_projection_kernel(
     HALF: tl.constexpr = WIDTH // 2
     i_program = tl.program_id(0)
     i_batch = (i_program // tiles).to(tl.int64)
-    o_t = ((i_program % tiles) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    m_t = o_t < tokens
+    i_start = ((i_program % tiles) * BLOCK_T).to(tl.int64)
+    o_t = tl.arange(0, BLOCK_T)
+    m_t = i_start + o_t < tokens
     m_row = m_t
+    i_sharer = i_start
     o_sharer = o_t
     if HAS_INDEX:
-        o_sharer = tl.load(index + i_batch * tokens + o_t, mask=m_t, other=-1).to(tl.int64)
+        i_sharer = i_start * 0
+        o_sharer = tl.load(index + i_batch * tokens + i_start + o_t, mask=m_t, other=-1)
         m_row = m_t & (o_sharer >= 0) & (o_sharer < sharer_tokens)
     z_k, z_v = project_tile(
-        sharer_key + i_batch * stride_sharer_key_batch + o_sharer * stride_sharer_key_token,
-        sharer_value + i_batch * stride_sharer_value_batch + o_sharer * stride_sharer_value_token,
-        m_row,
+        sharer_key + i_batch * stride_sharer_key_batch + i_sharer * stride_sharer_key_token,
+        sharer_value + i_batch * stride_sharer_value_batch + i_sharer * stride_sharer_value_token,
+        row_offsets(o_sharer, stride_sharer_key_token, IS_WIDE),
+        row_offsets(o_sharer, stride_sharer_value_token, IS_WIDE),
         stride_sharer_key_head,
         stride_sharer_value_head,
-        receiver_key + i_batch * stride_receiver_key_batch + o_t * stride_receiver_key_token,
-        receiver_value + i_batch * stride_receiver_value_batch + o_t * stride_receiver_value_token,
-        m_row,
+        receiver_key + i_batch * stride_receiver_key_batch + i_start * stride_receiver_key_token,
+        receiver_value + i_batch * stride_receiver_value_batch + i_start * stride_receiver_value_token,
+        row_offsets(o_t, stride_receiver_key_token, IS_WIDE),
+        row_offsets(o_t, stride_receiver_value_token, IS_WIDE),
         stride_receiver_key_head,
         stride_receiver_value_head,
+        m_row,
         start + i_batch * stride_start_batch,
         down_weight,
         norm_weight,
@@ -264,7 +276,7 @@ def joint_projection_kernel(
     if HAS_INDEX:
         z_k = tl.where(m_row[:, None], z_k, 0.0)
         z_v = tl.where(m_row[:, None], z_v, 0.0)
-    p_z = latent + (i_batch * tokens + o_t)[:, None] * WIDTH + tl.arange(0, HALF)[None, :]
+    p_z = latent + (i_batch * tokens + i_start) * WIDTH + o_t[:, None] * WIDTH + tl.arange(0, HALF)[None, :]
     tl.store(p_z, z_k, mask=m_t[:, None])
     tl.store(p_z + HALF, z_v, mask=m_t[:, None])
 
@@ -320,6 +332,10 @@ def joint_projection(
             0 if message is None else message.stride(0),
             HAS_SHARER=message is None,
             HAS_INDEX=index is not None,
+            IS_WIDE=needs_wide_offsets(config.block_tokens, receiver_key, receiver_value)
+            or needs_wide_offsets(
+                config.block_tokens if index is None else sharer_key.shape[2], sharer_key, sharer_value
+            ),
             SHARER_HEADS=sharer_heads,
             SHARER_DIM=sharer_dim,
             RECEIVER_HEADS=heads,

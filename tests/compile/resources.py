@@ -1,0 +1,80 @@
+"""Compile a case for a chip that need not be here, and read what it takes: registers, spills, shared memory, mma."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from case import Case
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+#: Shared memory that one program may take, bytes.
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+#: What the tensor instruction is called in the chip's assembly.
+MMA = {
+    "sm_80": r"\bHMMA\b|\bIMMA\b",
+    "sm_90": r"\bHGMMA\b|\bHMMA\b",
+    "sm_100": r"\bUTC\w*MMA\b|\bHMMA\b",
+    "gfx942": r"\bv_mfma_\w+",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes.
+
+    Attributes:
+        registers: a thread.
+        spills: instructions that store to or load from local (AMD: scratch) memory.
+        shared: bytes of shared memory a program.
+        mma: names of the tensor instructions used.
+        wide_loads: global loads of 16 bytes.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    mma: tuple[str, ...]
+    wide_loads: int
+
+
+def compile_case(case: Case, chip: str) -> Resources:
+    """Cross-compile; no GPU is touched."""
+    source = ASTSource(case.kernel, dict(case.signature), dict(case.constexprs), dict(case.attrs))
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    compiled = triton.compile(source, target=TARGETS[chip], options=options)
+    shared = compiled.metadata.shared
+    if chip == "gfx942":
+        text = compiled.asm["amdgcn"]
+        registers = sum(int(n) for n in re.findall(r"\.(?:vgpr|agpr)_count:\s+(\d+)", text))
+        spills = len(re.findall(r"\bscratch_(?:load|store)", text))
+        wide = len(re.findall(r"\b(?:global|buffer)_load_dwordx4", text))
+    else:
+        registers, text = _disassemble(compiled.asm["cubin"])
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", text))
+        wide = len(re.findall(r"\b(?:LDG|LDGSTS)\.E[\w.]*\.128", text))
+    return Resources(registers, spills, shared, tuple(sorted(set(re.findall(MMA[chip], text)))), wide)
+
+
+def _disassemble(cubin: bytes) -> tuple[int, str]:
+    """Registers and SASS, by the tool that Triton ships."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"\bREG:(\d+)", usage)
+    assert found is not None, usage
+    return int(found.group(1)), sass

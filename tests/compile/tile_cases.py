@@ -1,0 +1,119 @@
+"""Projection, injection and the fused kernel at every configuration of the policy: cases of the compile gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton.language as tl
+from case import Case, make
+
+from lcf_fast.kernels import fusion, injection, projection
+from lcf_fast.kernels.common import TABLE_STEP, head_chunk, heads_block
+from lcf_fast.kernels.policy import TileConfig
+
+FLOATS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+#: Qwen2.5-0.5B informs Qwen3-0.6B: 28 layers, tables padded to 32.
+LAYERS = -(-28 // TABLE_STEP) * TABLE_STEP
+WEIGHTS = (
+    "down_weight", "norm_weight", "ffn_in_weight", "ffn_out_weight", "up_weight", "up_bias",
+    "head_gate_weight", "head_gate_bias", "gate_logit",
+)  # fmt: skip
+
+
+def tile_constexprs(
+    width: int, dtype: str, config: TileConfig, sharer: tuple[int, int], receiver: tuple[int, int]
+) -> dict[str, Any]:
+    return {
+        "SHARER_HEADS": sharer[0],
+        "SHARER_DIM": sharer[1],
+        "RECEIVER_HEADS": receiver[0],
+        "RECEIVER_DIM": receiver[1],
+        "WIDTH": width,
+        "HIDDEN": 4 * width,
+        "BLOCKS": 2,
+        "BLOCK_T": config.block_tokens,
+        "BLOCK_CS": head_chunk(sharer[1], config.block_channels),
+        "BLOCK_CR": head_chunk(receiver[1], config.block_channels),
+        "BLOCK_F": config.block_hidden,
+        "EPS": 1e-6,
+        "DTYPE": FLOATS[dtype],
+        "PRECISION": "ieee",
+    }
+
+
+def fusion_case(
+    width: int,
+    dtype: str,
+    config: TileConfig,
+    *,
+    message: bool = False,
+    index: bool = False,
+    inplace: bool = True,
+    aligned: bool = True,
+    sharer: tuple[int, int] = (2, 64),
+    receiver: tuple[int, int] = (8, 128),
+) -> Case:
+    tables = ("sharer_keys", "sharer_values", "receiver_keys", "receiver_values", "codes")
+    types: dict[str, Any] = dict.fromkeys(tables, ("i64",) * LAYERS)
+    types |= dict.fromkeys((*WEIGHTS, "out"), f"*{dtype}")
+    types |= {"index": "*i32", "start": "*fp32" if message else f"*{dtype}"}
+    if message:
+        sharer = (1, 1024)  # the launcher gives channels only
+    constexprs = {
+        **tile_constexprs(width, dtype, config, sharer, receiver),
+        "BLOCK_H": heads_block(receiver[0]),
+        "LAYERS": LAYERS,
+        "HAS_SHARER": not message,
+        "HAS_INDEX": index,
+        "IS_WIDE": False,
+        "IS_INPLACE": inplace,
+        "IS_SHARER_ALIGNED": aligned,
+        "IS_RECEIVER_ALIGNED": aligned,
+        "SHARER_DTYPE": FLOATS[dtype],
+    }
+    unaligned = ("codes",) if aligned else tables
+    marks = "".join(
+        mark for mark, on in (("-message", message), ("-index", index), ("-out", not inplace), ("-odd", not aligned)) if on
+    )
+    heads = "" if receiver == (8, 128) else f"-{receiver[0]}x{receiver[1]}"
+    name = f"fuse-{width}-{dtype}-{config.block_tokens}{marks}{heads}"
+    return make(
+        name, fusion.fuse_kernel, types, constexprs, config.num_warps, config.num_stages, unaligned, expect_mma=dtype != "fp32"
+    )
+
+
+def projection_case(width: int, dtype: str, config: TileConfig, *, receiver: tuple[int, int] = (8, 128)) -> Case:
+    caches = ("sharer_key", "sharer_value", "receiver_key", "receiver_value")
+    types: dict[str, Any] = dict.fromkeys((*caches, *WEIGHTS, "start"), f"*{dtype}")
+    types |= {"index": "*i32", "latent": "*fp32"}
+    constexprs = {
+        **tile_constexprs(width, dtype, config, (2, 64), receiver),
+        "HAS_SHARER": True,
+        "HAS_INDEX": False,
+        "IS_WIDE": False,
+    }
+    name = f"project-{width}-{dtype}-{config.block_tokens}-{receiver[1]}"
+    kernel = projection.joint_projection_kernel
+    return make(name, kernel, types, constexprs, config.num_warps, config.num_stages, expect_mma=dtype != "fp32")
+
+
+def injection_case(width: int, dtype: str, config: TileConfig, *, receiver: tuple[int, int] = (8, 128)) -> Case:
+    caches = ("receiver_key", "receiver_value", "out_key", "out_value")
+    types: dict[str, Any] = dict.fromkeys((*caches, *WEIGHTS), f"*{dtype}")
+    types |= {"latent": "*fp32", "edit_mask": "*i1"}
+    constexprs = {
+        "HAS_MASK": True,
+        "IS_WIDE": False,
+        "IS_INPLACE": False,
+        "HEADS": receiver[0],
+        "HEAD_DIM": receiver[1],
+        "WIDTH": width,
+        "BLOCK_T": config.block_tokens,
+        "BLOCK_C": head_chunk(receiver[1], config.block_channels),
+        "BLOCK_H": heads_block(receiver[0]),
+        "DTYPE": FLOATS[dtype],
+        "PRECISION": "ieee",
+    }
+    name = f"inject-{width}-{dtype}-{config.block_tokens}-{receiver[1]}"
+    kernel = injection.gated_injection_kernel
+    return make(name, kernel, types, constexprs, config.num_warps, config.num_stages, expect_mma=dtype != "fp32")
