@@ -39,17 +39,14 @@ def real_tokens(name: str, mask: Any, key: Tensor) -> Tensor | None:
 
 
 def hide_padding(sharer_index: Any, visible: Tensor, key: Tensor) -> Tensor:
-    """``sharer_index (B, N)`` with -1 where it names a row that is not ``visible (B, M)``.
-
-    What is out of range stays as it is: refusing it is the op's part.
-    """
+    """``sharer_index (B, N)`` with -1 where it names a row that is not ``visible (B, M)``."""
     check_index(sharer_index, key.shape[0], key.shape[2], visible.shape[1])
     index: Tensor = sharer_index
     if visible.shape[1] == 0:
         return index
     rows = index.to(key.device, torch.int64, non_blocking=True)
     shown = visible.gather(1, rows.clamp(0, visible.shape[1] - 1))
-    return rows.masked_fill(~shown & (rows >= 0) & (rows < visible.shape[1]), -1)
+    return rows.masked_fill(~shown, -1)
 
 
 def span_offsets(spans: Any, key: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -237,6 +237,18 @@ def test_gates_on_a_device_are_read_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert reads == 2
 
 
+@pytest.mark.parametrize("cross_context", [False, True])
+def test_the_configured_epsilon_is_used(cross_context: bool) -> None:
+    sharer, receiver = make_caches()
+    adapter = make_adapter(cross_context, norm_eps=0.5)
+    if cross_context:
+        message = adapter.summarize(sharer)
+        expected = expected_of(adapter, receiver, message=message.latent.double())
+        assert_close(adapter.inject(receiver, message), expected)
+    else:
+        assert_close(adapter.fuse(sharer, receiver), expected_of(adapter, receiver, sharer=sharer))
+
+
 @pytest.mark.parametrize(("batch", "length"), [(0, 7), (2, 0)])
 @pytest.mark.parametrize("cross_context", [False, True])
 def test_empty_inputs_give_empty_results(batch: int, length: int, cross_context: bool) -> None:
