@@ -1,4 +1,4 @@
-"""Launch configurations of the pooling kernels as data. Imports neither torch nor triton.
+"""Launch configurations of the pooling kernels and the fold as data. Imports neither torch nor triton.
 
 Rows come from cross-compilation (registers, spills, vector loads; tests/compile): none has been measured on a GPU yet.
 """
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PoolingConfig:
-    """How the pooling and merging kernels work.
+    """How the chunk and merge kernels work.
 
     Attributes:
         block_tokens: tokens a chunk.
         group_spans: spans inside a chunk that are looked at together.
-        num_warps: warps a program of the first launch.
-        merge_chunks: chunks a program of the merge (one less where a further merge follows).
-        merge_warps: its warps.
+        num_warps: warps a program of the chunk kernel.
+        merge_chunks: chunks a program of the merge; one less where a further merge follows.
+        merge_warps: warps a program of the merge.
     """
 
     block_tokens: int
@@ -35,7 +35,8 @@ class FoldConfig:
         block_width: latent channels a program.
         block_batch: batch items that share one read of the weights.
         block_channels: channels of the summary a step.
-        num_warps, num_stages: warps a program, depth of the software pipeline.
+        num_warps: warps a program.
+        num_stages: depth of the software pipeline.
     """
 
     block_width: int
@@ -45,17 +46,45 @@ class FoldConfig:
     num_stages: int
 
 
+#: Keys and values of a chunk, bytes. They wait in registers, which is what limits the bytes in flight: 32 KB by four
+#: warps is 128 to 214 registers a thread on sm_80 to sm_100, so two to four programs a multiprocessor, 64 to 128 KB
+#: (latency times bandwidth of an H200 is about 25 KB a multiprocessor, half of it idle while programs reduce). 64 KB
+#: spills; 16 KB pays the work on spans, which does not depend on the head's width, twice; eight warps need more
+#: instructions for the same bytes.
+CHUNK_BYTES = 32 * 1024
+#: Below 16 tokens no tensor instruction fits; above 128 the [spans, tokens] tiles take the registers.
+CHUNK_TOKENS = (16, 128)
+#: Numbers in flight of one fold program: 32 a thread.
+FOLD_ELEMENTS = 4096
+
+
 def _next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def pooling_config(head_dim: int, itemsize: int, target: str) -> PoolingConfig:
-    """The row for a head width, element size in bytes and chip (``sm_90``, ``gfx942``)."""
-    return PoolingConfig(block_tokens=64, group_spans=16, num_warps=4, merge_chunks=32, merge_warps=8)
+    """The row for a head width, element size in bytes and chip (``sm_90``, ``gfx942``); one for all chips so far.
+
+    32 chunks a merge: 2,000 tokens of width 128 in 16 bits take a single one.
+    """
+    tokens = CHUNK_BYTES // (2 * _next_power_of_2(head_dim) * itemsize)
+    fewest, most = CHUNK_TOKENS
+    return PoolingConfig(
+        block_tokens=min(max(tokens, fewest), most),
+        group_spans=16,
+        num_warps=4,
+        merge_chunks=32,
+        merge_warps=8,
+    )
 
 
 def fold_config(channels: int, batch: int) -> FoldConfig:
-    """The row for ``channels`` = Cs and the batch size."""
+    """The row for ``channels`` = Cs.
+
+    Four rows of weights a program: 28 layers of d = 128 make 896 programs, all resident on an H200 at once, so that the
+    weights come in at one latency.
+    """
+    block_width = 4
     block_batch = min(_next_power_of_2(batch), 8)
-    block_channels = min(_next_power_of_2(channels), max(1024 // block_batch, 128))
-    return FoldConfig(block_width=4, block_batch=block_batch, block_channels=block_channels, num_warps=4, num_stages=3)
+    block_channels = min(_next_power_of_2(channels), FOLD_ELEMENTS // (block_width * block_batch))
+    return FoldConfig(block_width, block_batch, block_channels, num_warps=4, num_stages=3)
