@@ -6,16 +6,18 @@ kernel's parameters. Nothing is copied to the device, so a launch is safe under 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .policy import DEFAULT_TARGET
+from .policy import INTERPRETER
 
 #: Launch tables are padded to a multiple of this, so that the number of layers adds few compiled variants.
 TABLE_STEP = 8
@@ -25,7 +27,13 @@ VECTOR_BYTES = 16
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
-@triton.jit
+def inlined(function: Callable[..., Any]) -> Any:
+    """``triton.jit`` for the small helpers. The interpreter takes milliseconds to enter a jitted function, so there
+    they stay plain Python, which it runs alike as long as they hold no loop."""
+    return function if INTERPRETED else triton.jit(function)
+
+
+@inlined
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a @ b`` in float32. The interpreter multiplies the bits of bfloat16 as integers: upcast there."""
     if INTERPRETED:
@@ -34,10 +42,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-@triton.jit
+@inlined
 def cast(x, DTYPE: tl.constexpr):
     """Round float32 to the cache's dtype, to nearest even. The interpreter cuts bfloat16 off instead: round there."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
+    if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
         x = x.to(tl.float32)
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -46,7 +54,7 @@ def cast(x, DTYPE: tl.constexpr):
     return x.to(DTYPE)
 
 
-@triton.jit
+@inlined
 def gelu(x, DTYPE: tl.constexpr):
     """Erf GELU of float32 values that are rounded to DTYPE next.
 
@@ -54,7 +62,7 @@ def gelu(x, DTYPE: tl.constexpr):
     everywhere, a thirtieth of bfloat16's rounding at 1, in 14 instructions instead of 33. Counted over a token, exact
     GELU costs more issue slots than the products take on the tensor cores.
     """
-    if tl.constexpr(DTYPE == tl.bfloat16):
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
         y = tl.minimum(tl.maximum(x, -4.5), 4.5)
         u = y * y
         p = 6.000017698e-11 * u - 6.567827908e-09
@@ -72,7 +80,7 @@ def gelu(x, DTYPE: tl.constexpr):
     return half * erf + half
 
 
-@triton.jit
+@inlined
 def row_offsets(rows, stride, IS_WIDE: tl.constexpr):
     """``rows * stride``, in 64 bits only where `needs_wide_offsets` says so: offsets live in registers."""
     if IS_WIDE:
@@ -153,7 +161,7 @@ def device_guard(tensor: Tensor) -> AbstractContextManager[None]:
 @lru_cache
 def _target(device: torch.device) -> str:
     if device.type != "cuda":
-        return DEFAULT_TARGET
+        return INTERPRETER
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
@@ -170,6 +178,11 @@ def dot_precision(dtype: torch.dtype) -> str:
     if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
         return "tf32"
     return "ieee"
+
+
+def hidden_chunk(hidden: int, widest: int) -> int:
+    """FFN hidden units a step: the widest power of two up to ``widest`` that divides them."""
+    return math.gcd(hidden, widest)
 
 
 def head_chunk(head_dim: int, widest: int) -> int:

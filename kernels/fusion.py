@@ -24,6 +24,7 @@ from .common import (
     dot_precision,
     head_chunk,
     heads_block,
+    hidden_chunk,
     needs_wide_offsets,
     odd,
     padded,
@@ -169,11 +170,15 @@ def fuse_kernel(
     if edits == 0:
         if not IS_INPLACE:
             if is_key_open:
-                copy_tile(p_key, o_key, stride_receiver_key_head, p_out_key, o_out_key, stride_out_key, m_write,
-                          RECEIVER_HEADS, RECEIVER_DIM, BLOCK_CR)  # fmt: skip
+                copy_tile(
+                    p_key, o_key, stride_receiver_key_head, p_out_key, o_out_key, stride_out_key, m_write,
+                    RECEIVER_HEADS, RECEIVER_DIM, BLOCK_CR,
+                )  # fmt: skip
             if is_value_open:
-                copy_tile(p_value, o_value, stride_receiver_value_head, p_out_value, o_out_value, stride_out_value, m_write,
-                          RECEIVER_HEADS, RECEIVER_DIM, BLOCK_CR)  # fmt: skip
+                copy_tile(
+                    p_value, o_value, stride_receiver_value_head, p_out_value, o_out_value, stride_out_value, m_write,
+                    RECEIVER_HEADS, RECEIVER_DIM, BLOCK_CR,
+                )  # fmt: skip
     else:
         if HAS_SHARER:
             p_sharer_key = pointer_of(sharer_keys, i_layer, LAYERS, SHARER_DTYPE, IS_SHARER_ALIGNED)
@@ -361,7 +366,9 @@ def _launch(
         HAS_INDEX=index is not None,
         IS_INPLACE=out is None,
         IS_WIDE=needs_wide_offsets(config.block_tokens, key, value)
-        or needs_wide_offsets(sharer_key.shape[2] if index is not None else config.block_tokens, sharer_key, sharer_value),
+        or needs_wide_offsets(
+            sharer_key.shape[2] if index is not None else config.block_tokens, sharer_key, sharer_value
+        ),
         IS_SHARER_ALIGNED=is_sharer_aligned,
         IS_RECEIVER_ALIGNED=is_receiver_aligned,
         SHARER_HEADS=sharer_heads,
@@ -374,7 +381,7 @@ def _launch(
         BLOCK_T=config.block_tokens,
         BLOCK_CS=head_chunk(sharer_dim, config.block_channels),
         BLOCK_CR=head_chunk(head_dim, config.block_channels),
-        BLOCK_F=config.block_hidden,
+        BLOCK_F=hidden_chunk(stacked["ffn_in_weight"].shape[2], config.block_hidden),
         BLOCK_H=heads_block(heads),
         EPS=norm_eps,
         SHARER_DTYPE=TRITON_DTYPE[sharer_key.dtype],

@@ -15,7 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import TRITON_DTYPE, cast, device_guard, dot, dot_precision, head_chunk, heads_block, needs_wide_offsets, target_of
+from .common import (
+    TRITON_DTYPE,
+    cast,
+    device_guard,
+    dot,
+    dot_precision,
+    head_chunk,
+    heads_block,
+    needs_wide_offsets,
+    target_of,
+)
 from .policy import tile_config
 
 
@@ -118,7 +128,8 @@ def copy_tile(
     CHUNKS: tl.constexpr = (HEAD_DIM + BLOCK_C - 1) // BLOCK_C
     o_c = tl.arange(0, BLOCK_C)
     for i in range(0, HEADS * CHUNKS):
-        o_head = (i // CHUNKS).to(tl.int64)
+        i_head = i // CHUNKS
+        o_head = i_head.to(tl.int64)
         o_channel = (i % CHUNKS) * BLOCK_C + o_c
         m_tile = m_write[:, None] & (o_channel < HEAD_DIM)[None, :]
         b_row = tl.load((p_base + o_head * stride_head) + (o_row[:, None] + o_channel[None, :]), mask=m_tile)

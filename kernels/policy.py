@@ -1,7 +1,7 @@
 """Launch configurations as data. Imports neither torch nor triton, so that a choice can be tested anywhere.
 
-Rows come from cross-compilation (registers, spills, shared memory; see tests/compile): none has been measured on a GPU
-yet. A row is picked by width, element size and chip; then the tile shrinks while it would leave multiprocessors idle.
+The rows come from cross-compilation (registers, spills, shared memory; tests/compile holds them to it). None has been
+measured on a GPU yet: they are where tuning starts.
 """
 
 from __future__ import annotations
@@ -9,6 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DEFAULT_TARGET = "sm_90"
+#: What CPU tensors are served by, under TRITON_INTERPRET=1: few, large programs.
+INTERPRETER = "interpreter"
+
+#: Multiprocessors (AMD: compute units) a chip has, to be filled before tiles grow.
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, INTERPRETER: 1}
 
 
 @dataclass(frozen=True)
@@ -30,5 +35,79 @@ class TileConfig:
     num_stages: int
 
 
+#: Half precision: bottleneck width -> tiles from the largest to the smallest. The largest has the most products a
+#: weight read; the smallest fills the chip when there are few tokens. Reasons stand beside what is not obvious.
+_HALF: dict[str, dict[int, tuple[TileConfig, ...]]] = {
+    "sm_90": {
+        64: (TileConfig(128, 64, 64, 8, 3), TileConfig(16, 64, 64, 4, 3)),
+        # 128 tokens on 8 warps: two warpgroups, each with its own 64 rows of HGMMA. 4 warps on 64 rows spill.
+        128: (TileConfig(128, 64, 64, 8, 3), TileConfig(64, 64, 64, 8, 3), TileConfig(16, 64, 64, 4, 3)),
+        # 128 rows would need 147 spills; 64 hidden units fit in two stages only.
+        256: (TileConfig(64, 64, 64, 8, 2), TileConfig(16, 64, 32, 4, 3)),
+        # The latent alone is 512 floats a row: 64 rows spill in the loops, so HMMA on 32.
+        512: (TileConfig(32, 64, 32, 8, 2), TileConfig(16, 32, 32, 8, 2)),
+    },
+    "sm_80": {
+        64: (TileConfig(64, 64, 64, 4, 3), TileConfig(16, 64, 64, 4, 3)),
+        # HMMA has no warpgroups: 8 warps on 64 rows halve what a thread holds, and 4 warps spill in the loops.
+        128: (TileConfig(64, 64, 64, 8, 3), TileConfig(16, 64, 64, 4, 3)),
+        256: (TileConfig(64, 64, 32, 8, 2), TileConfig(16, 64, 32, 4, 2)),
+        512: (TileConfig(32, 64, 32, 8, 2), TileConfig(16, 32, 32, 8, 2)),
+    },
+    # 64 KB of shared memory, and one stage keeps nothing in it between steps.
+    "gfx942": {
+        64: (TileConfig(64, 64, 64, 4, 2), TileConfig(16, 64, 64, 4, 2)),
+        128: (TileConfig(64, 64, 32, 4, 2), TileConfig(16, 64, 32, 4, 2)),
+        256: (TileConfig(32, 32, 32, 4, 2), TileConfig(16, 32, 32, 4, 2)),
+        512: (TileConfig(16, 32, 32, 8, 2),),
+    },
+    INTERPRETER: {width: (TileConfig(64, 128, 128, 4, 1),) for width in (64, 128, 256, 512)},
+}
+_HALF["sm_100"] = _HALF["sm_90"]
+
+#: float32 multiplies on the plain cores: small tiles, or the unrolled products fill the register file.
+_SINGLE: dict[int, tuple[TileConfig, ...]] = {
+    64: (TileConfig(16, 32, 32, 4, 2),),
+    128: (TileConfig(16, 32, 32, 4, 2),),
+    256: (TileConfig(16, 32, 32, 8, 2),),
+    512: (TileConfig(16, 32, 32, 8, 2),),
+}
+
+
+def known_target(target: str) -> str:
+    """The chip whose rows serve ``target``: its own, else those of its family (``sm_86`` takes ``sm_80``'s)."""
+    if target in _HALF:
+        return target
+    if target.startswith("gfx"):
+        return "gfx942"
+    if target.startswith("sm_"):
+        capability = int(target.removeprefix("sm_"))
+        known = [name for name in ("sm_100", "sm_90", "sm_80") if capability >= int(name.removeprefix("sm_"))]
+        # Consumer parts (sm_120) have sm_80's shared memory and neither HGMMA nor UTCMMA.
+        return "sm_80" if capability >= 120 or not known else known[0]
+    return DEFAULT_TARGET
+
+
+def tile_options(width: int, itemsize: int, target: str) -> tuple[TileConfig, ...]:
+    """All tiles for a bottleneck width, element size in bytes and chip, from the largest to the smallest."""
+    target = known_target(target)
+    rows = _SINGLE if itemsize == 4 and target != INTERPRETER else _HALF[target]
+    return rows[width]
+
+
 def tile_config(width: int, itemsize: int, target: str, rows: int, tokens: int) -> TileConfig:
-    return TileConfig(64, 64, 64, 4, 2)
+    """The largest tile that still gives every multiprocessor a program; else the smallest.
+
+    Args:
+        width: bottleneck width d.
+        itemsize: bytes an element of the receiver's cache.
+        target: the chip, ``sm_90``, ``gfx942``, ...
+        rows: independent rows of tiles: layers times batch items.
+        tokens: tokens to cover in each.
+    """
+    options = tile_options(width, itemsize, target)
+    wanted = PROCESSORS[known_target(target)]
+    for config in options:
+        if rows * -(-tokens // config.block_tokens) >= wanted:
+            return config
+    return options[-1]

@@ -17,7 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import TRITON_DTYPE, cast, device_guard, dot, dot_precision, gelu, head_chunk, needs_wide_offsets, row_offsets, target_of
+from .common import (
+    TRITON_DTYPE,
+    cast,
+    device_guard,
+    dot,
+    dot_precision,
+    gelu,
+    head_chunk,
+    hidden_chunk,
+    needs_wide_offsets,
+    row_offsets,
+    target_of,
+)
 from .policy import tile_config
 
 
@@ -140,8 +152,8 @@ def project_tile(
 ):
     """The latent of a tile, ``(z_k, z_v)``, each ``(BLOCK_T, d/2)`` float32.
 
-    ``p_*``: the item's base in each cache; ``o_*``: (BLOCK_T,) offsets of the tile's rows. ``p_start``: d floats that z starts from:
-    ``b_down``, or for LCF-X (HAS_SHARER false) the message, which holds ``b_down`` and the sharer's part already.
+    ``p_*``: the item's base in each cache; ``o_*``: (BLOCK_T,) offsets of the tile's rows. ``p_start``: d floats that
+    z starts from: ``b_down``, or for LCF-X (HAS_SHARER false) the message, which holds that and the sharer's part.
     """
     HALF: tl.constexpr = WIDTH // 2
     CS: tl.constexpr = SHARER_HEADS * SHARER_DIM
@@ -346,7 +358,7 @@ def joint_projection(
             BLOCK_T=config.block_tokens,
             BLOCK_CS=head_chunk(sharer_dim, config.block_channels),
             BLOCK_CR=head_chunk(head_dim, config.block_channels),
-            BLOCK_F=config.block_hidden,
+            BLOCK_F=hidden_chunk(stacked[2].shape[1], config.block_hidden),
             EPS=norm_eps,
             DTYPE=TRITON_DTYPE[receiver_key.dtype],
             PRECISION=dot_precision(receiver_key.dtype),

@@ -66,7 +66,7 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _obstacle(device: torch.device, dtype: torch.dtype, width: int | None) -> str | None:
+def _obstacle(device: torch.device, dtype: torch.dtype, width: int | None, hidden: int | None) -> str | None:
     """Why the kernels can not serve these tensors; ``None`` if they can."""
     if not _has_triton():
         return "triton is not installed"
@@ -76,6 +76,8 @@ def _obstacle(device: torch.device, dtype: torch.dtype, width: int | None) -> st
         return f"dtype {dtype}"
     if width is not None and width not in TRITON_WIDTHS:
         return f"bottleneck {width}, not one of {TRITON_WIDTHS}"
+    if hidden is not None and (hidden == 0 or hidden % 16):
+        return f"{hidden} hidden units in the FFN, not a multiple of 16"
     return None
 
 
@@ -84,8 +86,10 @@ def _say_once(obstacle: str) -> None:
     warnings.warn(f"lcf_fast falls back to its eager path: {obstacle}", RuntimeWarning, stacklevel=4)
 
 
-def resolve(device: torch.device, dtype: torch.dtype, width: int | None = None) -> Literal["triton", "eager"]:
-    """The back end that serves a call on ``device`` with caches of ``dtype`` and bottleneck ``width``.
+def resolve(
+    device: torch.device, dtype: torch.dtype, width: int | None = None, hidden: int | None = None
+) -> Literal["triton", "eager"]:
+    """The back end that serves caches of ``dtype`` on ``device``, with bottleneck ``width`` and an FFN of ``hidden``.
 
     Raises:
         BackendError: Triton was asked for by name and cannot serve.
@@ -93,7 +97,7 @@ def resolve(device: torch.device, dtype: torch.dtype, width: int | None = None) 
     name = current_backend()
     if name == "eager" or (name == "auto" and device.type != "cuda"):
         return "eager"
-    obstacle = _obstacle(device, dtype, width)
+    obstacle = _obstacle(device, dtype, width, hidden)
     if obstacle is None:
         return "triton"
     if name == "triton":

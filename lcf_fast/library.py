@@ -92,7 +92,7 @@ def run_joint_projection(
     norm_eps: float,
 ) -> Tensor:
     named = dict(zip(PROJECTION_WEIGHTS, weights))
-    if resolve(receiver_key.device, receiver_key.dtype, weights[0].shape[0]) == "triton":
+    if resolve(receiver_key.device, receiver_key.dtype, weights[0].shape[0], weights[3].shape[1]) == "triton":
         from .kernels import projection
 
         return projection.joint_projection(
@@ -138,9 +138,7 @@ def _projection_formula(
     message = rest.pop(0) if has_message else None
     weights = dict(zip(PROJECTION_WEIGHTS, rest))
     return (
-        reference.joint_projection(
-            *sharer, *receiver, weights, sharer_index=index, message=message, norm_eps=norm_eps
-        ),
+        reference.joint_projection(*sharer, *receiver, weights, sharer_index=index, message=message, norm_eps=norm_eps),
     )
 
 
@@ -186,9 +184,7 @@ def _projection_setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _projection_backward(ctx: Any, grad: Tensor) -> Any:
     tensors = list(ctx.saved_tensors)
     index = tensors.pop() if ctx.has_index else None
-    found = joint_projection_backward(
-        grad, tensors, ctx.needed, index, ctx.has_sharer, ctx.has_message, ctx.norm_eps
-    )
+    found = joint_projection_backward(grad, tensors, ctx.needed, index, ctx.has_sharer, ctx.has_message, ctx.norm_eps)
     grads = spread(found, ctx.needed)
     sharer = [grads.pop(0), grads.pop(0)] if ctx.has_sharer else [None, None]
     receiver = [grads.pop(0), grads.pop(0)]
@@ -216,9 +212,7 @@ def run_attention_pool(
         return pooling.attention_pool(
             unit_rows(key), unit_rows(value), span_query, global_query, span_offsets, attention_mask
         )
-    return eager.attention_pool(
-        key, value, span_query, global_query, span_offsets, attention_mask=attention_mask
-    )
+    return eager.attention_pool(key, value, span_query, global_query, span_offsets, attention_mask=attention_mask)
 
 
 attention_pool = torch.library.custom_op("lcf_fast::attention_pool", run_attention_pool, mutates_args=())

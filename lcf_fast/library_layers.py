@@ -33,7 +33,7 @@ def _fuse(
     named = dict(zip(WEIGHTS, weights))
     gates = list(zip(live[0::2], live[1::2]))
     key = receiver[0]
-    if resolve(key.device, key.dtype, weights[0].shape[1]) == "triton":
+    if resolve(key.device, key.dtype, weights[0].shape[1], weights[3].shape[2]) == "triton":
         from .kernels import fusion
 
         receiver_pairs = pairs_of(receiver if inplace else [unit_rows(t) for t in receiver])
@@ -194,9 +194,7 @@ def _fuse_setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _fuse_backward(ctx: Any, grad: Tensor) -> Any:
     tensors = list(ctx.saved_tensors)
     index = tensors.pop() if ctx.has_index else None
-    found = fuse_layers_backward(
-        grad, tensors, ctx.needed, ctx.layers, ctx.live, index, ctx.has_message, *ctx.scalars
-    )
+    found = fuse_layers_backward(grad, tensors, ctx.needed, ctx.layers, ctx.live, index, ctx.has_message, *ctx.scalars)
     grads = spread(found, ctx.needed)
     receiver, grads = grads[: 2 * ctx.layers], grads[2 * ctx.layers :]
     weights, grads = grads[: ctx.weights], grads[ctx.weights :]
@@ -250,9 +248,7 @@ def summarize_layers_backward(
     def formula(leaves: Sequence[Any]) -> Sequence[Tensor]:
         count = len(SUMMARY_WEIGHTS)
         named = dict(zip(SUMMARY_WEIGHTS, leaves))
-        return reference.summarize_layers(
-            pairs_of(leaves[count:]), named, span_offsets, attention_mask=attention_mask
-        )
+        return reference.summarize_layers(pairs_of(leaves[count:]), named, span_offsets, attention_mask=attention_mask)
 
     return recompute_gradients(formula, inputs, needed, grads)
 

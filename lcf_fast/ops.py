@@ -42,9 +42,9 @@ def _is_plain(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter)
 
 
-def _served_by(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str:
-    """The back end, or its error, before anything runs. A compiled graph chooses when it runs, not when it is traced."""
-    return "compiled" if torch.compiler.is_compiling() else resolve(device, dtype, width)
+def _served_by(device: torch.device, dtype: torch.dtype, width: int | None = None, hidden: int | None = None) -> str:
+    """The back end, or its error, before anything runs. A compiled graph chooses when it runs, not when traced."""
+    return "compiled" if torch.compiler.is_compiling() else resolve(device, dtype, width, hidden)
 
 
 def _row_index(
@@ -111,7 +111,8 @@ def joint_projection(
         check.check_index(sharer_index, batch, tokens, sharer_tokens)
     if message is not None:
         _check_message(message, (batch, width), device)
-    _served_by(device, receiver_key.dtype, width)
+    hidden = weights["ffn_in_weight"].shape[1]
+    backend = _served_by(device, receiver_key.dtype, width, hidden)
     index = _row_index(sharer_index, None, tokens, device)
     parameters = [weights[name] for name in library.PROJECTION_WEIGHTS]
     caches = (sharer_key, sharer_value, receiver_key, receiver_value)
@@ -120,10 +121,8 @@ def joint_projection(
         return library.joint_projection(*arguments)
     if not _needs_grad(*caches, message, *parameters):
         return _undispatched(library.run_joint_projection, arguments)
-    if _served_by(device, receiver_key.dtype, width) == "eager":
-        return reference.joint_projection(
-            *caches, weights, sharer_index=index, message=message, norm_eps=norm_eps
-        )
+    if backend == "eager":
+        return reference.joint_projection(*caches, weights, sharer_index=index, message=message, norm_eps=norm_eps)
     return library.joint_projection(*arguments)
 
 
@@ -447,7 +446,7 @@ def _check_fuse(
     gates = [(bool(pair[0]), bool(pair[1])) for pair in live]
     if len(gates) != layers:
         raise GeometryError("live", expected=f"a pair of bools for each of {layers} layers", got=f"{len(gates)} pairs")
-    backend = _served_by(key.device, key.dtype, width)
+    backend = _served_by(key.device, key.dtype, width, weights["ffn_in_weight"].shape[2])
     arguments = (
         [] if sharer is None else [tensor for pair in sharer for tensor in pair],
         [tensor for pair in receiver for tensor in pair],

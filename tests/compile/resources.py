@@ -37,6 +37,7 @@ class Resources:
     Attributes:
         registers: a thread.
         spills: instructions that store to or load from local (AMD: scratch) memory.
+        loop_spills: those of them inside a loop, where they cost time at every step.
         shared: bytes of shared memory a program.
         mma: names of the tensor instructions used.
         wide_loads: global loads of 16 bytes.
@@ -44,6 +45,7 @@ class Resources:
 
     registers: int
     spills: int
+    loop_spills: int
     shared: int
     mma: tuple[str, ...]
     wide_loads: int
@@ -58,13 +60,35 @@ def compile_case(case: Case, chip: str) -> Resources:
     if chip == "gfx942":
         text = compiled.asm["amdgcn"]
         registers = sum(int(n) for n in re.findall(r"\.(?:vgpr|agpr)_count:\s+(\d+)", text))
-        spills = len(re.findall(r"\bscratch_(?:load|store)", text))
+        spilled = [m.start() for m in re.finditer(r"\bscratch_(?:load|store)", text)]
         wide = len(re.findall(r"\b(?:global|buffer)_load_dwordx4", text))
+        loops = _amd_loops(text)
     else:
         registers, text = _disassemble(compiled.asm["cubin"])
-        spills = len(re.findall(r"\b(?:LDL|STL)\b", text))
+        spilled = [m.start() for m in re.finditer(r"\b(?:LDL|STL)\b", text)]
         wide = len(re.findall(r"\b(?:LDG|LDGSTS)\.E[\w.]*\.128", text))
-    return Resources(registers, spills, shared, tuple(sorted(set(re.findall(MMA[chip], text)))), wide)
+        loops = _nvidia_loops(text)
+    inside = sum(any(first <= at <= last for first, last in loops) for at in spilled)
+    mma = tuple(sorted(set(re.findall(MMA[chip], text))))
+    return Resources(registers, len(spilled), inside, shared, mma, wide)
+
+
+def _nvidia_loops(sass: str) -> list[tuple[int, int]]:
+    """Backward branches: where in the text a loop's first and last instruction stand."""
+    at = {int(m.group(1), 16): m.start() for m in re.finditer(r"^\s*/\*([0-9a-f]{4,6})\*/", sass, re.MULTILINE)}
+    loops = []
+    for branch in re.finditer(r"^\s*/\*([0-9a-f]{4,6})\*/[^\n]*\bBRA[^\n]*?(0x[0-9a-f]+)", sass, re.MULTILINE):
+        own, target = int(branch.group(1), 16), int(branch.group(2), 16)
+        if target < own and target in at:
+            loops.append((at[target], branch.start()))
+    return loops
+
+
+def _amd_loops(text: str) -> list[tuple[int, int]]:
+    """Branches to a label further up."""
+    labels = {m.group(1): m.start() for m in re.finditer(r"^(\.LBB\w+):", text, re.MULTILINE)}
+    branches = re.finditer(r"\bs_c?branch\w*\s+(\.LBB\w+)", text)
+    return [(labels[m.group(1)], m.start()) for m in branches if labels.get(m.group(1), m.start()) < m.start()]
 
 
 def _disassemble(cubin: bytes) -> tuple[int, str]:

@@ -9,7 +9,7 @@ from case import Case, make
 
 from lcf_fast.kernels import fusion, injection, projection
 from lcf_fast.kernels.common import TABLE_STEP, head_chunk, heads_block
-from lcf_fast.kernels.policy import TileConfig
+from lcf_fast.kernels.policy import TileConfig, tile_options
 
 FLOATS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 #: Qwen2.5-0.5B informs Qwen3-0.6B: 28 layers, tables padded to 32.
@@ -73,12 +73,21 @@ def fusion_case(
     }
     unaligned = ("codes",) if aligned else tables
     marks = "".join(
-        mark for mark, on in (("-message", message), ("-index", index), ("-out", not inplace), ("-odd", not aligned)) if on
+        mark
+        for mark, on in (("-message", message), ("-index", index), ("-out", not inplace), ("-odd", not aligned))
+        if on
     )
     heads = "" if receiver == (8, 128) else f"-{receiver[0]}x{receiver[1]}"
     name = f"fuse-{width}-{dtype}-{config.block_tokens}{marks}{heads}"
     return make(
-        name, fusion.fuse_kernel, types, constexprs, config.num_warps, config.num_stages, unaligned, expect_mma=dtype != "fp32"
+        name,
+        fusion.fuse_kernel,
+        types,
+        constexprs,
+        config.num_warps,
+        config.num_stages,
+        unaligned,
+        expect_mma=dtype != "fp32",
     )
 
 
@@ -117,3 +126,22 @@ def injection_case(width: int, dtype: str, config: TileConfig, *, receiver: tupl
     name = f"inject-{width}-{dtype}-{config.block_tokens}-{receiver[1]}"
     kernel = injection.gated_injection_kernel
     return make(name, kernel, types, constexprs, config.num_warps, config.num_stages, expect_mma=dtype != "fp32")
+
+
+def cases(chip: str) -> list[Case]:
+    """What is compiled for ``chip``: every width at its largest tile; on sm_90 every tile and every form."""
+    built = [fusion_case(width, "bf16", tile_options(width, 2, chip)[0]) for width in (64, 128, 256, 512)]
+    largest = tile_options(128, 2, chip)[0]
+    built.append(fusion_case(128, "bf16", largest, message=True))
+    built.append(projection_case(128, "bf16", largest))
+    built.append(injection_case(128, "bf16", largest))
+    if chip == "sm_90":
+        for width in (64, 128, 256, 512):
+            built += [fusion_case(width, "bf16", config) for config in tile_options(width, 2, chip)[1:]]
+        built.append(fusion_case(128, "bf16", largest, inplace=False, index=True))
+        built.append(fusion_case(128, "bf16", largest, aligned=False))
+        built.append(fusion_case(128, "bf16", largest, receiver=(5, 80)))
+        built.append(fusion_case(128, "bf16", largest, receiver=(2, 256)))
+        built.append(fusion_case(128, "fp16", largest))
+        built.append(fusion_case(128, "fp32", tile_options(128, 4, chip)[0]))
+    return built

@@ -1,0 +1,36 @@
+"""The gate on what the compiler makes of every kernel, for four chips, none of which need be here.
+
+Run without the interpreter: ``TRITON_INTERPRET=0 pytest tests/compile``.
+"""
+
+from __future__ import annotations
+
+import pooling_cases
+import pytest
+import tile_cases
+from case import Case
+from resources import SHARED_LIMIT, TARGETS, compile_case
+
+#: Spills inside loops that are known and left: the launches that hold the most a thread. Everything else has none.
+KNOWN_LOOP_SPILLS: dict[tuple[str, str], int] = {}
+
+MATRIX = [
+    pytest.param(chip, case, id=f"{chip}-{case.name}")
+    for chip in TARGETS
+    for case in (*tile_cases.cases(chip), *pooling_cases.CASES)
+]
+
+
+@pytest.mark.parametrize(("chip", "case"), MATRIX)
+def test_resources(chip: str, case: Case) -> None:
+    """Fits in shared memory, does not spill in a loop, uses tensor instructions, loads 16 bytes at a time."""
+    used = compile_case(case, chip)
+    assert used.shared <= SHARED_LIMIT[chip], used
+    assert used.loop_spills <= KNOWN_LOOP_SPILLS.get((chip, case.name), 0), used
+    assert used.spills <= 64, used
+    if case.expect_mma:
+        assert used.mma, "no tensor instruction"
+        if chip == "sm_90" and "-128-bf16-128" in case.name:
+            assert "HGMMA" in used.mma, f"the slow path: {used.mma}"
+    if "odd" not in case.name and "unaligned" not in case.name and "merge" not in case.name:
+        assert used.wide_loads, "no 16-byte load"

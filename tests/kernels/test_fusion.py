@@ -1,0 +1,297 @@
+"""The fused kernel, and the projection and injection kernels it is made of, against the float64 reference.
+
+The published geometries are large for the interpreter, so a case takes few layers, heads and tokens; what each case
+stresses is beside it.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers import (
+    ADVERSARIES,
+    LAYOUTS,
+    Adversary,
+    Geometry,
+    Layout,
+    Pair,
+    assert_within_budget,
+    guarded,
+    make_cache,
+    make_weights,
+    to_double,
+)
+from lcf_fast import ops, reference, use_backend
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SMALL = Geometry(2, 1, 64)
+Weights = dict[str, Tensor]
+
+
+def double(weights: Weights) -> Weights:
+    return {name: tensor.double() for name, tensor in weights.items()}
+
+
+def gates_of(weights: Weights) -> list[tuple[bool, bool]]:
+    return [(bool(k), bool(v)) for k, v in (weights["gate_logit"] > 0).tolist()]
+
+
+def check_fuse(
+    sharer: list[Pair] | None, receiver: list[Pair], weights: Weights, k: float = 2.0, **keywords: object
+) -> list[Pair]:
+    """Fuse with the kernel, hold every edited tensor to the error budget, return the result."""
+    with use_backend("triton"):
+        fused = ops.fuse_layers(sharer, receiver, weights, **keywords)  # type: ignore[arg-type]
+    sharer64 = None if sharer is None else to_double(sharer)
+    truth = reference.fuse_layers(sharer64, to_double(receiver), double(weights), **keywords)  # type: ignore[arg-type]
+    plain = reference.fuse_layers(sharer, receiver, weights, **keywords)  # type: ignore[arg-type]
+    for got, exact, same, old, is_open in zip(fused, truth, plain, receiver, gates_of(weights)):
+        for i in range(2):
+            if is_open[i]:
+                assert_within_budget(got[i], exact[i], same[i], k)
+            else:
+                assert got[i] is old[i], "a closed gate must cost nothing"
+    return fused
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("width", "sharer", "receiver", "tokens"),
+    [
+        (64, Geometry(2, 2, 64), Geometry(2, 3, 80), 70),  # odd heads; 80 channels a head; two tiles
+        (128, Geometry(1, 2, 64), Geometry(1, 2, 128), 17),  # the published widths
+        (256, Geometry(1, 1, 96), Geometry(1, 1, 256), 16),  # the widest head
+        (512, Geometry(1, 1, 128), Geometry(1, 1, 96), 5),  # the widest latent
+    ],
+)
+def test_fuse_widths(
+    width: int, sharer: Geometry, receiver: Geometry, tokens: int, dtype: torch.dtype,
+    device: torch.device, generator: torch.Generator,
+) -> None:  # fmt: skip
+    weights = make_weights(sharer, receiver, width, dtype=dtype, device=device, generator=generator)
+    own = make_cache(receiver, 1, tokens, dtype=dtype, device=device, generator=generator)
+    other = make_cache(sharer, 1, tokens, dtype=dtype, device=device, generator=generator)
+    before = [(key.clone(), value.clone()) for key, value in own]
+    check_fuse(other, own, weights)
+    assert all(torch.equal(a, b) for x, y in zip(own, before) for a, b in zip(x, y)), "the input was changed"
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 63, 64, 65])
+def test_fuse_lengths(tokens: int, device: torch.device, generator: torch.Generator) -> None:
+    """Around the tile's edge; batch 2."""
+    weights = make_weights(SMALL, SMALL, 64, layers=1, device=device, generator=generator)
+    own = make_cache(Geometry(1, 1, 64), 2, tokens, device=device, generator=generator)
+    other = make_cache(Geometry(1, 1, 64), 2, tokens, device=device, generator=generator)
+    check_fuse(other, own, weights)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fuse_reads_caches_where_they_lie(layout: Layout, device: torch.device, generator: torch.Generator) -> None:
+    weights = make_weights(SMALL, SMALL, 64, device=device, generator=generator)
+    own = make_cache(SMALL, 2, 20, layout=layout, dtype=torch.float16, device=device, generator=generator)
+    other = make_cache(SMALL, 2, 20, layout=layout, dtype=torch.float16, device=device, generator=generator)
+    check_fuse(other, own, weights)
+
+
+def test_layers_of_different_strides_fuse_in_groups(device: torch.device, generator: torch.Generator) -> None:
+    weights = make_weights(SMALL, SMALL, 64, device=device, generator=generator)
+    a = make_cache(SMALL, 2, 20, device=device, generator=generator)
+    b = make_cache(SMALL, 2, 20, layout="token_major", device=device, generator=generator)
+    other = make_cache(SMALL, 2, 20, device=device, generator=generator)
+    check_fuse(other, [a[0], b[1]], weights)
+
+
+@pytest.mark.parametrize("adversary", ADVERSARIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fuse_adversarial(
+    adversary: Adversary, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> None:
+    one = Geometry(1, 1, 64)
+    weights = make_weights(one, one, 64, saturated=True, dtype=dtype, device=device, generator=generator)
+    own = make_cache(one, 1, 20, adversary=adversary, dtype=dtype, device=device, generator=generator)
+    other = make_cache(one, 1, 20, adversary=adversary, dtype=dtype, device=device, generator=generator)
+    check_fuse(other, own, weights)
+
+
+@pytest.mark.parametrize("gates", ["mixed", "key_only", "value_only", "closed"])
+def test_closed_gates_cost_nothing(gates: str, device: torch.device, generator: torch.Generator) -> None:
+    layers = Geometry(4, 1, 64)
+    weights = make_weights(layers, layers, 64, gates=gates, device=device, generator=generator)
+    own = make_cache(layers, 1, 9, device=device, generator=generator)
+    other = make_cache(layers, 1, 9, device=device, generator=generator)
+    check_fuse(other, own, weights)
+
+
+def test_index_masks_positions(device: torch.device, generator: torch.Generator) -> None:
+    """Another tokenizer's rows, -1 among them, a ragged left-padded batch and a range: all at once."""
+    weights = make_weights(SMALL, SMALL, 64, gates="mixed", layers=2, device=device, generator=generator)
+    own = make_cache(SMALL, 2, 80, device=device, generator=generator)
+    other = make_cache(SMALL, 2, 33, device=device, generator=generator)
+    index = torch.randint(-1, 33, (2, 80), generator=generator).to(device)
+    mask = torch.ones(2, 80, dtype=torch.long, device=device)
+    mask[1, :30] = 0
+    fused = check_fuse(other, own, weights, sharer_index=index, edit_mask=mask, positions=(3, 71))
+    edit = (index >= 0) & (mask != 0)
+    edit[:, :3] = edit[:, 71:] = False
+    for new, old in zip(fused, own):
+        for got, given in zip(new, old):
+            still = got == given
+            assert still.movedim(2, 1)[~edit].all(), "an unedited position changed"
+            if got is not given:
+                assert not still.movedim(2, 1)[edit].flatten(1).all(1).any(), "an edited position did not change"
+
+
+def test_unedited_positions_may_hold_anything(device: torch.device, generator: torch.Generator) -> None:
+    """NaN in padding neither spreads nor is lost, in place and out of place."""
+    one = Geometry(1, 2, 64)
+    weights = make_weights(one, one, 64, device=device, generator=generator)
+    own = make_cache(one, 1, 20, device=device, generator=generator)
+    other = make_cache(one, 1, 20, device=device, generator=generator)
+    mask = torch.arange(20, device=device)[None] >= 7
+    for tensor in (*own[0], *other[0]):
+        tensor[:, :, :7] = torch.nan
+    with use_backend("triton"):
+        fused = ops.fuse_layers(other, own, weights, edit_mask=mask)
+        ops.fuse_layers_(other, own, weights, edit_mask=mask)
+    for got, inplace in zip(fused[0], own[0]):
+        assert torch.isnan(got[:, :, :7]).all()
+        assert torch.isfinite(got[:, :, 7:]).all()
+        assert torch.equal(got, inplace) or torch.equal(got.nan_to_num(), inplace.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_message_stands_in_for_the_sharer(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+    sharer = Geometry(2, 3, 32)
+    weights = make_weights(sharer, SMALL, 64, dtype=dtype, device=device, generator=generator)
+    own = make_cache(SMALL, 2, 18, dtype=dtype, device=device, generator=generator)
+    message = torch.randn(2, 2, 64, generator=generator).to(device)
+    check_fuse(None, own, weights, message=message, positions=(1, 17))
+
+
+def test_in_place_equals_out_of_place_bitwise(device: torch.device, generator: torch.Generator) -> None:
+    weights = make_weights(SMALL, SMALL, 64, gates="mixed", device=device, generator=generator)
+    own = make_cache(SMALL, 2, 70, device=device, generator=generator)
+    other = make_cache(SMALL, 2, 70, device=device, generator=generator)
+    with use_backend("triton"):
+        fused = ops.fuse_layers(other, own, weights, positions=(5, 69))
+        again = ops.fuse_layers(other, own, weights, positions=(5, 69))
+        returned = ops.fuse_layers_(other, own, weights, positions=(5, 69))
+    for new, repeat, old, back in zip(fused, again, own, returned):
+        for i in range(2):
+            assert torch.equal(new[i], repeat[i]), "not deterministic"
+            assert torch.equal(new[i], old[i])
+            assert back[i] is old[i]
+
+
+def test_two_half_ranges_equal_one(device: torch.device, generator: torch.Generator) -> None:
+    weights = make_weights(SMALL, SMALL, 64, device=device, generator=generator)
+    own = make_cache(SMALL, 1, 70, device=device, generator=generator)
+    other = make_cache(SMALL, 1, 70, device=device, generator=generator)
+    with use_backend("triton"):
+        whole = ops.fuse_layers(other, own, weights)
+        half = ops.fuse_layers(
+            other, ops.fuse_layers(other, own, weights, positions=(0, 33)), weights, positions=(33, 70)
+        )
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-5) for x, y in zip(whole, half) for a, b in zip(x, y))
+
+
+def test_a_permuted_batch_permutes_the_output(device: torch.device, generator: torch.Generator) -> None:
+    weights = make_weights(SMALL, SMALL, 64, device=device, generator=generator)
+    own = make_cache(SMALL, 3, 12, device=device, generator=generator)
+    other = make_cache(SMALL, 3, 12, device=device, generator=generator)
+    order = torch.tensor([2, 0, 1], device=device)
+    with use_backend("triton"):
+        fused = ops.fuse_layers(other, own, weights)
+        moved = ops.fuse_layers(*([(k[order], v[order]) for k, v in cache] for cache in (other, own)), weights)
+    assert all(torch.equal(a[order], b) for x, y in zip(fused, moved) for a, b in zip(x, y))
+
+
+def test_in_place_touches_nothing_beside_the_cache(device: torch.device, generator: torch.Generator) -> None:
+    weights = make_weights(SMALL, SMALL, 64, layers=1, device=device, generator=generator)
+    key, check_key = guarded((1, 1, 21, 64), torch.float32, device)
+    value, check_value = guarded((1, 1, 21, 64), torch.float32, device)
+    for tensor in (key, value):
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    other = make_cache(Geometry(1, 1, 64), 1, 21, device=device, generator=generator)
+    with use_backend("triton"):
+        ops.fuse_layers_(other, [(key, value)], weights)
+    check_key()
+    check_value()
+    assert torch.isfinite(key).all()
+    assert torch.isfinite(value).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_projection_and_injection_alone(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+    """The single-layer ops: gathered rows, a latent that is zero where there is none, a mask, a closed gate."""
+    sharer, receiver = Geometry(1, 1, 80), Geometry(1, 3, 64)
+    stacked = make_weights(sharer, receiver, 64, gates="value_only", dtype=dtype, device=device, generator=generator)
+    weights = {name: tensor[0] for name, tensor in stacked.items()}
+    own = make_cache(receiver, 2, 70, dtype=dtype, device=device, generator=generator)[0]
+    other = make_cache(sharer, 2, 9, dtype=dtype, device=device, generator=generator)[0]
+    index = torch.randint(-1, 9, (2, 70), generator=generator).to(device)
+    wide, exact = double(weights), (*to_double([other])[0], *to_double([own])[0])
+    with use_backend("triton"):
+        latent = ops.joint_projection(*other, *own, weights, sharer_index=index)
+    truth = reference.joint_projection(*exact, wide, sharer_index=index)
+    plain = reference.joint_projection(*other, *own, weights, sharer_index=index)
+    assert_within_budget(latent, truth, plain)
+    assert (latent[index < 0] == 0).all()
+
+    mask = index >= 0
+    with use_backend("triton"):
+        edited = ops.gated_injection(*own, latent, weights, edit_mask=mask)
+        copies = tuple(tensor.clone() for tensor in own)
+        ops.gated_injection_(*copies, latent, weights, edit_mask=mask)
+    truth_pair = reference.gated_injection(*exact[2:], latent.double(), wide, edit_mask=mask)
+    plain_pair = reference.gated_injection(*own, latent, weights, edit_mask=mask)
+    for got, exactly, same, inplace in zip(edited, truth_pair, plain_pair, copies):
+        assert_within_budget(got, exactly, same)
+        assert torch.equal(got, inplace)
+    assert torch.equal(edited[0], own[0])
+    assert edited[0] is not own[0]
+
+
+def test_projection_from_a_message(device: torch.device, generator: torch.Generator) -> None:
+    sharer, receiver = Geometry(1, 2, 64), Geometry(1, 1, 64)
+    stacked = make_weights(sharer, receiver, 128, device=device, generator=generator)
+    weights = {name: tensor[0] for name, tensor in stacked.items()}
+    own = make_cache(receiver, 2, 10, device=device, generator=generator)[0]
+    message = torch.randn(2, 128, generator=generator).to(device)
+    with use_backend("triton"):
+        latent = ops.joint_projection(None, None, *own, weights, message=message)
+    exact = reference.joint_projection(None, None, *to_double([own])[0], double(weights), message=message.double())
+    plain = reference.joint_projection(None, None, *own, weights, message=message)
+    assert_within_budget(latent, exact, plain)
+
+
+def test_weights_of_another_dtype_are_cast(device: torch.device, generator: torch.Generator) -> None:
+    """A float32 adapter on half-precision caches, and a sharer of yet another dtype."""
+    one = Geometry(1, 1, 64)
+    weights = make_weights(one, one, 64, device=device, generator=generator)
+    own = make_cache(one, 1, 9, dtype=torch.float16, device=device, generator=generator)
+    other = make_cache(one, 1, 9, device=device, generator=generator)
+    check_fuse(other, own, weights)
+
+
+@pytest.mark.parametrize(("blocks", "expansion"), [(1, 1), (0, 4), (3, 2)])
+def test_other_depths(blocks: int, expansion: int, device: torch.device, generator: torch.Generator) -> None:
+    one = Geometry(1, 1, 64)
+    weights = make_weights(one, one, 64, blocks=blocks, expansion=expansion, device=device, generator=generator)
+    own = make_cache(one, 1, 9, device=device, generator=generator)
+    other = make_cache(one, 1, 9, device=device, generator=generator)
+    check_fuse(other, own, weights)
+
+
+def test_float32_is_exact_to_1e_minus_6(device: torch.device, generator: torch.Generator) -> None:
+    """float32 products are IEEE, not TF32; relative error over everything."""
+    weights = make_weights(SMALL, SMALL, 128, device=device, generator=generator)
+    own = make_cache(SMALL, 1, 33, device=device, generator=generator)
+    other = make_cache(SMALL, 1, 33, device=device, generator=generator)
+    fused = check_fuse(other, own, weights)
+    truth = reference.fuse_layers(to_double(other), to_double(own), double(weights))
+    for got, exact in zip(fused, truth):
+        for i in range(2):
+            assert float((got[i].double() - exact[i]).norm() / exact[i].norm()) < 1e-6
