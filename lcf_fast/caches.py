@@ -113,7 +113,7 @@ def _copy_with(original: Any, **changes: Any) -> Any:
 def _static_layer(old: Any, key: Tensor, value: Tensor) -> Any:
     """A layer with its own buffers, allocated and tagged for torch.compile by its own initialisation."""
     filled = getattr(old, "cumulative_length", None)
-    layer = _copy_with(old, is_initialized=False)
+    layer = _copy_with(old)
     if isinstance(filled, Tensor):
         layer.cumulative_length = filled.clone()  # counted up in place by the next step
     layer.lazy_initialization(key, value)

@@ -56,7 +56,8 @@ def span_offsets(spans: Any, key: Tensor, attention_mask: Tensor | None) -> Tens
     """
     batch, length = key.shape[0], key.shape[2]
     if spans is None:
-        spans = torch.tensor([[0, length]]).expand(batch, 2)
+        # Made on the device: a copy from the host would not do in a CUDA graph.
+        spans = (torch.arange(2, device=key.device, dtype=torch.int32) * length).repeat(batch, 1)
     elif not isinstance(spans, Tensor):
         spans = _padded(spans)
     try:

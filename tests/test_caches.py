@@ -304,6 +304,7 @@ BAD: dict[str, tuple[Any, type[LCFError], str]] = {
     "length": (_with(2, 0, torch.zeros(2, 2, 6, 16)), ShapeError, "layer 2 key: .* as in layer 0"),
     "batch": (_with(1, 1, torch.zeros(1, 2, 5, 16)), ShapeError, "layer 1 value: .* as in layer 0"),
     "dtype": (_with(1, 0, torch.zeros(2, 2, 5, 16).half()), DTypeError, "layer 1 key: .*float32 .*float16"),
+    "value's dtype": (_with(1, 1, torch.zeros(2, 2, 5, 16).half()), DTypeError, "layer 1 value: .*float16"),
     "device": (_with(2, 1, torch.zeros(2, 2, 5, 16, device="meta")), DeviceError, "layer 2 value: .*cpu.*meta"),
 }
 

@@ -404,6 +404,7 @@ def test_of_plain_objects(fields: dict[str, Any], expected: tuple[int, int, int]
         ({"num_key_value_heads": 2, "num_global_key_value_heads": 1}, "1 KV heads of 8 in layers 1, 3"),
         ({"num_kv_shared_layers": 1}, "in layer 3"),
         ({"v_head_dim": 4}, "values of 4"),
+        ({"layer_types": None, "block_types": ["attention", "recurrent"]}, "'recurrent' in layers 1, 3"),
         ({"num_attention_heads": None}, "without it"),
         ({"hidden_size": None}, "head_dim or hidden_size"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
