@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import TRITON_DTYPE, address_tables, cast, device_guard, dot, table_entry, target_of
+from .common import TRITON_DTYPE, address_tables, cast, device_guard, dot, inlined, table_entry, target_of
 from .fold import fold
 from .pooling_policy import pooling_config
 
@@ -53,7 +53,7 @@ WEIGHT_SCALE = tl.constexpr(4096.0)
 PROBES = tl.constexpr(32)
 
 
-@triton.jit
+@inlined
 def row_pointer(table, i_layer, LAYERS: tl.constexpr, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
     """The pointer that `address_table` stored for layer ``i_layer``.
 
@@ -65,7 +65,7 @@ def row_pointer(table, i_layer, LAYERS: tl.constexpr, DTYPE: tl.constexpr, IS_AL
     return pointer
 
 
-@triton.jit
+@inlined
 def load_offset(p_offsets, i, tokens):
     """A span offset, clamped into the sequence: whatever the offsets hold, nothing outside is ever addressed."""
     return tl.minimum(tl.maximum(tl.load(p_offsets + i), 0), tokens)
@@ -88,22 +88,25 @@ def spans_ended(p_offsets, position, spans, tokens):
     return low
 
 
-@triton.jit
+@inlined
 def exact_dot(rows, tile, DTYPE: tl.constexpr):
     """``rows @ tile`` for float32 ``rows`` and a 16-bit ``tile``, as exact as in float32.
 
     Three 16-bit numbers that add up hold a float32: 24 bits are 3 x 8 for bfloat16, and 2 x 11 and some for float16,
     but there not below 2**-25: scale small rows up.
     """
+    first = rows.to(DTYPE)
+    rows -= first.to(tl.float32)
+    second = rows.to(DTYPE)
+    third = (rows - second.to(tl.float32)).to(DTYPE)
     acc = tl.zeros([rows.shape[0], tile.shape[1]], dtype=tl.float32)
-    for _ in tl.static_range(3):
-        part = rows.to(DTYPE)
-        acc = dot(part, tile, acc, "ieee")
-        rows -= part.to(tl.float32)
+    acc = dot(third, tile, acc, "ieee")
+    acc = dot(second, tile, acc, "ieee")
+    acc = dot(first, tile, acc, "ieee")
     return acc
 
 
-@triton.jit
+@inlined
 def finite_or_zero(maximum):
     """What to subtract from logits: their maximum, but 0 for an empty set, where ``exp(-inf - max)`` must be 0."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
@@ -262,7 +265,7 @@ def pool_chunk_kernel(
                 tl.store(p_part + HEAD_DIM, tl.sum(b_part_sum * b_value, 0), mask=m_d)
 
 
-@triton.jit
+@inlined
 def load_stats(p_stats, m_chunk, PART: tl.constexpr):
     """``(max, sum, present)`` of one part of a tile of chunks; a part that is not there weighs nothing."""
     maximum = tl.load(p_stats + 2 * PART, mask=m_chunk, other=float("-inf"))
@@ -271,7 +274,7 @@ def load_stats(p_stats, m_chunk, PART: tl.constexpr):
     return tl.where(present, maximum, float("-inf")), total, present
 
 
-@triton.jit
+@inlined
 def weighted_rows(p_state, b_left, b_right, b_inner, m_left, m_right, m_inner, HEAD_DIM: tl.constexpr):
     """The weighted sum over a tile of chunks of all three parts' vectors; absent ones are not loaded."""
     row = tl.load(p_state + LEFT * 2 * HEAD_DIM, mask=m_left, other=0.0) * b_left[:, None]
