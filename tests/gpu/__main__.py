@@ -1,7 +1,7 @@
 """Everything that needs a CUDA GPU, in under ten minutes: ``make gpu`` or ``python tests/gpu --out DIR``.
 
 Uses the Python it runs in and installs nothing; ``pip install --no-deps --no-build-isolation -e .`` must have
-gone before. DIR gets one log a step, the benchmark's results and ``summary.json``. Exit status: 0 all steps
+gone before. DIR gets the steps' logs, the benchmark's results and ``summary.json``. Exit status: 0 all steps
 passed, 1 one failed, 2 there is nothing to run on.
 """
 
@@ -29,12 +29,19 @@ LOG_LIMIT = 8 << 20  # bytes kept of a step's log, its end
 
 @dataclass(frozen=True)
 class Step:
-    """One command. ``limit`` is its time limit in seconds; ``absent`` says why it cannot be run here."""
+    """One command.
+
+    Attributes:
+        limit: its time limit in seconds.
+        log: name of its log file, where that is not its own; steps that share one append.
+        absent: why it cannot be run here.
+    """
 
     name: str
     command: Sequence[str]
     limit: float
     env: Mapping[str, str] = field(default_factory=dict)
+    log: str = ""
     absent: str = ""
 
 
@@ -60,21 +67,21 @@ def steps(out: Path) -> list[Step]:
     return [
         Step("gpu", [*pytest, str(HERE), "-m", "gpu"], 150, on_gpu),
         Step("bench", [python, "-m", "bench", "--quick", "--out", str(out / "bench")], 150),
-        Step("memcheck", [*sanitize, "--tool", "memcheck", *script], 60, bare, absent),
-        Step("racecheck", [*sanitize, "--tool", "racecheck", *script], 60, bare, absent),
+        Step("memcheck", [*sanitize, "--tool", "memcheck", *script], 60, bare, "sanitizer", absent),
+        Step("racecheck", [*sanitize, "--tool", "racecheck", *script], 60, bare, "sanitizer", absent),
         Step("numerics", [*pytest, *workers, str(ROOT / "tests"), "-m", "not gpu and not slow"], 240, on_gpu),
     ]
 
 
 def run(step: Step, out: Path, seconds: float) -> Result:
-    """Run one step, its output to ``out/<name>.log``; past its time the whole process group is ended."""
+    """Run one step, its output to its log in ``out``; past its time the whole process group is ended."""
     if step.absent:
         return Result(step.name, "absent", 0.0, step.absent)
     if seconds < 5:
         return Result(step.name, "timeout", 0.0, "no time left for it")
-    log = out / f"{step.name}.log"
+    log = out / f"{step.log or step.name}.log"
     started = time.monotonic()
-    with log.open("wb") as sink:
+    with log.open("ab") as sink:
         process = subprocess.Popen(
             list(step.command),
             cwd=ROOT,
@@ -148,6 +155,8 @@ def main() -> int:
         return 2
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("*.log"):
+        old.unlink()
     about = describe()
     print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     end = time.monotonic() + BUDGET
