@@ -61,7 +61,7 @@ def test_a_missing_tool_is_absent_not_passed(runner: ModuleType, tmp_path: Path)
 
 
 def test_steps_leave_few_files(runner: ModuleType, tmp_path: Path) -> None:
-    """Four logs, the summary, and the benchmark's two JSON files and plot: eight, what a runner may send back."""
+    """Four logs, the summary, and the benchmark's two JSON files and plot: eight files."""
     steps = runner.steps(tmp_path)
     assert len({step.name for step in steps}) == len(steps)
     assert len({step.log or step.name for step in steps}) <= 4
