@@ -298,11 +298,13 @@ def run_gated_injection(
     weights: Sequence[Tensor],
     edit_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    key, value = _inject(receiver_key, receiver_value, latent, weights, edit_mask, False)
-    return (
-        key.clone() if key is receiver_key else key.contiguous(),
-        value.clone() if value is receiver_value else value.contiguous(),
+    edited = _inject(receiver_key, receiver_value, latent, weights, edit_mask, False)
+    given = (receiver_key, receiver_value)
+    key, value = (
+        new.clone(memory_format=torch.contiguous_format) if new is old else new.contiguous()
+        for new, old in zip(edited, given)
     )
+    return key, value
 
 
 gated_injection = torch.library.custom_op("lcf_fast::gated_injection", run_gated_injection, mutates_args=())

@@ -1,0 +1,76 @@
+"""Launch policy as data: the choice for a size, and that importing it costs nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lcf_fast.kernels import policy
+from lcf_fast.kernels.common import head_chunk, heads_block, hidden_chunk
+
+WIDTHS = (64, 128, 256, 512)
+CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942", policy.INTERPRETER)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_size_has_a_tile(width: int, itemsize: int, chip: str) -> None:
+    options = policy.tile_options(width, itemsize, chip)
+    tokens = [config.block_tokens for config in options]
+    assert tokens == sorted(tokens, reverse=True)
+    for config in options:
+        for size in (config.block_tokens, config.block_channels, config.block_hidden, config.num_warps):
+            assert size & (size - 1) == 0, config
+        assert config.block_tokens >= 16
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block"),
+    [
+        (2048, 128),  # 28 layers x 16 tiles: three programs a multiprocessor
+        (640, 128),  # 28 x 5 = 140 still fill 132 multiprocessors
+        (512, 64),  # 28 x 4 = 112 would not
+        (128, 16),
+        (1, 16),
+    ],
+)
+def test_the_tile_shrinks_to_fill_the_chip(tokens: int, block: int) -> None:
+    assert policy.tile_config(128, 2, "sm_90", 28, tokens).block_tokens == block
+
+
+def test_a_bigger_batch_keeps_the_tile_large() -> None:
+    assert policy.tile_config(128, 2, "sm_90", 28 * 8, 128).block_tokens == 128
+
+
+@pytest.mark.parametrize(
+    ("chip", "known"),
+    [
+        ("sm_90", "sm_90"), ("sm_86", "sm_80"), ("sm_89", "sm_80"), ("sm_103", "sm_100"), ("sm_120", "sm_80"),
+        ("sm_75", "sm_80"), ("gfx950", "gfx942"), ("gfx90a", "gfx942"), ("riscv", "sm_90"),
+    ],
+)  # fmt: skip
+def test_relatives_share_rows(chip: str, known: str) -> None:
+    assert policy.known_target(chip) == known
+
+
+def test_heads_and_chunks() -> None:
+    assert [head_chunk(dim, 64) for dim in (64, 80, 96, 128, 256)] == [64, 32, 32, 64, 64]
+    assert [heads_block(heads) for heads in (1, 8, 16, 17, 40)] == [16, 16, 16, 32, 64]
+    assert [hidden_chunk(hidden, 128) for hidden in (64, 128, 192, 512)] == [64, 128, 64, 128]
+
+
+def test_policy_imports_neither_torch_nor_triton() -> None:
+    path = Path(policy.__file__).parent
+    code = (
+        "import importlib.util, sys\n"
+        f"for name in {[p.name for p in path.glob('*policy.py')]}:\n"
+        f"    spec = importlib.util.spec_from_file_location(name[:-3], {str(path)!r} + '/' + name)\n"
+        "    module = importlib.util.module_from_spec(spec); sys.modules[name[:-3]] = module\n"
+        "    spec.loader.exec_module(module)\n"
+        "assert not {'torch', 'triton'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
