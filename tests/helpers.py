@@ -5,6 +5,7 @@ The error budget, guard bands, and makers of caches and stacked weights, random 
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Literal, NamedTuple, Protocol, get_args
@@ -221,6 +222,23 @@ def make_weights(
         weights["span_query"] = draw(sharer.kv_heads, sharer.head_dim, scale=1.0)
         weights["global_query"] = draw(sharer.kv_heads, sharer.head_dim, scale=1.0)
     return {name: tensor.to(device, dtype) for name, tensor in weights.items()}
+
+
+def beyond_int32(shape: tuple[int, int, int, int], axis: int, device: torch.device | str = "cpu") -> Tensor:
+    """A float16 ``(B, H, N, D)`` whose steps along ``axis`` are 2^30 elements apart: the last lies beyond 2^31.
+
+    Returns uninitialised memory. On the CPU it is promised, not taken: only the pages in use cost any.
+    """
+    assert shape[axis] == 3, "two steps of 2^30 reach 2^31"
+    strides = [shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1]
+    strides[axis] = 2**30
+    elements = 2**31 + sum((size - 1) * step for i, (size, step) in enumerate(zip(shape, strides)) if i != axis) + 1
+    if torch.device(device).type == "cpu":
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        buffer = torch.frombuffer(mmap.mmap(-1, 2 * elements, flags=flags), dtype=torch.float16)
+    else:
+        buffer = torch.empty(elements, dtype=torch.float16, device=device)
+    return buffer.as_strided(shape, strides)
 
 
 def to_double(pairs: Sequence[Pair]) -> list[Pair]:

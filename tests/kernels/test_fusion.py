@@ -18,6 +18,7 @@ from helpers import (
     Layout,
     Pair,
     assert_within_budget,
+    beyond_int32,
     guarded,
     make_cache,
     make_weights,
@@ -295,3 +296,22 @@ def test_float32_is_exact_to_1e_minus_6(device: torch.device, generator: torch.G
     for got, exact in zip(fused, truth):
         for i in range(2):
             assert float((got[i].double() - exact[i]).norm() / exact[i].norm()) < 1e-6
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "heads", "tokens"])
+def test_offsets_beyond_2_to_the_31(axis: int, device: torch.device, generator: torch.Generator) -> None:
+    """Each axis of the receiver's and the sharer's caches in turn; read, and written in place."""
+    shape = [1, 2, 2, 64]
+    shape[axis] = 3
+    batch, heads, tokens, dim = shape
+    one = Geometry(1, heads, dim)
+    weights = make_weights(one, one, 64, dtype=torch.float16, device=device, generator=generator)
+    own, other = (beyond_int32((batch, heads, tokens, dim), axis, device) for _ in range(2))
+    for tensor in (own, other):
+        tensor.copy_(torch.randn(batch, heads, tokens, dim, generator=generator))
+    plain = make_cache(one, batch, tokens, dtype=torch.float16, device=device, generator=generator)[0][1]
+    index = torch.arange(tokens, device=device).flip(0).expand(batch, -1)
+    fused = check_fuse([(other, other)], [(own, plain)], weights, sharer_index=index)
+    with use_backend("triton"):
+        ops.fuse_layers_([(other, other)], [(own, plain)], weights, sharer_index=index)
+    assert torch.equal(own, fused[0][0])
