@@ -24,7 +24,8 @@ from helpers import (
 )
 from lcf_fast import reference
 from lcf_fast.kernels import pooling
-from lcf_fast.kernels.pooling_policy import PoolingConfig, pooling_config
+from lcf_fast.kernels.fold import fold
+from lcf_fast.kernels.pooling_policy import PoolingConfig, fold_config, pooling_config
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Budget of float32 results. One rounding of a score moves a whole head's vector, so that one head is one sample of the
@@ -233,16 +234,16 @@ def test_reads_and_writes_nothing_beyond(device: torch.device, generator: torch.
     rows = [[0, 10, 70, 70], [60, -9, 2**31 - 1, 3]]
     offsets, _ = guarded((2, 4), torch.int32, device)
     query = [q.to(device)[None] for q in queries(1, 80, generator)]
-    for second in (rows[1], [-1, 500, 500, 900], [2**31 - 1, 0, -(2**31), 0]):
+    for second in (rows[1], [2**31 - 1, 0, -(2**31), 0], [-1, 40, 500, 900]):
         offsets.copy_(table([rows[0], second], device))
         outs = [guarded((1, 2, 1, 80), torch.float32, device) for _ in range(2)]
         pooling._pool([key[0]], [value[0]], *query, offsets, None, outs[0][0], outs[1][0])
-        truth = reference.attention_pool(
-            *(x[:1].double() for x in (key[0], value[0])), *(q[0].double() for q in query), offsets[:1]
-        )
+        sensible = 1 if second[0] != -1 else 2  # offsets that do not decrease count as cut off at the ends
+        rows64 = [x[:sensible].double() for x in (key[0], value[0])]
+        truth = reference.attention_pool(*rows64, *(q[0].double() for q in query), offsets[:sensible].clamp(0, 70))
         for (got, guards), exact in zip(outs, truth):
             guards()
-            torch.testing.assert_close(got[0, :1].double(), exact, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got[0, :sensible].double(), exact, rtol=1e-5, atol=1e-6)
     for _, guards in (key, value):
         guards()
 
@@ -330,18 +331,20 @@ def test_nothing_to_pool_for_no_rows(device: torch.device) -> None:
     assert summary.shape == (1, 2, 0, 2, 64)
 
 
-def test_beyond_two_to_the_31_elements(device: torch.device, generator: torch.Generator) -> None:
-    """Row 1 begins 2**31 elements after row 0: a 32-bit offset would land elsewhere, before the tensor."""
-    stride, shape = 2**31, (2, 1, 20, 64)
-    elements = stride + 20 * 64
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_beyond_two_to_the_31_elements(axis: int, device: torch.device, generator: torch.Generator) -> None:
+    """The third row of one axis begins 2**31 elements on: index times stride overflows 32 bits, each alone does not."""
+    shape, strides = [1, 1, 3, 64], [192, 192, 64, 1]
+    shape[axis], strides[axis] = 3, 2**30
+    elements = 2**31 + 192
     if device.type == "cpu":  # memory that is promised, not taken
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
         buffer = torch.frombuffer(mmap.mmap(-1, 2 * elements, flags=flags), dtype=torch.float16)
     else:
         buffer = torch.empty(elements, dtype=torch.float16, device=device)
-    far = buffer.as_strided(shape, (stride, 20 * 64, 64, 1))
+    far = buffer.as_strided(shape, strides)
     far.copy_(torch.randn(shape, generator=generator))
-    check(far, far, queries(1, 64, generator), table([[0, 7, 20]] * 2, device))
+    check(far, far, queries(shape[1], 64, generator), table([[0, 1, 3]] * shape[0], device))
 
 
 def test_adversary_in_one_span_stays_there(device: torch.device, generator: torch.Generator) -> None:
@@ -351,3 +354,45 @@ def test_adversary_in_one_span_stays_there(device: torch.device, generator: torc
     span_query, global_query = queries(1, 64, generator)
     key[:, :, :32] -= 20 * global_query.sign().to(device)  # the first span then weighs next to nothing
     check(key, value, (span_query, global_query), table([[0, 32, 64]], device))
+
+
+@pytest.mark.parametrize(("batch", "heads", "head_dim", "width"), [(1, 1, 64, 10), (12, 3, 80, 6), (4, 2, 256, 8)])
+def test_fold(
+    batch: int, heads: int, head_dim: int, width: int, device: torch.device, generator: torch.Generator
+) -> None:
+    """Ragged tiles of batch, width and channels; only the sharer's half of W_down is read, wherever it lies."""
+    channels = heads * head_dim
+    summary = torch.randn(2, 2, batch, heads, head_dim, generator=generator).to(device)
+    weight = torch.full((2, width, 2 * channels + 32), torch.nan, device=device)
+    weight[..., : 2 * channels] = torch.randn(2, width, 2 * channels, generator=generator)
+    bias = torch.randn(2, width, generator=generator).to(device)
+
+    def plain(summary: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        flat = summary.flatten(3).transpose(1, 2).flatten(2)
+        return flat @ weight[..., : 2 * channels].mT + bias[:, None]
+
+    arguments = (summary, weight, bias)
+    truth = plain(*(x.double() for x in arguments))
+    for stored in (weight, weight.mT.contiguous().mT):
+        got = fold(summary, stored, bias)
+        assert_within_budget(got, truth, plain(*arguments), FLOAT32_BUDGET)
+
+
+def test_policy() -> None:
+    """A chunk fills its registers whatever the width and dtype, and what tensor instructions need is kept."""
+    tokens = {
+        (head_dim, size): pooling_config(head_dim, size, "sm_90").block_tokens
+        for head_dim in (64, 80, 96, 128, 256)
+        for size in (2, 4)
+    }
+    assert tokens == {
+        (64, 2): 128, (80, 2): 64, (96, 2): 64, (128, 2): 64, (256, 2): 32,
+        (64, 4): 64, (80, 4): 32, (96, 4): 32, (128, 4): 32, (256, 4): 16,
+    }  # fmt: skip
+    assert pooling_config(8, 2, "sm_90").block_tokens == 128
+    assert pooling_config(1024, 4, "gfx942").block_tokens == 16
+    for batch, rows in ((1, 1), (2, 2), (3, 4), (8, 8), (100, 8)):
+        config = fold_config(1024, batch)
+        assert config.block_batch == rows
+        assert config.block_width * config.block_batch * config.block_channels == 4096
+    assert fold_config(128, 1).block_channels == 128
