@@ -54,8 +54,8 @@ class FoldConfig:
 CHUNK_BYTES = 32 * 1024
 #: Below 16 tokens no tensor instruction fits; above 128 the [spans, tokens] tiles take the registers.
 CHUNK_TOKENS = (16, 128)
-#: Numbers in flight of one fold program: 32 a thread.
-FOLD_ELEMENTS = 4096
+#: Sums that a fold program keeps: 32 a thread, by at most four warps.
+FOLD_SUMS = 4096
 
 
 def _next_power_of_2(n: int) -> int:
@@ -86,5 +86,6 @@ def fold_config(channels: int, batch: int) -> FoldConfig:
     """
     block_width = 4
     block_batch = min(_next_power_of_2(batch), 8)
-    block_channels = min(_next_power_of_2(channels), FOLD_ELEMENTS // (block_width * block_batch))
-    return FoldConfig(block_width, block_batch, block_channels, num_warps=4, num_stages=3)
+    block_channels = min(_next_power_of_2(channels), FOLD_SUMS // (block_width * block_batch))
+    num_warps = max(1, 4 * block_width * block_batch * block_channels // FOLD_SUMS)
+    return FoldConfig(block_width, block_batch, block_channels, num_warps, num_stages=3)

@@ -395,4 +395,5 @@ def test_policy() -> None:
         config = fold_config(1024, batch)
         assert config.block_batch == rows
         assert config.block_width * config.block_batch * config.block_channels == 4096
-    assert fold_config(128, 1).block_channels == 128
+        assert config.num_warps == 4
+    assert (fold_config(128, 1).block_channels, fold_config(128, 1).num_warps) == (128, 1)
