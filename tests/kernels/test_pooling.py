@@ -54,11 +54,11 @@ def check(key: Tensor, value: Tensor, query: Pair, offsets: Tensor, mask: Tensor
     """Pool, hold both results to the error budget, return them."""
     span_query, global_query = (q.to(key.device, key.dtype) for q in query)
     got = pooling.attention_pool(key, value, span_query, global_query, offsets, mask)
-    arguments = (key, value, span_query, global_query)
-    truth = reference.attention_pool(*(x.double() for x in arguments), offsets, attention_mask=mask)
-    plain = reference.attention_pool(*arguments, offsets, attention_mask=mask)
+    plain = reference.attention_pool(key, value, span_query, global_query, offsets, attention_mask=mask)
+    key, value, span_query, global_query = (x.double() for x in (key, value, span_query, global_query))
+    truth = reference.attention_pool(key, value, span_query, global_query, offsets, attention_mask=mask)
     for ours, exact, same_dtype in zip(got, truth, plain):
-        assert_within_budget(ours, exact, same_dtype, FLOAT32_BUDGET if key.dtype == torch.float32 else 2.0)
+        assert_within_budget(ours, exact, same_dtype, FLOAT32_BUDGET if ours.dtype == torch.float32 else 2.0)
     return got
 
 
@@ -239,8 +239,9 @@ def test_reads_and_writes_nothing_beyond(device: torch.device, generator: torch.
         outs = [guarded((1, 2, 1, 80), torch.float32, device) for _ in range(2)]
         pooling._pool([key[0]], [value[0]], *query, offsets, None, outs[0][0], outs[1][0])
         sensible = 1 if second[0] != -1 else 2  # offsets that do not decrease count as cut off at the ends
-        rows64 = [x[:sensible].double() for x in (key[0], value[0])]
-        truth = reference.attention_pool(*rows64, *(q[0].double() for q in query), offsets[:sensible].clamp(0, 70))
+        k, v = (x[:sensible].double() for x in (key[0], value[0]))
+        span_query, global_query = (q[0].double() for q in query)
+        truth = reference.attention_pool(k, v, span_query, global_query, offsets[:sensible].clamp(0, 70))
         for (got, guards), exact in zip(outs, truth):
             guards()
             torch.testing.assert_close(got[0, :sensible].double(), exact, rtol=1e-5, atol=1e-6)
