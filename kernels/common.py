@@ -101,11 +101,15 @@ def table_entry(table, i_layer, LAYERS: tl.constexpr, IS_ODD: tl.constexpr):
 
 @triton.jit
 def pointer_of(table, i_layer, LAYERS: tl.constexpr, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
-    """The pointer that `address_table` stored for layer ``i_layer``."""
-    address = table_entry(table, i_layer, LAYERS, not IS_ALIGNED)
+    """The pointer that `address_table` stored for layer ``i_layer``.
+
+    Triton reads the alignment hint off the integer-to-pointer conversion only, and in the function that made it: on
+    the integer, or outside this function, it is lost, and every access narrows to one element.
+    """
+    pointer = table_entry(table, i_layer, LAYERS, not IS_ALIGNED).to(tl.pointer_type(DTYPE))
     if IS_ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(DTYPE))
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 def padded(entries: Sequence[int]) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import TRITON_DTYPE, address_tables, cast, device_guard, dot, inlined, table_entry, target_of
+from .common import TRITON_DTYPE, address_tables, cast, device_guard, dot, inlined, pointer_of, target_of
 from .fold import fold
 from .pooling_policy import pooling_config
 
@@ -51,18 +51,6 @@ STATE_BYTES = 256 << 20
 WEIGHT_SCALE = tl.constexpr(4096.0)
 #: Offsets probed at once by `spans_ended`: one warp's lanes.
 PROBES = tl.constexpr(32)
-
-
-@inlined
-def row_pointer(table, i_layer, LAYERS: tl.constexpr, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
-    """The pointer that `address_table` stored for layer ``i_layer``.
-
-    Triton reads the alignment hint off the integer-to-pointer conversion only, and in the function that made it.
-    """
-    pointer = table_entry(table, i_layer, LAYERS, not IS_ALIGNED).to(tl.pointer_type(DTYPE))
-    if IS_ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
 
 
 @inlined
@@ -173,9 +161,9 @@ def pool_chunk_kernel(
         p_mask = mask + i_batch.to(tl.int64) * stride_mask_batch + o_t.to(tl.int64) * stride_mask_token
         m_t = m_t & (tl.load(p_mask, mask=m_t, other=0) != 0)
     m_td = m_t[:, None] & m_d[None, :]
-    p_key = row_pointer(keys, i_layer, LAYERS, DTYPE, IS_ALIGNED)
+    p_key = pointer_of(keys, i_layer, LAYERS, DTYPE, IS_ALIGNED)
     p_key += i_batch.to(tl.int64) * stride_key_batch + i_head.to(tl.int64) * stride_key_head
-    p_value = row_pointer(values, i_layer, LAYERS, DTYPE, IS_ALIGNED)
+    p_value = pointer_of(values, i_layer, LAYERS, DTYPE, IS_ALIGNED)
     p_value += i_batch.to(tl.int64) * stride_value_batch + i_head.to(tl.int64) * stride_value_head
     o_t64 = o_t.to(tl.int64)
     b_key = tl.load(p_key + o_t64[:, None] * stride_key_token + o_d[None, :], mask=m_td, other=0.0)

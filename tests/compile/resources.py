@@ -41,6 +41,7 @@ class Resources:
         shared: bytes of shared memory a program.
         mma: names of the tensor instructions used.
         wide_loads: global loads of 16 bytes.
+        narrow: global loads and stores of 2 bytes, one element of half precision at a time.
     """
 
     registers: int
@@ -49,6 +50,7 @@ class Resources:
     shared: int
     mma: tuple[str, ...]
     wide_loads: int
+    narrow: int
 
 
 def compile_case(case: Case, chip: str) -> Resources:
@@ -62,15 +64,17 @@ def compile_case(case: Case, chip: str) -> Resources:
         registers = sum(int(n) for n in re.findall(r"\.(?:vgpr|agpr)_count:\s+(\d+)", text))
         spilled = [m.start() for m in re.finditer(r"\bscratch_(?:load|store)", text)]
         wide = len(re.findall(r"\b(?:global|buffer)_load_dwordx4", text))
+        narrow = len(re.findall(r"\b(?:global|buffer)_(?:load_(?:ushort|short_d16\w*)|store_short\w*)", text))
         loops = _amd_loops(text)
     else:
         registers, text = _disassemble(compiled.asm["cubin"])
         spilled = [m.start() for m in re.finditer(r"\b(?:LDL|STL)\b", text)]
         wide = len(re.findall(r"\b(?:LDG|LDGSTS)\.E[\w.]*\.128", text))
+        narrow = len(re.findall(r"\b(?:LDG|STG)\.E[\w.]*\.[US]16", text))
         loops = _nvidia_loops(text)
     inside = sum(any(first <= at <= last for first, last in loops) for at in spilled)
     mma = tuple(sorted(set(re.findall(MMA[chip], text))))
-    return Resources(registers, len(spilled), inside, shared, mma, wide)
+    return Resources(registers, len(spilled), inside, shared, mma, wide, narrow)
 
 
 def _nvidia_loops(sass: str) -> list[tuple[int, int]]:
