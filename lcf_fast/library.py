@@ -133,12 +133,21 @@ def _projection_formula(
     inputs: Sequence[Any], index: Tensor | None, has_sharer: bool, has_message: bool, norm_eps: float
 ) -> Sequence[Tensor]:
     rest = list(inputs)
-    sharer = (rest.pop(0), rest.pop(0)) if has_sharer else (None, None)
-    receiver = (rest.pop(0), rest.pop(0))
+    sharer_key, sharer_value = (rest.pop(0), rest.pop(0)) if has_sharer else (None, None)
+    receiver_key, receiver_value = rest.pop(0), rest.pop(0)
     message = rest.pop(0) if has_message else None
     weights = dict(zip(PROJECTION_WEIGHTS, rest))
     return (
-        reference.joint_projection(*sharer, *receiver, weights, sharer_index=index, message=message, norm_eps=norm_eps),
+        reference.joint_projection(
+            sharer_key,
+            sharer_value,
+            receiver_key,
+            receiver_value,
+            weights,
+            sharer_index=index,
+            message=message,
+            norm_eps=norm_eps,
+        ),
     )
 
 
@@ -240,7 +249,10 @@ def attention_pool_backward(
     attention_mask: Tensor | None,
 ) -> list[Tensor]:
     def formula(leaves: Sequence[Any]) -> Sequence[Tensor]:
-        return reference.attention_pool(*leaves, span_offsets, attention_mask=attention_mask)
+        key, value, span_query, global_query = leaves
+        return reference.attention_pool(
+            key, value, span_query, global_query, span_offsets, attention_mask=attention_mask
+        )
 
     return recompute_gradients(formula, inputs, needed, grads)
 

@@ -205,7 +205,8 @@ def test_a_permuted_batch_permutes_the_output(device: torch.device, generator: t
     order = torch.tensor([2, 0, 1], device=device)
     with use_backend("triton"):
         fused = ops.fuse_layers(other, own, weights)
-        moved = ops.fuse_layers(*([(k[order], v[order]) for k, v in cache] for cache in (other, own)), weights)
+        other, own = ([(k[order], v[order]) for k, v in cache] for cache in (other, own))
+        moved = ops.fuse_layers(other, own, weights)
     assert all(torch.equal(a[order], b) for x, y in zip(fused, moved) for a, b in zip(x, y))
 
 
@@ -244,7 +245,7 @@ def test_projection_and_injection_alone(dtype: torch.dtype, device: torch.device
     mask = index >= 0
     with use_backend("triton"):
         edited = ops.gated_injection(*own, latent, weights, edit_mask=mask)
-        copies = tuple(tensor.clone() for tensor in own)
+        copies = (own[0].clone(), own[1].clone())
         ops.gated_injection_(*copies, latent, weights, edit_mask=mask)
     truth_pair = reference.gated_injection(*exact[2:], latent.double(), wide, edit_mask=mask)
     plain_pair = reference.gated_injection(*own, latent, weights, edit_mask=mask)
