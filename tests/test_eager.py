@@ -135,7 +135,7 @@ def test_a_closed_gate_costs_nothing(generator: torch.Generator, monkeypatch: py
 
 @pytest.mark.parametrize("tokens", [7, 530])
 def test_masks_indices_and_positions(generator: torch.Generator, tokens: int) -> None:
-    """Left and right padding, holes, an item that is all padding; unedited positions hold NaN and keep its bits."""
+    """Left and right padding, holes, an item that is all padding; what is not edited, NaN and -0.0, keeps its bits."""
     batch = 4
     sharer, receiver, weights = small(generator, batch, tokens, sharer_tokens=tokens + 2)
     mask = torch.ones(batch, tokens, dtype=torch.int64)
@@ -158,7 +158,7 @@ def test_masks_indices_and_positions(generator: torch.Generator, tokens: int) ->
         edited[:, last:] = False
         hostile = cloned(receiver)
         for tensor in flat(hostile):
-            tensor.transpose(1, 2)[~edited] = torch.nan
+            tensor.transpose(1, 2)[~edited] = torch.tensor([torch.nan, -0.0] * 5)
         got = eager.fuse_layers(sharer, hostile, weights, **kw)
         in_place = eager.fuse_layers_(sharer, cloned(hostile), weights, **kw)
         truth = reference.fuse_layers(as_double(sharer), as_double(receiver), as_double(weights), **kw)
@@ -177,9 +177,14 @@ def test_an_index_that_only_shifts_reads_the_same_rows(generator: torch.Generato
         index[0, :3] = -1  # left padding: still a range
         index[1, 4] = -1
         check_fuse(sharer, receiver, weights, sharer_index=index)
-    beyond = torch.arange(15, 24).clamp_max(19).expand(2, 9).clone()
-    beyond[:, 5:] = -1  # the range would run over the end
-    check_fuse(sharer, receiver, weights, sharer_index=beyond)
+
+
+def test_a_range_may_not_run_over_an_end_of_the_sharer(generator: torch.Generator) -> None:
+    """Tiles of long rows begin and end anywhere: there, one edited row says nothing of its neighbours'."""
+    sharer, receiver, weights = small(generator, 1, 1100, sharer_tokens=500)
+    index = torch.full((1, 1100), -1)
+    index[0, 0], index[0, 400], index[0, 1099] = 3, 499, 0  # one in each of three tiles
+    check_fuse(sharer, receiver, weights, sharer_index=index)
 
 
 def test_padding_of_the_sharer_that_no_position_reads_may_hold_nan(generator: torch.Generator) -> None:
@@ -232,6 +237,8 @@ def test_message_alone(generator: torch.Generator, dtype: torch.dtype) -> None:
     message = torch.randn(4, 2, 64, generator=generator)
     mask = torch.rand(2, 20, generator=generator) < 0.6
     check_fuse(None, receiver, weights, message=message, edit_mask=mask, positions=(0, 19))
+    long = make_cache(RECEIVER, 2, 520, dtype=dtype, generator=generator)  # a tile an item and more
+    check_fuse(None, long, weights, message=message)
     latent = eager.joint_projection(None, None, *receiver[1], layer_of(weights, 1), message=message[1])
 
     def project(receiver: Pair, weights: Any, message: Tensor) -> list[Tensor]:
