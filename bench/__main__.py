@@ -1,0 +1,135 @@
+"""``python -m bench``: errors and times of the ops on caches that real transformers models made.
+
+Builds Qwen2.5-0.5B and Qwen3-0.6B (random weights unless --sharer and --receiver name others; only then anything may
+be downloaded), prefills a text, and takes the caches that come out. Then, for each op and for the whole of LCF and
+LCF-X: the error against float64, and the time beside that of other ways to the same result. What is out of bounds gets
+no time, and the exit status is 1. Without a GPU the CPU path is timed, and the Triton kernels are checked in Triton's
+interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+EXAMPLES = """examples:
+  python -m bench                                    everything (8 minutes on two cores, 4 on a GPU)
+  python -m bench --quick                            two minutes on two cores
+  python -m bench --only lcf inject --tokens 512     the whole of LCF, and inject, at one size
+  python -m bench --device cuda --dtype float16 --bottleneck 64 128 256 512
+  python -m bench --sharer Qwen/Qwen2.5-0.5B-Instruct --receiver Qwen/Qwen3-0.6B
+
+--out gets results.json, plot.png and a copy of the results named after the device, fit for bench/results/.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    from .cases import CASE_NAMES, GROUPS
+
+    description, _, rest = (__doc__ or "").partition("\n\n")
+    result = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=f"{description}\n\n{rest}",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = [group.name for group in GROUPS] + list(CASE_NAMES)
+    add = result.add_argument
+    add("--quick", action="store_true", help="fewer sizes and rounds: two minutes on two cores")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--tokens", type=_positive, nargs="+", metavar="N", help="receiver positions; the first is the headline")
+    add("--context", type=_positive, metavar="N", help="sharer positions that LCF-X pools")
+    add("--bottleneck", type=int, nargs="+", choices=(64, 128, 256, 512), help="latent widths d (default: 128)")
+    add("--only", nargs="+", choices=names, metavar="NAME", default=[], help=f"of: {', '.join(names)}")
+    add("--no-compile", action="store_true", help="leave torch.compile out: it takes long to compile")
+    add("--sharer", metavar="PATH_OR_ID", help="a model in place of the random Qwen2.5-0.5B")
+    add("--receiver", metavar="PATH_OR_ID", help="in place of the random Qwen3-0.6B; LCF-X has it on both sides")
+    add("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="where results go (default: %(default)s)")
+    return result
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parser().parse_args(arguments)
+    try:
+        import torch
+
+        import lcf_fast.ops  # noqa: F401
+    except ImportError as error:
+        print(f"bench: {error}; install first: {sys.executable} -m pip install -e '.[bench]'", file=sys.stderr)
+        return 2
+    from . import report
+    from .machine import slug
+    from .runner import run
+    from .settings import DTYPES, default_settings
+
+    if given.device == "cuda" and not torch.cuda.is_available():
+        print(f"bench: --device cuda, but torch {torch.__version__} sees no CUDA GPU", file=sys.stderr)
+        return 2
+    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    settings = default_settings(device, quick=given.quick)
+    settings = replace(
+        settings,
+        dtype=DTYPES[given.dtype] if given.dtype else settings.dtype,
+        tokens=tuple(dict.fromkeys(given.tokens or settings.tokens)),
+        context=given.context or settings.context,
+        widths=tuple(dict.fromkeys(given.bottleneck or settings.widths)),
+        only=tuple(given.only),
+        sharer=given.sharer,
+        receiver=given.receiver,
+        compile_until=0.0 if given.no_compile else settings.compile_until,
+    )
+    try:
+        results = run(settings, report.Steps())
+    except (RuntimeError, OSError, ValueError) as error:
+        if isinstance(error, RuntimeError) and "transformers" not in str(error):
+            raise
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    results["command"] = " ".join(["python -m bench", *_public(arguments if arguments is not None else sys.argv[1:])])
+    given.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    files = [given.out / "results.json", given.out / f"{slug(results['about'])}.json"]
+    for file in files:
+        file.write_text(text, encoding="utf-8")
+    try:
+        from .plot import draw
+
+        files.append(given.out / "plot.png")
+        draw(results, files[-1])
+    except ImportError as error:
+        print(f"bench: no plot: {error}", file=sys.stderr)
+        files.pop()
+    report.print_results(results)
+    print(f"wrote {', '.join(str(file) for file in files)}")
+    return 1 if results["failures"] else 0
+
+
+def _public(arguments: Sequence[str]) -> list[str]:
+    """The command line without --out and without folders: it goes into a file that is published."""
+    kept: list[str] = []
+    skip = False
+    for word in arguments:
+        if skip or word == "--out" or word.startswith("--out="):
+            skip = word == "--out"
+        else:
+            kept.append("PATH" if os.path.isabs(word) or word.startswith((".", "~")) else word)
+    return kept
+
+
+if __name__ == "__main__":
+    # The interpreter is for the check, in a process of its own: here it would stand in for a GPU.
+    os.environ.pop("TRITON_INTERPRET", None)
+    sys.exit(main())

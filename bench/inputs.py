@@ -1,0 +1,252 @@
+"""The operands of every case, cut from the caches that the models made, and the adapter's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig, Message, reference
+from lcf_fast.adapter import parameter_shapes
+
+from .cases import Group, kept_layers
+from .models import SEED
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Caches:
+    """What the models made, one ``(key, value)`` a layer, at the largest sizes asked for.
+
+    Attributes:
+        sharer: of the prompt, by the sharer (LCF).
+        receiver: of the prompt, by the receiver.
+        context: of another text, by the receiver's model (LCF-X reads one model on both sides).
+        spans: offsets of the context's paragraphs.
+    """
+
+    sharer: list[Pair]
+    receiver: list[Pair]
+    context: list[Pair]
+    spans: list[int]
+
+    def first(self, tokens: int, context: int) -> Caches:
+        """The caches of the first positions: those of a shorter text, since the models are causal."""
+        spans = [offset for offset in self.spans if offset < context] + [context]
+        return Caches(_first(self.sharer, tokens), _first(self.receiver, tokens), _first(self.context, context), spans)
+
+
+def _first(layers: Sequence[Pair], tokens: int) -> list[Pair]:
+    assert layers[0][0].shape[2] >= tokens
+    return [(key[:, :, :tokens].contiguous(), value[:, :, :tokens].contiguous()) for key, value in layers]
+
+
+@dataclass
+class Operands:
+    """One set of inputs to one group of cases. Tensors of all layers; the properties give the kept ones, in order.
+
+    Attributes:
+        config: of the adapter.
+        kept: receiver layers that have a projector.
+        sharer_layers, receiver_layers: whole caches.
+        weights: the adapter's stacked parameters over the kept layers.
+        spans: ``(1, P+1)`` int32 where the caches are; ``spans_host`` the same on the CPU, for loops in Python.
+        message: ``(L, 1, d)``, LCF-X.
+        summary: ``(L, 2, 1, Hs, Ds)``, the ``K*, V*`` that it was folded from.
+        latent: ``(1, N, d)``, for the injection of one layer.
+        row: the kept layer that the one-layer cases take.
+    """
+
+    config: LCFConfig
+    kept: tuple[int, ...]
+    sharer_layers: list[Pair]
+    receiver_layers: list[Pair]
+    weights: dict[str, Tensor]
+    spans: Tensor
+    spans_host: Tensor
+    message: Tensor | None = None
+    summary: Tensor | None = None
+    latent: Tensor | None = None
+    row: int = 0
+
+    @cached_property
+    def sharer(self) -> list[Pair]:
+        return [self.sharer_layers[self.config.sharer_layers[t]] for t in self.kept]
+
+    @cached_property
+    def receiver(self) -> list[Pair]:
+        return [self.receiver_layers[t] for t in self.kept]
+
+    @cached_property
+    def layer_weights(self) -> list[dict[str, Tensor]]:
+        """A layer's slice of the weights, for each kept layer.
+
+        The two gate logits are copied: torch.compile would copy them in every call, since their slices are not aligned.
+        """
+        slices = [{name: part[row] for name, part in self.weights.items()} for row in range(len(self.kept))]
+        return [{**one, "gate_logit": one["gate_logit"].clone()} for one in slices]
+
+    @cached_property
+    def adapter(self) -> LatentCacheFlow:
+        """A module that holds these very weights."""
+        adapter = LatentCacheFlow(self.config, keep_layers=self.kept, device="meta")
+        index = {
+            "receiver_layers": torch.tensor(self.kept),
+            "sharer_layers": torch.tensor([self.config.sharer_layers[t] for t in self.kept]),
+        }
+        device = self.spans.device
+        adapter.load_state_dict({**self.weights, **{k: v.to(device) for k, v in index.items()}}, assign=True)
+        return adapter.eval().requires_grad_(False)
+
+    @cached_property
+    def sharer_cache(self) -> Any:
+        return dynamic_cache(self.sharer_layers)
+
+    @cached_property
+    def receiver_cache(self) -> Any:
+        return dynamic_cache(self.receiver_layers)
+
+    @cached_property
+    def sent(self) -> Message:
+        assert self.message is not None
+        return Message(self.message, self.kept, self.spans.shape[1] - 1)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Operands:
+        """The same with every float tensor changed; what was one tensor stays one tensor."""
+        done: dict[int, Tensor] = {}
+
+        def once(tensor: Tensor) -> Tensor:
+            if id(tensor) not in done:
+                done[id(tensor)] = change(tensor) if tensor.is_floating_point() else tensor
+            return done[id(tensor)]
+
+        return Operands(**{field.name: _apply(once, getattr(self, field.name)) for field in fields(self)})
+
+    def clone(self) -> Operands:
+        return self.map(Tensor.clone)
+
+    def double(self) -> Operands:
+        return self.map(Tensor.double)
+
+    def rotated(self, count: int, *, one_layer: bool) -> list[Operands]:
+        """``count`` sets (or a few more) that share no memory, this one the first; of one layer, each has its own."""
+        if not one_layer:
+            return [self, *(self.clone() for _ in range(count - 1))]
+        rows = range(len(self.kept))
+        whole = [self, *(self.clone() for _ in range(-(-count // len(rows)) - 1))]
+        for one in whole:
+            _ = one.layer_weights, one.sharer, one.receiver  # made once, before the copies below share them
+        first = sorted(rows, key=lambda row: row != self.row)
+        return [_at_row(one, row) for one in whole for row in first][: max(count, 1)]
+
+
+def _at_row(operands: Operands, row: int) -> Operands:
+    other = copy(operands)
+    other.row = row
+    return other
+
+
+def _apply(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: change(tensor) for name, tensor in value.items()}
+    if isinstance(value, list):
+        return [(change(key), change(other)) for key, other in value]
+    return value
+
+
+def dynamic_cache(layers: Sequence[Pair]) -> Any:
+    """A transformers DynamicCache that holds these tensors; plain pairs where transformers is missing."""
+    try:
+        from transformers import DynamicCache
+    except ImportError:
+        return list(layers)
+    cache = DynamicCache()
+    for i, (key, value) in enumerate(layers):
+        cache.update(key[:, :, :0], value[:, :, :0], i)  # makes the layer
+        cache.layers[i].keys, cache.layers[i].values = key, value
+    return cache
+
+
+def geometry_of(layers: Sequence[Pair]) -> CacheGeometry:
+    """The geometry of a cache that lies here."""
+    key = layers[0][0]
+    return CacheGeometry(len(layers), key.shape[1], key.shape[3])
+
+
+def make_config(group: Group, sharer: CacheGeometry, receiver: CacheGeometry, width: int) -> LCFConfig:
+    """LCF from sharer to receiver; LCF-X from the receiver's model to itself."""
+    return LCFConfig(
+        receiver if group.crossing else sharer,
+        receiver,
+        bottleneck=width,
+        cross_context=group.crossing,
+        gate_init=1.0,
+    )
+
+
+def make_weights(config: LCFConfig, *, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Random parameters of all layers, fixed seed, drawn on the CPU; activations come out of order 1, gates open."""
+    generator = torch.Generator().manual_seed(SEED + config.bottleneck)
+    weights = {}
+    for name, shape in parameter_shapes(config, config.receiver.layers).items():
+        if name == "gate_logit":
+            tensor = torch.full(shape, cast(float, config.gate_init))
+        elif name == "norm_weight":
+            tensor = torch.empty(shape).uniform_(0.8, 1.2, generator=generator)
+        elif name.endswith("_query"):
+            tensor = torch.randn(shape, generator=generator)  # scores of order 1: spans are not simply averaged
+        else:
+            # A linear's weight: unit variance out. A bias: the scale of one input.
+            fan_in = shape[-1] if name.endswith("weight") else config.in_channels
+            bound = (3 / fan_in) ** 0.5
+            tensor = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        weights[name] = tensor.to(device, dtype)
+    return weights
+
+
+def make_operands(
+    group: Group,
+    caches: Caches,
+    config: LCFConfig,
+    weights: dict[str, Tensor],
+    *,
+    kept: tuple[int, ...] | None = None,
+) -> Operands:
+    """A group's inputs from caches already cut to size and the weights of all layers.
+
+    Args:
+        kept: receiver layers; the group's own if not given.
+    """
+    kept = kept_layers(group, config.receiver) if kept is None else kept
+    if len(kept) < config.receiver.layers:
+        rows = torch.tensor(kept, device=weights["gate_logit"].device)
+        weights = {name: stacked.index_select(0, rows) for name, stacked in weights.items()}
+    device = caches.receiver[0][0].device
+    host = torch.tensor([caches.spans], dtype=torch.int32)
+    operands = Operands(
+        config,
+        kept,
+        caches.context if group.crossing else caches.sharer,
+        caches.receiver,
+        weights,
+        spans=host.to(device),
+        spans_host=host,
+        row=len(kept) // 2,
+    )
+    with torch.no_grad():
+        if group.name == "inject":
+            operands.message, operands.summary = reference.summarize_layers(operands.sharer, weights, host)
+        if group.name == "injection":
+            row = operands.row
+            operands.latent = reference.joint_projection(
+                *operands.sharer[row], *operands.receiver[row], operands.layer_weights[row]
+            )
+    return operands

@@ -1,0 +1,258 @@
+"""One group of cases at one size: every error first, then the times of what is within bounds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import timing
+from .cases import WHOLE, Case, Group, Shape, Work, c2c_fuser, cases_of
+from .errors import Judgement, judge
+from .inputs import Caches, Operands, geometry_of, make_config, make_operands, make_weights
+from .settings import Settings, dtype_name
+from .variants import OURS, Variant, baselines, compiled, flatten
+
+#: Samples a variant once `Settings.hurry_after` has passed.
+HURRIED_ROUNDS = 2
+Calls = dict[str, list[Callable[[], Any]]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A variant on its way to a row.
+
+    Attributes:
+        case: of ours, which one; None for the others.
+        judgement: of its error, where there is something to hold it against.
+        within: False: it is not to be timed; None: there is nothing to hold it against.
+        skip: why it has no time; empty: it has.
+    """
+
+    variant: Variant
+    case: Case | None
+    judgement: Judgement | None = None
+    within: bool | None = None
+    skip: str = ""
+    is_graph: bool = False
+
+
+class Job:
+    """See `rows`.
+
+    Args:
+        caches: cut to size.
+        bandwidth: the copy bandwidth of this run, GB/s.
+        started: `time.perf_counter()` at the start of the run.
+    """
+
+    def __init__(
+        self, settings: Settings, group: Group, caches: Caches, width: int, *, bandwidth: float, started: float
+    ) -> None:
+        self.settings, self.group, self.width = settings, group, width
+        self.bandwidth, self.started = bandwidth, started
+        config = make_config(group, geometry_of(caches.sharer), geometry_of(caches.receiver), width)
+        weights = make_weights(config, device=settings.device, dtype=settings.dtype)
+        self.operands = make_operands(group, caches, config, weights)
+        self.shape = Shape(
+            config,
+            tokens=caches.receiver[0][0].shape[2],
+            context=caches.context[0][0].shape[2],
+            layers=len(self.operands.kept),
+            itemsize=settings.dtype.itemsize,
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a variant, plain JSON. What is out of bounds has no time."""
+        candidates = self._judged()
+        sets = [self.operands]
+        if self.settings.on_gpu:
+            # About half of the traffic is input: what is written is new memory anyway.
+            case = cases_of(self.group)[0]
+            count = timing.rotation_sets(case.work(self.shape).bytes // 2, timing.l2_bytes(self.settings.device))
+            sets = self.operands.rotated(count, one_layer=case.scope == "one layer")
+        calls: Calls = {
+            one.variant.name: [partial(one.variant.run, operands) for operands in sets]
+            for one in candidates
+            if not one.skip
+        }
+        if self.settings.on_gpu:
+            candidates = self._with_graphs(candidates, calls)
+        clock = partial(timing.measure, device=self.settings.device, seconds=self.settings.seconds)
+        if time.perf_counter() - self.started > self.settings.hurry_after:
+            clock = partial(clock, seconds=0.0, least=HURRIED_ROUNDS)
+        first = clock({name: some[:1] for name, some in calls.items()})
+        if len(sets) > 1:
+            cold, hot = clock(calls), first
+        elif self.settings.on_gpu:
+            cold, hot = first, {}  # one set alone is more than three times the L2
+        else:
+            cold, hot = {}, first
+        rows = [self._row(one, cold, hot, calls) for one in candidates]
+        add_speedups(rows)
+        return rows
+
+    # --- who takes part
+
+    def _candidates(self) -> list[Candidate]:
+        cases = cases_of(self.group, self.settings.only)
+        found = [Candidate(Variant(case.name, "ours", OURS[case.name]), case) for case in cases]
+        found += [Candidate(variant, None) for variant in baselines(self.group.name, self.operands)]
+        return found + self._compiled()
+
+    def _compiled(self) -> list[Candidate]:
+        """``torch.compile`` of the reference, or why it is not run: each takes from seconds to a minute to compile."""
+        headline = self.shape.tokens == self.settings.tokens[0] and self.width == self.settings.widths[0]
+        whole = self.group.name in WHOLE
+        skip = ""
+        if not self.settings.compile_until:
+            skip = "not run: --no-compile, or --quick on a CPU"
+        elif self.settings.quick and not (whole and headline):
+            skip = "not run: --quick compiles the whole of LCF and of inject only, at the first of --tokens"
+        elif not (whole or headline):
+            skip = "not run: compiled for the first of --tokens only"
+        elif time.perf_counter() - self.started > self.settings.compile_until:
+            skip = f"not run: {self.settings.compile_until:.0f} s had gone, and compiling takes long"
+        modes: dict[str, str | None] = {"torch.compile": None}
+        if self.settings.on_gpu and whole and headline and not self.settings.quick:
+            modes["torch.compile max-autotune"] = "max-autotune-no-cudagraphs"
+        if skip:
+            return [Candidate(Variant(name, "baseline", _not_run), None, skip=skip) for name in modes]
+        torch.compiler.reset()  # else the functions of earlier sizes count towards a limit, beyond which it gives up
+        return [
+            Candidate(Variant(name, "baseline", compiled(self.group.name, mode)), None) for name, mode in modes.items()
+        ]
+
+    def _with_graphs(self, candidates: Sequence[Candidate], calls: Calls) -> list[Candidate]:
+        """Each that is timed once more as a CUDA graph; it inherits the error of what it replays."""
+        found = []
+        for one in candidates:
+            found.append(one)
+            if one.skip:
+                continue
+            variant = replace(one.variant, name=f"{one.variant.name}, CUDA graph")
+            graph = replace(one, variant=variant, is_graph=True)
+            try:
+                calls[variant.name] = list(timing.graphed(calls[one.variant.name]))
+            except Exception as error:  # what cannot be captured is a loss to be shown, not the end of the job
+                torch.cuda.synchronize()
+                graph = replace(graph, skip=f"not captured: {_first_line(error)}")
+            found.append(graph)
+        return found
+
+    # --- errors
+
+    def _judged(self) -> list[Candidate]:
+        candidates = self._candidates()
+        reference = next(one.variant.run for one in candidates if one.variant.kind == "reference")
+        kept = self.operands.kept
+        truth = flatten(reference(self.operands.double()), kept)
+        plain = flatten(reference(self.operands), kept)
+        # Another method has nothing to be held against.
+        return [
+            one if one.skip or one.variant.kind == "other" else self._judge(one, truth, plain) for one in candidates
+        ]
+
+    def _judge(self, one: Candidate, truth: Sequence[Tensor], plain: Sequence[Tensor]) -> Candidate:
+        is_baseline = one.variant.kind == "baseline"
+        try:
+            got = flatten(one.variant.run(self.operands), self.operands.kept)
+        except Exception as error:
+            if not is_baseline:
+                raise
+            # A baseline that this machine cannot run (no C++ compiler, an old driver) must not end the job.
+            return replace(one, skip=f"not run: {type(error).__name__}: {_first_line(error)}")
+        judgement = judge(got, truth, plain, baseline_dtype=self.settings.dtype if is_baseline else None)
+        skip = "" if judgement.within else f"no time: the error is {judgement.used:.3g} times its bound"
+        return replace(one, judgement=judgement, within=judgement.within, skip=skip)
+
+    # --- rows
+
+    def _work(self, one: Candidate) -> tuple[Work, int]:
+        """Bytes and FLOPs, and the layers that they are for."""
+        case = one.case or cases_of(self.group)[0]
+        if one.variant.kind == "other":
+            layers = one.variant.layers or self.shape.layers
+            return c2c_fuser(replace(self.shape, layers=layers)), layers
+        return case.work(self.shape), 1 if case.scope == "one layer" else self.shape.layers
+
+    def _row(
+        self,
+        one: Candidate,
+        cold: Mapping[str, timing.Timing],
+        hot: Mapping[str, timing.Timing],
+        calls: Calls,
+    ) -> dict[str, Any]:
+        name, config = one.variant.name, self.operands.config
+        work, layers = self._work(one)
+        row: dict[str, Any] = {
+            "group": self.group.name,
+            "title": self.group.title,
+            "op": one.case.name if one.case else self.group.name,
+            "variant": name,
+            "kind": one.variant.kind,
+            "tokens": self.shape.tokens,
+            "context": self.shape.context if config.cross_context else None,
+            "spans": self.operands.spans.shape[1] - 1 if config.cross_context else None,
+            "layers": layers,
+            "bottleneck": self.width,
+            "dtype": dtype_name(self.settings.dtype),
+            "sharer": [config.sharer.layers, config.sharer.kv_heads, config.sharer.head_dim],
+            "receiver": [config.receiver.layers, config.receiver.kv_heads, config.receiver.head_dim],
+            "bytes": work.bytes,
+            "flops": work.flops,
+            "within": one.within,
+            "error": one.judgement.to_dict() if one.judgement else None,
+            "note": one.variant.note or None,
+            "time": None,
+            "time_hot": None,
+            "reason": one.skip or None,
+            **dict.fromkeys(("gb_s", "copy_share", "tflop_s", "kernels", "peak_mb", "host_us")),
+            **dict.fromkeys(("speedup", "against", "speedup_reference")),
+        }
+        best = cold.get(name) or hot.get(name)
+        if best is None:
+            return row
+        row["time"] = {**best.to_dict(), "regime": "cold" if name in cold else "hot"}
+        if name in cold and name in hot:
+            row["time_hot"] = hot[name].to_dict()
+        row["gb_s"] = work.bytes / best.median_ms / 1e6
+        row["copy_share"] = row["gb_s"] / self.bandwidth
+        row["tflop_s"] = work.flops / best.median_ms / 1e9
+        if self.settings.on_gpu:
+            call = calls[name][0]
+            row["host_us"] = timing.host_us(call)
+            if not one.is_graph:  # a graph's memory is its own pool; it launches as one what it replays
+                row["kernels"] = timing.kernels_launched(call)
+                row["peak_mb"] = timing.peak_mb(call)
+        return row
+
+
+def _not_run(operands: Operands) -> None:
+    raise AssertionError("what has a reason not to run was run")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:160]
+
+
+def median_ms(row: Mapping[str, Any]) -> float:
+    return float(row["time"]["median_ms"])
+
+
+def add_speedups(rows: Sequence[dict[str, Any]]) -> None:
+    """Ours against the fastest that gives the same result, and against the naive reference. Losses are below 1."""
+    rivals = [row for row in rows if row["kind"] in ("reference", "baseline") and row["time"]]
+    if not rivals:
+        return
+    fastest = min(rivals, key=median_ms)
+    naive = next((row for row in rivals if row["kind"] == "reference"), None)
+    for row in rows:
+        if row["kind"] == "ours" and row["time"]:
+            row["speedup"], row["against"] = median_ms(fastest) / median_ms(row), fastest["variant"]
+            row["speedup_reference"] = median_ms(naive) / median_ms(row) if naive else None

@@ -1,0 +1,103 @@
+"""The results as a picture: a panel a group, a bar a variant, over the sizes. Needs matplotlib, and no display."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .report import number, plural
+
+#: Ours in one hue, what gives the same result in greys and browns, other methods in violet.
+_COLOURS = {"reference": "#8c8c8c", "baseline": "#c9a66b", "other": "#a88bc4"}
+_OURS = ("#0b6e4f", "#3fa37c", "#7cc9a8", "#b5e2cf")
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Write a PNG.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    width = results["settings"]["bottleneck"][0]
+    rows = [row for row in results["rows"] if row["bottleneck"] == width]
+    panels = list(dict.fromkeys(row["group"] for row in rows))
+    if not panels:
+        return
+    sizes = sorted({row["tokens"] for row in rows})
+    across = min(len(panels), 2)
+    down = -(-len(panels) // across)
+    bars = max(sum(row["group"] == panel for row in rows) for panel in panels) + len(sizes)
+    figure, axes = plt.subplots(
+        down, across, figsize=(7.5 * across, down * (0.9 + 0.24 * bars)), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, panel in zip(axes.flat, panels):
+        _panel(axis, [row for row in rows if row["group"] == panel], sizes)
+    about = results["about"]
+    figure.suptitle(
+        f"{about['device']}, {results['settings']['dtype']}, d = {width}: median ms, lower is better "
+        f"(copy {results['copy_gb_s']:,.0f} GB/s)",
+        fontsize=12,
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _panel(axis: Any, rows: list[dict[str, Any]], sizes: list[int]) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    labels, places, place = [], [], 0.0
+    timed = [row["time"]["median_ms"] for row in rows if row["time"]]
+    floor = min(timed, default=1.0) / 4
+    for size in sizes:
+        ours = 0
+        for row in (row for row in rows if row["tokens"] == size):
+            if row["kind"] == "ours":
+                colour, ours = _OURS[min(ours, len(_OURS) - 1)], ours + 1
+            else:
+                colour = _COLOURS[row["kind"]]
+            labels.append(f"{row['variant']}  N={size}" if len(sizes) > 1 else row["variant"])
+            places.append(place)
+            _bar(axis, row, place, colour, floor)
+            place += 1.0
+        place += 0.6
+    axis.set_yticks(places, labels, fontsize=8)
+    axis.set_ylim(places[-1] + 0.7, places[0] - 0.7)  # the first row on top
+    axis.set_xscale("log")
+    longest = max((row["time"]["high_ms"] for row in rows if row["time"]), default=1.0)
+    axis.set_xlim(floor, longest * (longest / floor) ** 0.6)  # room for the figures beside the bars
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("ms", fontsize=8)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.grid(axis="x", which="major", color="#e0e0e0", linewidth=0.6)
+    axis.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
+    first = rows[0]
+    layers = "" if first["layers"] == 1 else f" ({first['layers']})"
+    spans = "" if first["context"] is None else f"; context {first['context']}, {plural(first['spans'], 'span')}"
+    tokens = "" if len(sizes) > 1 else f"; N = {sizes[0]}"
+    axis.set_title(f"{first['title']}{layers}{tokens}{spans}", fontsize=9, loc="left")
+
+
+def _bar(axis: Any, row: dict[str, Any], place: float, colour: str, floor: float) -> None:
+    if row["time"] is None:
+        wrong = row["within"] is False
+        text = "error out of bounds: no time" if wrong else "not run"
+        axis.text(floor * 1.1, place, text, va="center", fontsize=7, color="#b00020" if wrong else "#777777")
+        return
+    timing = row["time"]
+    hatch = "///" if row["kind"] == "other" and row["layers"] == 1 else None  # not all layers: no bar to compare with
+    axis.barh(place, timing["median_ms"] - floor, left=floor, height=0.78, color=colour, hatch=hatch, edgecolor="white")
+    axis.plot([timing["low_ms"], timing["high_ms"]], [place, place], color="black", linewidth=1.0)
+    text = f"{number(timing['median_ms'])} ms"
+    if row["speedup"] is not None:
+        text += f"   {row['speedup']:.2f}× the fastest other"
+    axis.text(max(timing["median_ms"], timing["high_ms"]) * 1.08, place, text, va="center", fontsize=7)

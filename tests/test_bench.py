@@ -1,0 +1,378 @@
+"""The main job: its formulas, its gate on errors, its files, and one small run from end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import c2c, cases, errors, inputs, models, report, table, timing, variants
+from bench.__main__ import main
+from bench.job import Job, add_speedups
+from bench.settings import Settings, default_settings
+from helpers import Geometry, make_cache
+from lcf_fast import CacheGeometry, LCFConfig, ops
+from lcf_fast.config import c2c_parameters_per_layer
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+LCF = LCFConfig(cases.QWEN25, cases.QWEN3, bottleneck=128)
+LCFX = LCFConfig(cases.QWEN3, cases.QWEN3, bottleneck=128, cross_context=True)
+BY_NAME = {group.name: group for group in cases.GROUPS}
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+# --- formulas
+
+
+def per_token(case: str, config: LCFConfig) -> cases.Work:
+    """What one more token costs, over 28 layers in two-byte elements: weights drop out."""
+    work = next(one.work for one in cases.CASES if one.name == case)
+    more, less = (work(cases.Shape(config, n, n, layers=28, itemsize=2)) for n in (1001, 1000))
+    return cases.Work(more.bytes - less.bytes, more.flops - less.flops)
+
+
+def test_lcf_a_token() -> None:
+    """Design, section 3: 243.7 KB and 38.65 MFLOP over 28 layers."""
+    work = per_token("fuse_layers", LCF)
+    assert work.bytes == 243_712
+    assert work.flops == 38_649_856
+
+
+def test_lcf_reads_its_weights_once() -> None:
+    """Spec, section 3: 38.8 MB in two bytes a parameter; the hard gates are read on the host."""
+    work = cases.fuse_layers(cases.Shape(LCF, 0, 0, layers=28, itemsize=2))
+    assert work.bytes == 2 * LCF.parameter_count()
+    assert work.flops == 0
+
+
+def test_pooling_reads_the_cache_once() -> None:
+    """Design, section 3: 2,000 tokens of Qwen3-0.6B are 229 MB."""
+    work = per_token("summarize_layers", LCFX)
+    assert work.bytes == 28 * 2 * 1024 * 2
+    assert round(2000 * work.bytes / 1e6) == 229
+
+
+def test_inject_reads_no_sharer() -> None:
+    work = per_token("adapter.inject", LCFX)
+    assert work.bytes == 28 * 4 * 1024 * 2
+    assert work.flops == 28 * 2 * (2048 * 128 + 16 * 128**2 + 1024 * 128 + 2 * 8 * 128)
+    weights = cases.inject(cases.Shape(LCFX, 0, 0, layers=28, itemsize=2)).bytes
+    queries, columns, bias, message = 2 * 1024, 2048 * 128, 128, 4 * 128
+    assert weights == 28 * (2 * (LCFX.parameters_per_layer - queries - columns - bias) + message)
+
+
+def test_every_part_of_lcfx_is_counted_once() -> None:
+    shape = cases.Shape(LCFX, 7, 11, layers=3, itemsize=4)
+    whole, parts = cases.summarize_and_inject(shape), (cases.summarize_layers(shape), cases.inject(shape))
+    assert whole.bytes == sum(part.bytes for part in parts)
+    assert whole.flops == sum(part.flops for part in parts)
+
+
+def test_c2c_has_the_papers_size() -> None:
+    with torch.device("meta"):
+        fuser = c2c.C2CFuser(cases.QWEN25, cases.QWEN3)
+    count = sum(parameter.numel() for parameter in fuser.parameters())
+    assert count == 17_066_002 == c2c_parameters_per_layer(cases.QWEN25, cases.QWEN3)
+    work = cases.c2c_fuser(cases.Shape(LCF, 1, 0, layers=28, itemsize=2))
+    assert round(work.flops / 1e6) == 956
+
+
+def test_c2c_edits_the_receiver_through_its_gates() -> None:
+    sharer, receiver = Geometry(1, 2, 16), Geometry(1, 3, 8)
+    fuser = c2c.C2CFuser(CacheGeometry(*sharer), CacheGeometry(*receiver), hidden=32, intermediate=24)
+    (heard,), (own,) = make_cache(sharer, 2, 5), make_cache(receiver, 2, 5)
+    key, value = fuser(heard, own)
+    assert key.shape == own[0].shape and not torch.equal(key, own[0]) and not torch.equal(value, own[1])
+    fuser.key.gate_logit.fill_(-1.0)
+    assert torch.equal(fuser(heard, own)[0], own[0])
+
+
+# --- models and text
+
+
+def test_the_text_is_long_enough_and_cut_at_paragraphs() -> None:
+    parts = models.paragraphs()
+    assert sum(len(part.split()) for part in parts) > 2000
+    source = models.Source(_model_with_vocabulary(models.BYTES), None, cases.QWEN3, "")
+    ids, offsets = models.tokenize(source, parts, 1200)
+    assert len(ids) == 1200 and offsets[0] == 0 and offsets[-1] == 1200
+    assert offsets[1] == len((parts[0] + "\n\n").encode())
+    assert bytes(ids[: offsets[1]]).decode() == parts[0] + "\n\n"
+    ids, offsets = models.tokenize(source, parts[:1], 3 * offsets[1] + 5)  # the text again from its start
+    assert offsets[2] == 2 * offsets[1] and len(offsets) == 5
+
+
+def _model_with_vocabulary(size: int) -> Any:
+    config = type("Config", (), {"get_text_config": lambda self: self, "vocab_size": size})()
+    return type("Model", (), {"config": config})()
+
+
+def test_the_published_architectures() -> None:
+    transformers = pytest.importorskip("transformers")
+    for kind, given, geometry in (
+        (transformers.Qwen2Config, models._QWEN25, cases.QWEN25),
+        (transformers.Qwen3Config, models._QWEN3, cases.QWEN3),
+    ):
+        config = kind(**given, **models._BOTH)
+        assert CacheGeometry.of(config) == geometry
+        with torch.device("meta"):
+            body = transformers.AutoModel.from_config(config)
+        # The published totals, less the embedding that is cut to the bytes: 494.0M and 596.0M.
+        cut = (models.PUBLISHED_VOCABULARY - models.BYTES) * given["hidden_size"]
+        total = sum(parameter.numel() for parameter in body.parameters()) + cut
+        assert total == {"qwen2": 494_032_768, "qwen3": 596_049_920}[config.model_type]
+
+
+# --- the gate on errors
+
+
+def test_the_budget_is_held_for_every_tensor() -> None:
+    truth = [torch.linspace(-1, 1, 1000, dtype=torch.float64), torch.ones(10, dtype=torch.float64)]
+    plain = [tensor.float() for tensor in truth]
+    assert errors.judge(plain, truth, plain).within
+    off = [plain[0], plain[1] + 1e-5]
+    judgement = errors.judge(off, truth, plain)
+    assert not judgement.within and judgement.used > 1
+    for bad in (float("nan"), float("inf")):
+        hurt = [plain[0].clone(), plain[1]]
+        hurt[0][3] = bad
+        judgement = errors.judge(hurt, truth, plain)
+        assert not judgement.within
+        json.dumps(judgement.to_dict(), allow_nan=False)
+    assert not errors.judge(plain[:1], truth, plain).within
+
+
+def test_one_large_error_is_not_averaged_away() -> None:
+    truth = [torch.linspace(-1, 1, 10**6, dtype=torch.float64)]
+    plain = [truth[0].float()]
+    hurt = [plain[0].clone()]
+    hurt[0][5] += 1e-5
+    judgement = errors.judge(hurt, truth, plain)
+    assert judgement.rel_rms < 1e-7 and not judgement.within
+
+
+def small_job(group: str, **settings: Any) -> Job:
+    """A job on random caches of small models."""
+    sharer, receiver = Geometry(2, 2, 32), Geometry(3, 2, 64)
+    caches = inputs.Caches(
+        make_cache(sharer, 1, 20), make_cache(receiver, 1, 20), make_cache(receiver, 1, 30), [0, 10, 10, 30]
+    )
+    given = Settings(CPU, torch.float32, (20,), context=30, widths=(64,), seconds=0.05, **settings)
+    return Job(given, BY_NAME[group], caches, 64, bandwidth=10.0, started=0.0)
+
+
+@pytest.mark.parametrize("group", sorted(BY_NAME))
+def test_every_case_is_judged_and_timed(group: str) -> None:
+    rows = small_job(group).rows()
+    ours = [row for row in rows if row["kind"] == "ours"]
+    assert [row["op"] for row in ours] == [case.name for case in cases.cases_of(BY_NAME[group])]
+    for row in rows:
+        assert (row["time"] is None) == (row["reason"] is not None)
+        if row["variant"] == "torch.compile":
+            assert row["time"] is None and row["reason"].startswith("not run")
+        else:
+            assert row["time"]["low_ms"] <= row["time"]["median_ms"] <= row["time"]["high_ms"]
+            assert row["kind"] == "other" or row["within"] is True, row
+    assert all(row["speedup"] > 0 and row["copy_share"] > 0 for row in ours)
+    json.dumps(rows, allow_nan=False)
+
+
+def test_what_is_out_of_bounds_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.gated_injection
+    monkeypatch.setattr(ops, "gated_injection", lambda *a, **k: tuple(x * (1 + 1e-5) for x in right(*a, **k)))
+    rows = small_job("injection").rows()
+    (ours,) = (row for row in rows if row["kind"] == "ours")
+    assert ours["within"] is False and ours["time"] is None and ours["gb_s"] is None and ours["speedup"] is None
+    assert ours["error"]["used"] > 1 and ours["reason"].startswith("no time")
+    assert next(row for row in rows if row["kind"] == "reference")["time"] is not None
+    assert report.cells(ours, report.COLUMNS)[2] == "–"
+
+
+def test_a_loss_is_a_loss() -> None:
+    def row(kind: str, name: str, ms: float) -> dict[str, Any]:
+        return {"kind": kind, "variant": name, "time": {"median_ms": ms}}
+
+    rows = [row("ours", "op", 4.0), row("reference", "naive", 8.0), row("baseline", "fast", 2.0)]
+    rows.append(row("other", "C2C", 1.0))
+    add_speedups(rows)
+    assert rows[0]["speedup"] == 0.5 and rows[0]["against"] == "fast" and rows[0]["speedup_reference"] == 2.0
+
+
+def test_sdpa_pools_the_same() -> None:
+    job = small_job("summarize")
+    truth = variants.flatten(variants.REFERENCE["summarize"](job.operands.double()), job.operands.kept)
+    sdpa = next(one for one in variants.baselines("summarize", job.operands) if one.name == "SDPA")
+    for got, exact in zip(variants.flatten(sdpa.run(job.operands), job.operands.kept), truth):
+        torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+# --- clocks
+
+
+def test_variants_take_turns() -> None:
+    seen: list[str] = []
+    found = timing.measure({name: [partial(seen.append, name)] for name in "ab"}, CPU, 0.0)
+    assert set(found) == {"a", "b"} and found["a"].samples == timing.LEAST_ROUNDS
+    switches = sum(one != other for one, other in zip(seen, seen[1:]))
+    assert switches >= timing.LEAST_ROUNDS
+
+
+def test_operands_keep_shared_tensors_shared() -> None:
+    operands = small_job("lcf").operands
+    doubled = operands.double()
+    assert doubled.weights["down_weight"].dtype == torch.float64
+    assert doubled.spans.dtype == torch.int32
+    assert doubled.sharer[0][0] is doubled.sharer_layers[0][0]
+
+
+def test_rotated_inputs_share_no_memory() -> None:
+    assert timing.rotation_sets(10, 100) == 30 and timing.rotation_sets(301, 100) == 1
+    for group, one_layer in (("lcf", False), ("injection", True)):
+        operands = small_job(group).operands
+        sets = operands.rotated(7, one_layer=one_layer)
+        assert len(sets) == 7 and sets[0].row == operands.row
+        read = [one.receiver[one.row][0].data_ptr() for one in sets] if one_layer else []
+        read += [] if one_layer else [key.data_ptr() for one in sets for key, _ in one.receiver]
+        weights = [one.layer_weights[one.row]["up_weight"].data_ptr() for one in sets]
+        assert len(set(read)) == len(read) >= 7 and len(set(weights)) == 7
+        assert all(one.layer_weights[one.row]["up_weight"].shape == (2, 128, 32) for one in sets)
+
+
+def test_defaults_are_within_what_a_device_does() -> None:
+    for quick in (True, False):
+        cpu, gpu = default_settings(CPU, quick=quick), default_settings(torch.device("cuda"), quick=quick)
+        assert 512 in cpu.tokens and cpu.dtype == torch.float32 and gpu.dtype == torch.bfloat16
+    assert default_settings(CPU, quick=True).compile_until == 0
+
+
+# --- the whole
+
+
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "examples:" in text and "--quick" in text and "adapter.fuse" in text
+
+
+def test_cuda_is_refused_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["--device", "cuda"]) == 2
+    assert "no CUDA GPU" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Folders of two tiny models, without tokenizers."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("models")
+    size = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    size["num_key_value_heads"] = 2
+    torch.manual_seed(0)
+    sharer = transformers.Qwen2Config(num_hidden_layers=2, **size)
+    receiver = transformers.Qwen3Config(num_hidden_layers=3, head_dim=32, **size)
+    for name, config in (("sharer", sharer), ("receiver", receiver)):
+        transformers.AutoModel.from_config(config).save_pretrained(folder / name)
+    return str(folder / "sharer"), str(folder / "receiver")
+
+
+def arguments(tiny: tuple[str, str], out: Path, *more: str) -> list[str]:
+    sharer, receiver = tiny
+    given = ["--quick", "--device", "cpu", "--tokens", "24", "--context", "40", "--bottleneck", "64"]
+    return [*given, "--sharer", sharer, "--receiver", receiver, "--out", str(out), *more]
+
+
+def test_a_broken_op_fails_the_job(
+    tiny: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bench.interpreted.start", lambda *a, **k: None)
+    right = ops.attention_pool
+    monkeypatch.setattr(ops, "attention_pool", lambda *a, **k: right(*a, **k)[::-1])  # key and value swapped
+    assert main(arguments(tiny, tmp_path, "--only", "attention_pool")) == 1
+    printed = capsys.readouterr().out
+    assert "OUT OF BOUNDS: attention_pool, 24 tokens" in printed
+    (line,) = (line for line in printed.splitlines() if line.startswith("  attention_pool"))
+    assert line.split()[2] == "✗" and line.split()[3] == "–" and len(line.split()) == 4, line
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert results["failures"] == ["attention_pool, 24 tokens"]
+    (ours,) = (row for row in results["rows"] if row["kind"] == "ours")
+    assert ours["time"] is None and ours["error"]["rel_rms"] > 0.1
+
+
+ROW = {
+    "group", "title", "op", "variant", "kind", "tokens", "context", "spans", "layers", "bottleneck", "dtype", "sharer",
+    "receiver", "bytes", "flops", "within", "error", "note", "time", "time_hot", "reason", "gb_s", "copy_share",
+    "tflop_s", "kernels", "peak_mb", "host_us", "speedup", "against", "speedup_reference",
+}  # fmt: skip
+ABOUT = {"commit", "device", "device_type", "driver", "torch", "triton", "transformers", "python", "threads"}
+
+
+def test_the_job_from_end_to_end(tiny: tuple[str, str], tmp_path: Path) -> None:
+    """As a user starts it, interpreter and all."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    only = ["fuse_layers", "gated_injection"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", *arguments(tiny, tmp_path / "out", "--only", *only)],
+        cwd=ROOT,
+        env={**environment, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert files == ["cpu.json", "plot.png", "results.json"]
+    text = (tmp_path / "out" / "results.json").read_text(encoding="utf-8")
+    assert str(tmp_path) not in text and str(ROOT) not in text and tiny[0] not in text
+    results = json.loads(text)
+    assert results["schema"] == 1 and set(results["about"]) >= ABOUT
+    assert results["failures"] == [] and results["copy_gb_s"] > 0
+    assert {row["op"] for row in results["rows"] if row["kind"] == "ours"} == set(only)
+    assert all(set(row) == ROW for row in results["rows"])
+    interpreted = results["interpreted"]
+    assert [one["op"] for one in interpreted] == [case.name for case in cases.CASES if case.checked]
+    assert all(one["within"] is True for one in interpreted), interpreted
+    assert "speed-up" in done.stdout and "within bounds" in done.stdout
+    png = (tmp_path / "out" / "plot.png").read_bytes()
+    assert png.startswith(b"\x89PNG") and len(png) > 10_000
+    printed_error = done.stdout.split("  fuse_layers ")[1].split()[0]
+    assert f"| `fuse_layers` | 3 | 24 | 64 | {printed_error} |" in table.section(results)
+
+
+# --- the README's table
+
+
+def test_the_readme_holds_what_the_generator_makes() -> None:
+    files = sorted((ROOT / "bench" / "results").glob("*.json"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert files and table.replaced(readme, table.table(files)) == readme, f"run: {table.COMMAND}"
+
+
+def test_committed_results_name_no_machine() -> None:
+    for file in (ROOT / "bench" / "results").glob("*.json"):
+        text = file.read_text(encoding="utf-8")
+        assert not any(mark in text for mark in ('"/', " /", "~/", "hostname")), file
+        assert json.loads(text)["failures"] == []
+
+
+def test_markers_must_be_there() -> None:
+    assert table.replaced(f"a\n{table.BEGIN}\nold\n{table.END}\nz", "new") == f"a\n{table.BEGIN}\nnew\n{table.END}\nz"
+    for text in ("none", table.BEGIN, f"{table.END}{table.BEGIN}", f"{table.BEGIN}{table.BEGIN}{table.END}"):
+        with pytest.raises(ValueError, match="expected"):
+            table.replaced(text, "new")
