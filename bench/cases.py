@@ -163,6 +163,7 @@ class Group:
         title: heading in the tables.
         crossing: LCF-X (Qwen3 -> Qwen3, spans) instead of LCF (Qwen2.5 -> Qwen3).
         pruned: only the best nine layers are kept.
+        prompt: the receiver's prompt takes part; without it N is the number of tokens pooled.
         target: what the CPU path must reach over the naive reference at 512 tokens, float32, two cores.
     """
 
@@ -170,6 +171,7 @@ class Group:
     title: str
     crossing: bool = False
     pruned: bool = False
+    prompt: bool = True
     target: float | None = None
 
 
@@ -178,9 +180,9 @@ GROUPS = (
     Group("inject", "LCF-X: inject a message, all layers", crossing=True, target=1.6),
     Group("lcf_pruned", "LCF, pruned", pruned=True),
     Group("lcfx", "LCF-X: summarize and inject", crossing=True),
-    Group("summarize", "LCF-X: summarize, all layers", crossing=True),
+    Group("summarize", "LCF-X: summarize, all layers", crossing=True, prompt=False),
     Group("projection", "joint K/V projection, one layer"),
-    Group("pool", "attention pooling, one layer", crossing=True),
+    Group("pool", "attention pooling, one layer", crossing=True, prompt=False),
     Group("injection", "gated injection, one layer"),
 )
 #: What the headlines are about: compiled at every size, and run at every size even by --quick.

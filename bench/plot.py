@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .report import number, plural
+from .report import number, pooled
 
 #: Ours in one hue, what gives the same result in greys and browns, other methods in violet.
 _COLOURS = {"reference": "#8c8c8c", "baseline": "#c9a66b", "other": "#a88bc4"}
@@ -28,17 +28,17 @@ def draw(results: dict[str, Any], path: Path) -> None:
     panels = list(dict.fromkeys(row["group"] for row in rows))
     if not panels:
         return
-    sizes = sorted({row["tokens"] for row in rows})
+    sizes = {panel: sorted({row["tokens"] for row in rows if row["group"] == panel}) for panel in panels}
     across = min(len(panels), 2)
     down = -(-len(panels) // across)
-    bars = max(sum(row["group"] == panel for row in rows) for panel in panels) + len(sizes)
+    bars = max(sum(row["group"] == panel for row in rows) + len(sizes[panel]) for panel in panels)
     figure, axes = plt.subplots(
         down, across, figsize=(7.5 * across, down * (0.9 + 0.24 * bars)), squeeze=False, layout="constrained"
     )
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, panel in zip(axes.flat, panels):
-        _panel(axis, [row for row in rows if row["group"] == panel], sizes)
+        _panel(axis, [row for row in rows if row["group"] == panel], sizes[panel])
     about = results["about"]
     figure.suptitle(
         f"{about['device']}, {results['settings']['dtype']}, d = {width}: median ms, lower is better "
@@ -82,9 +82,8 @@ def _panel(axis: Any, rows: list[dict[str, Any]], sizes: list[int]) -> None:
         axis.spines[side].set_visible(False)
     first = rows[0]
     layers = "" if first["layers"] == 1 else f" ({first['layers']})"
-    spans = "" if first["context"] is None else f"; context {first['context']}, {plural(first['spans'], 'span')}"
     tokens = "" if len(sizes) > 1 else f"; N = {sizes[0]}"
-    axis.set_title(f"{first['title']}{layers}{tokens}{spans}", fontsize=9, loc="left")
+    axis.set_title(f"{first['title']}{layers}{tokens}{pooled(first)}", fontsize=9, loc="left")
 
 
 def _bar(axis: Any, row: dict[str, Any], place: float, colour: str, floor: float) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from .cases import GROUPS
+
 try:
     from rich.console import Console
 except ImportError:  # the job itself does not need it
@@ -58,6 +60,15 @@ def plural(count: int, name: str) -> str:
     return f"{count} {name}" + ("" if count == 1 else "s")
 
 
+def pooled(row: dict[str, Any]) -> str:
+    """What is pooled, where the row's N does not say it; and in how many spans."""
+    if row["context"] is None:
+        return ""
+    spans = plural(row["spans"], "span")
+    alone = row["group"] in (group.name for group in GROUPS if not group.prompt)
+    return f" in {spans}" if alone else f", context {row['context']} in {spans}"
+
+
 def cells(row: dict[str, Any], names: Sequence[str]) -> list[str]:
     """A row under these columns. One without a time ends at its error: `closing` says why."""
     error = "–" if row["error"] is None else number(row["error"]["rel_rms"])
@@ -90,9 +101,7 @@ def sections(results: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]
         seen.setdefault((row["group"], row["tokens"], row["bottleneck"]), []).append(row)
     for rows in seen.values():
         row = rows[0]
-        size = f"N = {row['tokens']}, d = {row['bottleneck']}"
-        if row["context"] is not None:
-            size += f", context {row['context']} in {plural(row['spans'], 'span')}"
+        size = f"N = {row['tokens']}{pooled(row)}, d = {row['bottleneck']}"
         layers = "" if row["layers"] == 1 else f" ({row['layers']})"
         yield f"{row['title']}{layers}: {size}, {row['dtype']}", rows
 
@@ -223,11 +232,17 @@ def _interpreted_lines(checks: Sequence[dict[str, Any]]) -> list[tuple[str, str]
             "green" if len(good) == len(checks) else "bold red",
         )
     ]
-    for check in checks:
-        if check["error"] is None:
-            lines.append((f"  {check['op']} {check['dtype']}: {check['reason']}", "bold red"))
-        else:
-            verdict = "" if check["within"] else " OUT OF BOUNDS"
-            text = f"  {check['op']} {check['dtype']}: error {number(check['error']['rel_rms'])}"
-            lines.append((f"{text}, {100 * check['error']['used']:.0f}% of its bound{verdict}", "dim"))
+    for op in dict.fromkeys(check["op"] for check in checks):
+        parts = [_interpreted_part(check) for check in checks if check["op"] == op]
+        bad = any(check["within"] is not True for check in checks if check["op"] == op)
+        lines.append((f"  {op}: {'; '.join(parts)}", "bold red" if bad else "dim"))
     return lines
+
+
+def _interpreted_part(check: dict[str, Any]) -> str:
+    if check["error"] is None:
+        return f"{check['dtype']} {check['reason']}"
+    verdict = "" if check["within"] else " OUT OF BOUNDS"
+    error = check["error"]
+    used = "beyond" if error["used"] is None else f"{100 * error['used']:.0f}%"
+    return f"{check['dtype']} error {number(error['rel_rms'])}, {used} of its bound{verdict}"

@@ -12,7 +12,7 @@ import torch
 import lcf_fast
 
 from . import interpreted, machine, models, timing
-from .cases import GROUPS, QWEN3, WHOLE, cases_of
+from .cases import GROUPS, QWEN3, WHOLE, Group, cases_of
 from .inputs import Caches
 from .job import Job
 from .settings import Settings, dtype_name
@@ -62,11 +62,13 @@ def run(settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
             for tokens in settings.tokens:
                 cut = caches.first(tokens, settings.context)
                 for group in GROUPS:
-                    if settings.quick and tokens != settings.tokens[0] and group.name not in WHOLE:
+                    headline = tokens == settings.tokens[0]
+                    if not cases_of(group, settings.only) or not (headline or _at_every_size(group, settings)):
                         continue
-                    if cases_of(group, settings.only):
-                        with progress.step(f"{group.title}: {tokens} tokens, d = {width}"):
-                            rows += Job(settings, group, cut, width, bandwidth=bandwidth, started=started).rows()
+                    with progress.step(
+                        f"{group.title}: N = {tokens if group.prompt else settings.context}, d = {width}"
+                    ):
+                        rows += Job(settings, group, cut, width, bandwidth=bandwidth, started=started).rows()
         waited = machine.waited_share(scheduled)
     failures = [
         f"{row['variant']}, {row['tokens']} tokens" for row in rows if row["kind"] == "ours" and row["within"] is False
@@ -92,6 +94,11 @@ def run(settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
         "failures": failures,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _at_every_size(group: Group, settings: Settings) -> bool:
+    """Whether a group is run at the other sizes too, not at the first of ``tokens`` alone."""
+    return group.prompt and (group.name in WHOLE or not settings.quick)
 
 
 def _caches(settings: Settings, progress: Progress) -> tuple[Caches, interpreted.Check | None, dict[str, Any]]:

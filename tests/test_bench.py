@@ -306,11 +306,11 @@ def test_a_broken_op_fails_the_job(
     monkeypatch.setattr(ops, "attention_pool", lambda *a, **k: right(*a, **k)[::-1])  # key and value swapped
     assert main(arguments(tiny, tmp_path, "--only", "attention_pool")) == 1
     printed = capsys.readouterr().out
-    assert "OUT OF BOUNDS: attention_pool, 24 tokens" in printed
+    assert "OUT OF BOUNDS: attention_pool, 40 tokens" in printed
     (line,) = (line for line in printed.splitlines() if line.startswith("  attention_pool"))
     assert line.split()[2] == "✗" and line.split()[3] == "–" and len(line.split()) == 4, line
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert results["failures"] == ["attention_pool, 24 tokens"]
+    assert results["failures"] == ["attention_pool, 40 tokens"]
     (ours,) = (row for row in results["rows"] if row["kind"] == "ours")
     assert ours["time"] is None and ours["error"]["rel_rms"] > 0.1
 
