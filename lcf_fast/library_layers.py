@@ -216,8 +216,16 @@ def run_summarize_layers(
         from .kernels import pooling
 
         pairs = pairs_of([unit_rows(t) for t in sharer])
+        span_query, global_query, down_weight, down_bias = weights
         return pooling.summarize_layers(
-            [key for key, _ in pairs], [value for _, value in pairs], *weights, span_offsets, attention_mask
+            [key for key, _ in pairs],
+            [value for _, value in pairs],
+            span_query,
+            global_query,
+            down_weight,
+            down_bias,
+            span_offsets,
+            attention_mask,
         )
     named = dict(zip(SUMMARY_WEIGHTS, weights))
     return eager.summarize_layers(pairs_of(sharer), named, span_offsets, attention_mask=attention_mask)
