@@ -19,6 +19,7 @@ Call = Callable[[], object]
 #: A sample lasts at least this long, so that the clock's own cost does not count.
 SAMPLE_MS = {"cpu": 1.0, "cuda": 3.0}
 LEAST_ROUNDS, MOST_ROUNDS = 5, 30
+MOST_SETS = 256
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,11 @@ def l2_bytes(device: torch.device) -> int:
 
 
 def rotation_sets(nbytes: int, l2: int) -> int:
-    """How many sets of inputs of ``nbytes`` it takes to pass three times through a cache of ``l2`` bytes."""
-    return max(1, -(-3 * l2 // max(nbytes, 1)))
+    """How many sets of inputs of ``nbytes`` it takes to pass three times through a cache of ``l2`` bytes.
+
+    At most `MOST_SETS`: what is so small is bound by its launch, whether it lies in the cache or not.
+    """
+    return max(1, min(MOST_SETS, -(-3 * l2 // max(nbytes, 1))))
 
 
 @contextmanager

@@ -165,13 +165,19 @@ def test_one_large_error_is_not_averaged_away() -> None:
     assert judgement.rel_rms < 1e-7 and not judgement.within
 
 
-def small_job(group: str, **settings: Any) -> Job:
+class AsOnGpu(Settings):
+    """Takes a GPU's path through the job; what asks a device must be stood in for."""
+
+    on_gpu = True  # type: ignore[assignment]
+
+
+def small_job(group: str, kind: type[Settings] = Settings, **settings: Any) -> Job:
     """A job on random caches of small models."""
     sharer, receiver = Geometry(2, 2, 32), Geometry(3, 2, 64)
     caches = inputs.Caches(
         make_cache(sharer, 1, 20), make_cache(receiver, 1, 20), make_cache(receiver, 1, 30), [0, 10, 10, 30]
     )
-    given = Settings(CPU, torch.float32, (20,), context=30, widths=(64,), seconds=0.05, **settings)
+    given = kind(CPU, torch.float32, (20,), context=30, widths=(64,), seconds=0.05, **settings)
     return Job(given, BY_NAME[group], caches, 64, bandwidth=10.0, started=0.0)
 
 
@@ -189,6 +195,46 @@ def test_every_case_is_judged_and_timed(group: str) -> None:
             assert row["kind"] == "other" or row["within"] is True, row
     assert all(row["speedup"] > 0 and row["copy_share"] > 0 for row in ours)
     json.dumps(rows, allow_nan=False)
+
+
+@pytest.mark.parametrize("group", ["lcf", "pool", "injection"])
+def test_rows_of_a_gpu_are_cold_and_hot_and_graphed(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def graphed(calls: list[Any]) -> list[Any]:
+        seen.append(len(calls))
+        return list(calls)
+
+    monkeypatch.setattr(timing, "l2_bytes", lambda device: 2_000_000)
+    monkeypatch.setattr(timing, "graphed", graphed)
+    for name, value in (("host_us", 12.5), ("kernels_launched", 3), ("peak_mb", 1.5)):
+        monkeypatch.setattr(timing, name, lambda call, value=value: value)
+    rows = small_job(group, AsOnGpu).rows()
+    assert min(seen) > 1, "inputs are not rotated"
+    timed = [row for row in rows if row["time"]]
+    graphs = [row for row in timed if row["variant"].endswith(", CUDA graph")]
+    assert len(timed) == 2 * len(graphs) >= 4
+    for row in timed:
+        assert row["time"]["regime"] == "cold" and row["time_hot"]["median_ms"] > 0 and row["host_us"] == 12.5
+        assert (row["kernels"], row["peak_mb"]) == ((None, None) if row in graphs else (3, 1.5))
+    assert all(row["speedup"] and row["within"] for row in timed if row["kind"] == "ours")
+    json.dumps(rows, allow_nan=False)
+
+
+def test_what_cannot_be_captured_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(calls: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(timing, "l2_bytes", lambda device: 1)
+    monkeypatch.setattr(timing, "graphed", fails)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for name in ("host_us", "kernels_launched", "peak_mb"):
+        monkeypatch.setattr(timing, name, lambda call: None)
+    rows = small_job("projection", AsOnGpu).rows()
+    graphs = [row for row in rows if row["variant"].endswith(", CUDA graph")]
+    assert len(graphs) == 2 and all(row["time"] is None for row in graphs)
+    assert graphs[0]["reason"] == "not captured: operation not permitted when stream is capturing"
+    assert all(row["time"]["regime"] == "cold" and row["time_hot"] is None for row in rows if row["time"])
 
 
 def test_what_is_out_of_bounds_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +287,7 @@ def test_operands_keep_shared_tensors_shared() -> None:
 
 def test_rotated_inputs_share_no_memory() -> None:
     assert timing.rotation_sets(10, 100) == 30 and timing.rotation_sets(301, 100) == 1
+    assert timing.rotation_sets(1, 10**9) == timing.MOST_SETS
     for group, one_layer in (("lcf", False), ("injection", True)):
         operands = small_job(group).operands
         sets = operands.rotated(7, one_layer=one_layer)
