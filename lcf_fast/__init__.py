@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .errors import GeometryError as GeometryError
     from .errors import IndexRangeError as IndexRangeError
     from .errors import LCFError as LCFError
+    from .errors import MessageError as MessageError
     from .errors import ShapeError as ShapeError
     from .errors import SpanError as SpanError
     from .message import Message as Message
@@ -43,6 +44,7 @@ _NAMES = {
     "GeometryError": "errors",
     "IndexRangeError": "errors",
     "LCFError": "errors",
+    "MessageError": "errors",
     "ShapeError": "errors",
     "SpanError": "errors",
     "Message": "message",

@@ -14,6 +14,7 @@ __all__ = [
     "GeometryError",
     "IndexRangeError",
     "LCFError",
+    "MessageError",
     "ShapeError",
     "SpanError",
 ]
@@ -74,3 +75,7 @@ class BackendError(LCFError, RuntimeError):
 
 class CheckpointError(LCFError, ValueError):
     """An adapter folder is missing, damaged, or written in a form that this version does not know."""
+
+
+class MessageError(LCFError, ValueError):
+    """A message is damaged, of an unknown form, not for this adapter, or lacks what was asked of it."""
