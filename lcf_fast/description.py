@@ -28,6 +28,7 @@ SCALE_AXES = {"latent": 2, "summary": 3}
 _MAX_METADATA = 1 << 14
 #: Far above what any model has, far below where a product of them or a list of layers could hurt.
 _MAX_LAYERS, _MAX_SIZE, _MAX_COUNT = 1 << 12, 1 << 20, 1 << 31
+_RANGES = r"[0-9]{1,5}(?:[,-][0-9]{1,5})*"
 _FIELDS = {"batch", "dtype", "format", "layers", "metadata", "origin", "receiver", "sharer", "spans", "width"}
 
 
@@ -159,7 +160,8 @@ def _ranges(layers: Sequence[int]) -> str:
 def _layers(text: Any, count: int) -> tuple[int, ...]:
     """The layers that :func:`_ranges` wrote as ``text``, in ``[0, count)``."""
     expected = f"ascending layers in [0, {count}), as 6,8-10"
-    if not isinstance(text, str) or not re.fullmatch(r"[0-9]{1,5}([,-][0-9]{1,5})*", text):
+    # No text that could be right is longer, and matching a long one would take memory.
+    if not isinstance(text, str) or len(text) > 4 * _MAX_LAYERS or not re.fullmatch(_RANGES, text):
         refuse("layers", expected, text)
     layers: list[int] = []
     for run in text.split(","):

@@ -22,6 +22,10 @@ def in_header(name: str, field: str, value: Any) -> Any:
     return lambda header: header[name].__setitem__(field, value)
 
 
+def dropping(field: str) -> Any:
+    return lambda description: description.pop(field)
+
+
 def setting(field: str, value: Any) -> Any:
     return lambda description: description.__setitem__(field, value)
 
@@ -200,10 +204,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
             ("more", 1, "description"),
         ]
     },
-    **{
-        f"without {field}": (edited(DATA, field=lambda description, f=field: description.pop(f)), "description")
-        for field in DESCRIPTION
-    },
+    **{f"without {field}": (edited(DATA, field=dropping(field)), "description") for field in DESCRIPTION},
     "a NaN in the description": (
         edited(DATA, entry=in_header("__metadata__", "lcf_fast", json.dumps({**DESCRIPTION, "spans": float("nan")}))),
         "description",
