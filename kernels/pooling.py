@@ -1,28 +1,24 @@
-"""Attention pooling of spans to a fixed-size summary, forward (spec section 4).
+"""Attention pooling of spans, forward (spec section 4): to a fixed-size summary, or to a state that others merge with.
 
 Two launches for all layers, whatever the number of spans (a third, in `fold`, makes the message of the summary):
 
 1. `pool_chunk_kernel`: a program reads one chunk of tokens of one layer, batch item and head, each byte of the cache
-   once, and reduces it to a partial state.
-2. `merge_kernel`: states merge, 32 chunks at a time; a longer sequence takes one more launch for every factor of 31.
+   once, and reduces it to a partial state;
+2. `merge_kernel` in `merging`, which also says what a state is: states merge, 32 chunks at a time; a longer sequence
+   takes one more launch for every factor of 31.
 
-The state of a token range has three parts, each a softmax state ``(max, sum, acc_K, acc_V)``:
+The buffers grow with the length, never with the spans. No vector is kept for a span: ``q_global·K~_p`` is the mean of
+``q_global·K_t`` under the span's weights, so two numbers a token give a span's score, and every token's final weight is
+known before any key or value is summed up. A state's parts have disjoint tokens. So a chunk needs two products and one
+weighted sum a token, be it one span or a span a token.
 
-- LEFT: the range's part of the span that began before it and reaches into it;
-- RIGHT: the range's part of the span that begins in it and goes on after it;
-- INNER: the cross-span state of the spans that lie wholly inside, each weighed as a whole by ``q_global``;
-
-and a flag, through: one span covers the range and goes on at both ends (it is LEFT then, and the others are empty).
-States of neighbouring ranges merge exactly, in any grouping. So the buffers grow with the length, never with the spans.
-
-No vector is kept for a span: ``q_global·K~_p`` is the mean of ``q_global·K_t`` under the span's weights, so two numbers
-a token give a span's score, and every token's final weight is known before any key or value is summed up. The parts'
-tokens are disjoint. A chunk needs two products and one weighted sum a token, be it one span or a span a token.
+Overlapping spans lie in tracks, within each of which they do not overlap. A program serves one track; those of a chunk
+run side by side, so that the cache comes from memory once and from the L2 cache for the other tracks.
 
 Sums are float32 throughout; float32 factors of 16-bit tiles are split in three, so nothing is rounded to 16 bits.
-Cost a token, layer and KV head: ``2·D`` elements read, ``8·D`` FLOPs. A chunk writes, and the merge reads, ``8·D``
-bytes for each part that is there, mostly one of three. Floor: the cache's bytes at the copy bandwidth (2,000 tokens of
-Qwen3-0.6B, 28 layers: 229 MB, 53 us on an H200).
+Cost a token, layer and KV head: ``2·D`` elements read, ``8·D`` FLOPs a track. A chunk writes, and the merge reads,
+``8·D`` bytes for each part that is there, mostly one of three. Floor: the cache's bytes at the copy bandwidth (2,000
+tokens of Qwen3-0.6B, 28 layers: 229 MB, 53 us on an H200).
 """
 
 from __future__ import annotations
@@ -34,16 +30,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import TRITON_DTYPE, address_tables, cast, device_guard, dot, inlined, pointer_of, target_of
+from .common import TRITON_DTYPE, address_tables, device_guard, dot, inlined, pointer_of, target_of
 from .fold import fold
-from .pooling_policy import pooling_config
+from .merging import INNER, LEFT, PARTS, RIGHT, STATS, finite_or_zero, merge
+from .pooling_policy import PoolingConfig, pooling_config
 
-#: Parts of a state, and floats a chunk in the statistics: (max, sum) a part, the through flag, one unused.
-PARTS = tl.constexpr(3)
-STATS = tl.constexpr(8)
-LEFT = tl.constexpr(0)
-RIGHT = tl.constexpr(1)
-INNER = tl.constexpr(2)
 #: Most memory that the states of one launch may take; beyond it layers are pooled in turns. A launch of that size takes
 #: hundreds of microseconds, so that one more costs nothing.
 STATE_BYTES = 256 << 20
@@ -54,13 +45,13 @@ PROBES = tl.constexpr(32)
 
 
 @inlined
-def load_offset(p_offsets, i, tokens):
-    """A span offset, clamped into the sequence: whatever the offsets hold, nothing outside is ever addressed."""
-    return tl.minimum(tl.maximum(tl.load(p_offsets + i), 0), tokens)
+def load_offset(p_offsets, i, tokens, SLACK: tl.constexpr):
+    """A span offset, clamped: to the sequence, or by SLACK = 1 beyond, which tells that a span goes on there."""
+    return tl.minimum(tl.maximum(tl.load(p_offsets + i), -SLACK), tokens + SLACK)
 
 
 @triton.jit
-def spans_ended(p_offsets, position, spans, tokens):
+def spans_ended(p_offsets, position, spans, tokens, SLACK: tl.constexpr):
     """How many spans end at or before ``position``: the first span that reaches beyond it, or ``spans``."""
     low = tl.full([], 0, dtype=tl.int32)
     high = spans
@@ -69,7 +60,7 @@ def spans_ended(p_offsets, position, spans, tokens):
         step = (high - low + PROBES - 1) // PROBES
         o_span = low + o_probe * step
         end = tl.load(p_offsets + o_span, mask=o_span <= high, other=0)
-        ended = (tl.minimum(tl.maximum(end, 0), tokens) <= position) & (o_span <= high)
+        ended = (tl.minimum(tl.maximum(end, -SLACK), tokens + SLACK) <= position) & (o_span <= high)
         count = tl.sum(ended.to(tl.int32), 0)
         high = tl.minimum(high, low + (count + 1) * step - 1)
         low += count * step
@@ -94,13 +85,19 @@ def exact_dot(rows, tile, DTYPE: tl.constexpr):
     return acc
 
 
-@inlined
-def finite_or_zero(maximum):
-    """What to subtract from logits: their maximum, but 0 for an empty set, where ``exp(-inf - max)`` must be 0."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
-
-
-@triton.jit(do_not_specialize=["tokens", "spans", "chunks", "batch", "stride_offsets", "stride_mask_batch"])
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "spans",
+        "chunks",
+        "batch",
+        "tracks",
+        "stride_offsets_batch",
+        "stride_offsets_track",
+        "stride_mask_batch",
+        "stride_mask_track",
+    ]
+)
 def pool_chunk_kernel(
     keys,
     values,
@@ -114,14 +111,17 @@ def pool_chunk_kernel(
     spans,
     chunks,
     batch,
+    tracks,
     stride_key_batch,
     stride_key_head,
     stride_key_token,
     stride_value_batch,
     stride_value_head,
     stride_value_token,
-    stride_offsets,
+    stride_offsets_batch,
+    stride_offsets_track,
     stride_mask_batch,
+    stride_mask_track,
     stride_mask_token,
     LAYERS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -131,20 +131,23 @@ def pool_chunk_kernel(
     GROUP: tl.constexpr,
     SCALE: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    SLACK: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Reduce one chunk of BLOCK_T tokens of one (layer, batch item, head) to its state.
+    """Reduce one chunk of BLOCK_T tokens of one (layer, batch item, head, track) to its state.
 
     ``keys``, ``values``: launch tables. ``span_query``, ``global_query`` ``(L, H, D)`` contiguous. ``states``
-    ``(L, B, H, chunks, PARTS, 2, D)`` and ``stats`` ``(L, B, H, chunks, STATS)``, float32. The vectors of an empty part
-    are NOT written; its sum is 0, and no reader may touch them.
+    ``(L, B, H, tracks, chunks, PARTS, 2, D)``, ``stats`` ``(L, B, H, tracks, chunks, STATS)``, float32; the vectors of
+    an empty part are NOT written. SLACK = 1: the tokens are a piece of a sequence, and an offset below 0 or beyond
+    ``tokens`` belongs to a span that began before the piece or goes on after it.
     """
     USE_DOT: tl.constexpr = tl.float32 != DTYPE  # tensor instructions; float32 has none that are exact
     ROWS: tl.constexpr = 16 if USE_DOT else 4  # >= PARTS, and what a tensor instruction takes
     i_program = tl.program_id(0)
-    i_chunk = i_program % chunks
-    i_row = i_program // chunks  # (layer, batch item, head)
+    i_track = i_program % tracks
+    i_chunk = (i_program // tracks) % chunks
+    i_row = i_program // (tracks * chunks)  # (layer, batch item, head)
     i_head = i_row % HEADS
     i_batch = (i_row // HEADS) % batch
     i_layer = i_row // (HEADS * batch)
@@ -155,10 +158,11 @@ def pool_chunk_kernel(
     o_t = begin + tl.arange(0, BLOCK_T)
 
     # Tokens of no span and padding are never loaded: what lies there (NaN, too) can not reach a sum.
-    p_offsets = offsets + i_batch.to(tl.int64) * stride_offsets
-    m_t = (o_t >= load_offset(p_offsets, 0, tokens)) & (o_t < load_offset(p_offsets, spans, tokens))
+    p_offsets = offsets + i_batch.to(tl.int64) * stride_offsets_batch + i_track * stride_offsets_track
+    m_t = (o_t >= load_offset(p_offsets, 0, tokens, 0)) & (o_t < load_offset(p_offsets, spans, tokens, 0))
     if HAS_MASK:
-        p_mask = mask + i_batch.to(tl.int64) * stride_mask_batch + o_t.to(tl.int64) * stride_mask_token
+        p_mask = mask + i_batch.to(tl.int64) * stride_mask_batch + i_track.to(tl.int64) * stride_mask_track
+        p_mask += o_t.to(tl.int64) * stride_mask_token
         m_t = m_t & (tl.load(p_mask, mask=m_t, other=0) != 0)
     m_td = m_t[:, None] & m_d[None, :]
     p_key = pointer_of(keys, i_layer, LAYERS, DTYPE, IS_ALIGNED)
@@ -171,16 +175,16 @@ def pool_chunk_kernel(
 
     # While the rows are under way: which spans cross the chunk's ends, which lie inside. [left_end, right_begin) holds
     # the inner ones; spans first_inner .. last-1 are those.
-    first = spans_ended(p_offsets, begin, spans, tokens)
-    last = spans_ended(p_offsets, end, spans, tokens)
-    left_end = load_offset(p_offsets, first, tokens)
-    right_begin = load_offset(p_offsets, last, tokens)
+    first = spans_ended(p_offsets, begin, spans, tokens, SLACK)
+    last = spans_ended(p_offsets, end, spans, tokens, SLACK)
+    left_end = load_offset(p_offsets, first, tokens, SLACK)
+    right_begin = load_offset(p_offsets, last, tokens, SLACK)
     has_left = (first < spans) & (left_end < begin)
     has_right = (last < spans) & (right_begin < end)
     is_through = has_left & has_right & (first == last)
     has_right = has_right & (is_through == 0)
     if has_left:
-        left_end = load_offset(p_offsets, first + 1, tokens)
+        left_end = load_offset(p_offsets, first + 1, tokens, SLACK)
     first_inner = first + has_left.to(tl.int32)
 
     p_query = (i_layer * HEADS + i_head) * HEAD_DIM + o_d
@@ -221,7 +225,7 @@ def pool_chunk_kernel(
         b_logit += tl.sum(tl.where(m_member, span_logit[:, None], 0.0), 0)
         i_span += GROUP
 
-    i_state = i_row.to(tl.int64) * chunks + i_chunk
+    i_state = (i_row.to(tl.int64) * tracks + i_track) * chunks + i_chunk
     p_stats = stats + i_state * STATS
     p_state = states + i_state * (PARTS * 2 * HEAD_DIM)
     tl.store(p_stats + 2 * PARTS, is_through.to(tl.float32))
@@ -253,146 +257,70 @@ def pool_chunk_kernel(
                 tl.store(p_part + HEAD_DIM, tl.sum(b_part_sum * b_value, 0), mask=m_d)
 
 
-@inlined
-def load_stats(p_stats, m_chunk, PART: tl.constexpr):
-    """``(max, sum, present)`` of one part of a tile of chunks; a part that is not there weighs nothing."""
-    maximum = tl.load(p_stats + 2 * PART, mask=m_chunk, other=float("-inf"))
-    total = tl.load(p_stats + 2 * PART + 1, mask=m_chunk, other=0.0)
-    present = total != 0.0  # a NaN is there, and must be seen
-    return tl.where(present, maximum, float("-inf")), total, present
+def _pool_chunks(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    span_query: Tensor,
+    global_query: Tensor,
+    span_offsets: Tensor,
+    attention_mask: Tensor | None,
+    config: PoolingConfig,
+    slack: int,
+) -> tuple[Tensor, Tensor]:
+    """Launch the chunk kernel on layers that lie alike: ``states (L·B·H, T, chunks, ..)`` and their ``stats``."""
+    layers = len(keys)
+    batch, heads, tokens, head_dim = keys[0].shape
+    tracks = span_offsets.shape[1] if span_offsets.dim() == 3 else 1
+    chunks = triton.cdiv(tokens, config.block_tokens)
+    rows = layers * batch * heads
+    (key_table, value_table), aligned = address_tables(keys, values)
+    # A piece's only chunk is handed out as it is: nothing that memory held before may be in it.
+    make = keys[0].new_zeros if slack and chunks == 1 else keys[0].new_empty
+    states = make(rows, tracks, chunks, PARTS.value, 2, head_dim, dtype=torch.float32)
+    stats = make(rows, tracks, chunks, STATS.value, dtype=torch.float32)
+    mask_strides = (0, 0, 0) if attention_mask is None else _with_track(attention_mask.stride())
+    pool_chunk_kernel[(rows * tracks * chunks,)](
+        key_table,
+        value_table,
+        span_query,
+        global_query,
+        span_offsets,
+        span_offsets if attention_mask is None else attention_mask,
+        states,
+        stats,
+        tokens,
+        span_offsets.shape[-1] - 1,
+        chunks,
+        batch,
+        tracks,
+        *keys[0].stride()[:3],
+        *values[0].stride()[:3],
+        *_with_track(span_offsets.stride())[:2],
+        *mask_strides,
+        LAYERS=len(key_table),
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        BLOCK_T=config.block_tokens,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        GROUP=config.group_spans,
+        SCALE=head_dim**-0.5,
+        HAS_MASK=attention_mask is not None,
+        SLACK=slack,
+        IS_ALIGNED=aligned,
+        DTYPE=TRITON_DTYPE[keys[0].dtype],
+        num_warps=config.num_warps,
+    )
+    return states, stats
 
 
-@inlined
-def weighted_rows(p_state, b_left, b_right, b_inner, m_left, m_right, m_inner, HEAD_DIM: tl.constexpr):
-    """The weighted sum over a tile of chunks of all three parts' vectors; absent ones are not loaded."""
-    row = tl.load(p_state + LEFT * 2 * HEAD_DIM, mask=m_left, other=0.0) * b_left[:, None]
-    row += tl.load(p_state + RIGHT * 2 * HEAD_DIM, mask=m_right, other=0.0) * b_right[:, None]
-    row += tl.load(p_state + INNER * 2 * HEAD_DIM, mask=m_inner, other=0.0) * b_inner[:, None]
-    return tl.sum(row, 0)
+def _with_track(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides over (batch item, track, ..) of a tensor that may have no axis for tracks."""
+    return strides if len(strides) == 3 else (strides[0], 0, strides[1])
 
 
-@triton.jit(do_not_specialize=["chunks", "groups", "batch"])
-def merge_kernel(
-    states,
-    stats,
-    global_query,
-    out_states,
-    out_stats,
-    out_key,
-    out_value,
-    chunks,
-    groups,
-    batch,
-    stride_out_layer,
-    stride_out_batch,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SCALE: tl.constexpr,
-    IS_LAST: tl.constexpr,
-    OUT_DTYPE: tl.constexpr,
-):
-    """Merge the states of up to FAN_IN neighbouring chunks of one (layer, batch item, head).
-
-    IS_LAST: they are the whole sequence, and the result is ``K*, V*`` in ``out_key``, ``out_value`` ``(L, B, H, D)``.
-    Else it is a state in ``out_states``, ``out_stats``, laid out as the given ones.
-
-    A span that crosses chunks is named by the chunk in which it ends. One that does not end here is named BLOCK_C - 1,
-    so no chunk may have that place (FAN_IN = BLOCK_C - 1); in the last merge every span ends.
-    """
-    FAN_IN: tl.constexpr = BLOCK_C if IS_LAST else BLOCK_C - 1
-    OPEN: tl.constexpr = BLOCK_C - 1
-    i_program = tl.program_id(0)
-    i_group = i_program % groups
-    i_row = i_program // groups
-    i_head = i_row % HEADS
-    i_batch = (i_row // HEADS) % batch
-    i_layer = i_row // (HEADS * batch)
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < HEAD_DIM
-    o_c = tl.arange(0, BLOCK_C)
-    m_c = (o_c < FAN_IN) & (i_group * FAN_IN + o_c < chunks)
-    o_state = i_row.to(tl.int64) * chunks + i_group * FAN_IN + o_c
-
-    p_stats = stats + o_state * STATS
-    left_max, left_sum, has_left = load_stats(p_stats, m_c, LEFT)
-    right_max, right_sum, has_right = load_stats(p_stats, m_c, RIGHT)
-    inner_max, inner_sum, has_inner = load_stats(p_stats, m_c, INNER)
-    is_through = tl.load(p_stats + 2 * PARTS, mask=m_c, other=1.0) != 0.0
-    m_left = has_left[:, None] & m_d[None, :]
-    m_right = has_right[:, None] & m_d[None, :]
-    m_inner = has_inner[:, None] & m_d[None, :]
-    p_state = states + (o_state * (PARTS * 2 * HEAD_DIM))[:, None] + o_d[None, :]
-    b_query = tl.load(global_query + (i_layer * HEADS + i_head) * HEAD_DIM + o_d, mask=m_d, other=0.0)
-    b_query = b_query.to(tl.float32) * SCALE
-    b_left = tl.load(p_state + LEFT * 2 * HEAD_DIM, mask=m_left, other=0.0)
-    b_right = tl.load(p_state + RIGHT * 2 * HEAD_DIM, mask=m_right, other=0.0)
-    left_logit = tl.sum(b_left * b_query[None, :], 1)
-    right_logit = tl.sum(b_right * b_query[None, :], 1)
-
-    # [span, chunk] from here on: which chunks' parts make up which span, and with what weight.
-    o_span = tl.arange(0, BLOCK_C)
-    b_stop = tl.where(is_through, OPEN, o_c)
-    left_span = tl.min(tl.where(o_span[:, None] >= o_c[None, :], b_stop[:, None], OPEN), 0)
-    right_span = tl.min(tl.where(o_span[:, None] > o_c[None, :], b_stop[:, None], OPEN), 0)
-    m_span_left = (left_span[None, :] == o_span[:, None]) & has_left[None, :]
-    m_span_right = (right_span[None, :] == o_span[:, None]) & has_right[None, :]
-    b_span_left = tl.where(m_span_left, left_max[None, :], float("-inf"))
-    b_span_right = tl.where(m_span_right, right_max[None, :], float("-inf"))
-    span_max = tl.maximum(tl.max(b_span_left, 1), tl.max(b_span_right, 1))
-    b_span_left = tl.exp(b_span_left - finite_or_zero(span_max)[:, None])
-    b_span_right = tl.exp(b_span_right - finite_or_zero(span_max)[:, None])
-    span_sum = tl.sum(b_span_left * left_sum[None, :] + b_span_right * right_sum[None, :], 1)
-    inverse = 1.0 / tl.where(span_sum == 0.0, 1.0, span_sum)
-    span_logit = tl.sum(b_span_left * left_logit[None, :] + b_span_right * right_logit[None, :], 1) * inverse
-
-    # Spans that end here and began here are complete: they join INNER. The one that began before ends in `left_stop`.
-    is_complete = span_sum != 0.0
-    left_stop = tl.min(b_stop, 0)
-    if not IS_LAST:
-        is_complete = is_complete & (o_span != OPEN) & (o_span != left_stop)
-    span_logit = tl.where(is_complete, span_logit, float("-inf"))
-    maximum = tl.maximum(tl.max(span_logit, 0), tl.max(inner_max, 0))
-    shift = finite_or_zero(maximum)
-    span_weight = tl.where(is_complete, tl.exp(span_logit - shift), 0.0)
-    inner_weight = tl.exp(inner_max - shift)
-    total = tl.sum(span_weight, 0) + tl.sum(inner_weight * inner_sum, 0)
-    span_weight *= inverse
-    left_weight = tl.sum(span_weight[:, None] * b_span_left, 0)
-    right_weight = tl.sum(span_weight[:, None] * b_span_right, 0)
-    p_key = p_state
-    p_value = p_state + HEAD_DIM
-    b_key = weighted_rows(p_key, left_weight, right_weight, inner_weight, m_left, m_right, m_inner, HEAD_DIM)
-    b_value = weighted_rows(p_value, left_weight, right_weight, inner_weight, m_left, m_right, m_inner, HEAD_DIM)
-    if IS_LAST:  # no span at all: 0 / 0, NaN
-        o_out = i_layer.to(tl.int64) * stride_out_layer + i_batch.to(tl.int64) * stride_out_batch
-        o_out += i_head * HEAD_DIM + o_d
-        tl.store(out_key + o_out, cast(b_key / total, OUT_DTYPE), mask=m_d)
-        tl.store(out_value + o_out, cast(b_value / total, OUT_DTYPE), mask=m_d)
-    else:
-        i_out = i_row.to(tl.int64) * groups + i_group
-        p_out = out_states + i_out * (PARTS * 2 * HEAD_DIM) + o_d
-        p_out_stats = out_stats + i_out * STATS
-        tl.store(p_out_stats + 2 * PARTS, (left_stop == OPEN).to(tl.float32))
-        tl.store(p_out_stats + 2 * INNER, maximum)
-        tl.store(p_out_stats + 2 * INNER + 1, total)
-        tl.store(p_out + INNER * 2 * HEAD_DIM, b_key, mask=m_d)
-        tl.store(p_out + INNER * 2 * HEAD_DIM + HEAD_DIM, b_value, mask=m_d)
-        for i_part in tl.static_range(2):
-            i_span = left_stop if i_part == 0 else OPEN
-            m_one = o_span == i_span
-            if i_part == 1:
-                m_one = m_one & (left_stop != OPEN)
-            left_weight = tl.sum(tl.where(m_one[:, None], b_span_left, 0.0), 0)
-            right_weight = tl.sum(tl.where(m_one[:, None], b_span_right, 0.0), 0)
-            tl.store(p_out_stats + 2 * i_part, tl.max(tl.where(m_one, span_max, float("-inf")), 0))
-            tl.store(p_out_stats + 2 * i_part + 1, tl.sum(tl.where(m_one, span_sum, 0.0), 0))
-            none = tl.zeros([BLOCK_C], dtype=tl.float32)
-            b_key = weighted_rows(p_key, left_weight, right_weight, none, m_left, m_right, m_inner, HEAD_DIM)
-            b_value = weighted_rows(p_value, left_weight, right_weight, none, m_left, m_right, m_inner, HEAD_DIM)
-            tl.store(p_out + i_part * 2 * HEAD_DIM, b_key, mask=m_d)
-            tl.store(p_out + i_part * 2 * HEAD_DIM + HEAD_DIM, b_value, mask=m_d)
+def _config(tensor: Tensor) -> PoolingConfig:
+    """The policy's row for a cache or for states, whose last axis is the head's."""
+    return pooling_config(tensor.shape[-1], tensor.element_size(), target_of(tensor))
 
 
 def _pool(
@@ -406,73 +334,12 @@ def _pool(
     out_value: Tensor,
 ) -> None:
     """Pool layers that lie alike into ``out_key``, ``out_value`` ``(L, B, H, D)``, the last two axes contiguous."""
-    layers = len(keys)
-    batch, heads, tokens, head_dim = keys[0].shape
-    config = pooling_config(head_dim, keys[0].element_size(), target_of(keys[0]))
-    block_d = triton.next_power_of_2(head_dim)
-    chunks = triton.cdiv(tokens, config.block_tokens)
-    rows = layers * batch * heads
-    (key_table, value_table), aligned = address_tables(keys, values)
-    states = keys[0].new_empty(rows, chunks, PARTS.value, 2, head_dim, dtype=torch.float32)
-    stats = keys[0].new_empty(rows, chunks, STATS.value, dtype=torch.float32)
-    pool_chunk_kernel[(rows * chunks,)](
-        key_table,
-        value_table,
-        span_query,
-        global_query,
-        span_offsets,
-        span_offsets if attention_mask is None else attention_mask,
-        states,
-        stats,
-        tokens,
-        span_offsets.shape[1] - 1,
-        chunks,
-        batch,
-        *keys[0].stride()[:3],
-        *values[0].stride()[:3],
-        span_offsets.stride(0),
-        *((0, 0) if attention_mask is None else attention_mask.stride()),
-        LAYERS=len(key_table),
-        HEADS=heads,
-        HEAD_DIM=head_dim,
-        BLOCK_T=config.block_tokens,
-        BLOCK_D=block_d,
-        GROUP=config.group_spans,
-        SCALE=head_dim**-0.5,
-        HAS_MASK=attention_mask is not None,
-        IS_ALIGNED=aligned,
-        DTYPE=TRITON_DTYPE[keys[0].dtype],
-        num_warps=config.num_warps,
-    )
-    is_last = False
-    while not is_last:
-        is_last = chunks <= config.merge_chunks
-        groups = 1 if is_last else triton.cdiv(chunks, config.merge_chunks - 1)
-        merged = states, stats
-        if not is_last:
-            merged = states.new_empty(rows, groups, *states.shape[2:]), stats.new_empty(rows, groups, STATS.value)
-        merge_kernel[(rows * groups,)](
-            states,
-            stats,
-            global_query,
-            *merged,
-            out_key,
-            out_value,
-            chunks,
-            groups,
-            batch,
-            out_key.stride(0),
-            out_key.stride(1),
-            HEADS=heads,
-            HEAD_DIM=head_dim,
-            BLOCK_C=config.merge_chunks,
-            BLOCK_D=block_d,
-            SCALE=head_dim**-0.5,
-            IS_LAST=is_last,
-            OUT_DTYPE=TRITON_DTYPE[out_key.dtype],
-            num_warps=config.merge_warps,
-        )
-        (states, stats), chunks = merged, groups
+    config = _config(keys[0])
+    states, stats = _pool_chunks(keys, values, span_query, global_query, span_offsets, attention_mask, config, 0)
+    # Every span ends within its track, so the tracks may follow each other like chunks of one sequence.
+    states, stats = states.flatten(1, 2), stats.flatten(1, 2)
+    shape = (len(keys), keys[0].shape[0], keys[0].shape[1])
+    merge(states, stats, global_query, config, shape, (out_key, out_value))
 
 
 def attention_pool(
@@ -486,7 +353,8 @@ def attention_pool(
     """Launch the pooling of one layer. Arguments are checked by ``lcf_fast.ops``.
 
     ``key``, ``value`` ``(B, H, N, D)``, last stride 1, ``N >= 1``; ``span_query``, ``global_query`` ``(H, D)``;
-    ``span_offsets`` ``(B, P+1)`` int32, last stride 1, ``P >= 1``; ``attention_mask`` ``(B, N)`` bool or integer.
+    ``span_offsets`` ``(B, P+1)`` or, of overlapping spans, ``(B, T, P+1)`` int32, last stride 1, ``P >= 1``;
+    ``attention_mask`` ``(B, N)`` or ``(B, T, N)`` bool or integer.
     Returns ``K*, V*`` ``(B, H, D)`` in the key's dtype; NaN where a row has no token to pool.
     """
     batch, heads, _, head_dim = key.shape
@@ -506,10 +374,9 @@ def attention_pool(
     return pooled
 
 
-def _runs(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[slice]:
+def _runs(keys: Sequence[Tensor], values: Sequence[Tensor], tracks: int) -> Iterator[slice]:
     """Neighbouring layers that can share a launch: equal strides, and states that fit `STATE_BYTES`."""
-    config = pooling_config(keys[0].shape[3], keys[0].element_size(), target_of(keys[0]))
-    chunks = triton.cdiv(keys[0].shape[2], config.block_tokens)
+    chunks = tracks * triton.cdiv(keys[0].shape[2], _config(keys[0]).block_tokens)
     layer_bytes = keys[0].shape[0] * keys[0].shape[1] * chunks * PARTS.value * 2 * keys[0].shape[3] * 4
     most = max(1, STATE_BYTES // max(layer_bytes, 1))
     start = 0
@@ -544,7 +411,7 @@ def summarize_layers(
         return summary.new_empty(len(keys), batch, down_weight.shape[1]), summary
     span_query, global_query = span_query.contiguous(), global_query.contiguous()
     with device_guard(keys[0]):
-        for run in _runs(keys, values):
+        for run in _runs(keys, values, span_offsets.shape[1] if span_offsets.dim() == 3 else 1):
             _pool(
                 keys[run],
                 values[run],
@@ -556,3 +423,81 @@ def summarize_layers(
                 summary[run, 1],
             )
         return fold(summary, down_weight, down_bias), summary
+
+
+def pool_range(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    span_query: Tensor,
+    global_query: Tensor,
+    span_offsets: Tensor,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Pool a piece of a sequence to its state (see `merging`). Arguments as for `summarize_layers`.
+
+    Offsets count from the piece's first token; one below 0 or beyond N belongs to a span that goes on there.
+    Returns ``states (L, B, H, T, PARTS, 2, D)`` and ``stats (L, B, H, T, STATS)``, float32.
+    """
+    batch, heads, _, head_dim = keys[0].shape
+    tracks = span_offsets.shape[1] if span_offsets.dim() == 3 else 1
+    layers = len(keys)
+    states = keys[0].new_empty(layers, batch, heads, tracks, PARTS.value, 2, head_dim, dtype=torch.float32)
+    stats = keys[0].new_empty(layers, batch, heads, tracks, STATS.value, dtype=torch.float32)
+    if not stats.numel():
+        return states, stats
+    span_query, global_query = span_query.contiguous(), global_query.contiguous()
+    config = _config(keys[0])
+    with device_guard(keys[0]):
+        for run in _runs(keys, values, tracks):
+            made = _pool_chunks(
+                keys[run], values[run], span_query[run], global_query[run], span_offsets, attention_mask, config, 1
+            )
+            shape = (len(keys[run]), batch, heads)
+            merged = merge(made[0].flatten(0, 1), made[1].flatten(0, 1), global_query[run], config, shape)
+            states[run] = merged[0].view(-1, *states.shape[1:])
+            stats[run] = merged[1].view(-1, *stats.shape[1:])
+    return states, stats
+
+
+def merge_ranges(states: Tensor, stats: Tensor, global_query: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge neighbouring ranges: ``states (L, B, H, T, R, ..)``, ``stats (L, B, H, T, R, STATS)``, without the R axis.
+
+    ``global_query`` ``(L, H, D)``; all contiguous, float32 states.
+    """
+    layers, batch, heads, tracks = stats.shape[:4]
+    if not stats.numel():
+        return states[:, :, :, :, 0], stats[:, :, :, :, 0]
+    config = _config(states)
+    with device_guard(states):
+        merged = merge(
+            states.flatten(0, 3), stats.flatten(0, 3), global_query.contiguous(), config, (layers, batch, heads)
+        )
+    shape = (layers, batch, heads, tracks)
+    return merged[0].view(*shape, *states.shape[5:]), merged[1].view(*shape, STATS.value)
+
+
+def finish_ranges(states: Tensor, stats: Tensor, global_query: Tensor) -> Tensor:
+    """``K*, V*`` as ``summary (L, 2, B, H, D)`` float32 of the states of whole sequences ``(L, B, H, T, ..)``.
+
+    What is still open ends here. NaN where a row has no token.
+    """
+    layers, batch, heads, tracks = stats.shape[:4]
+    head_dim = states.shape[-1]
+    summary = states.new_empty(layers, 2, batch, heads, head_dim)
+    if not summary.numel():
+        return summary
+    if tracks > 1:  # an empty range after each track ends its open span before the next track's begins
+        states = torch.stack([states, torch.zeros_like(states)], 4)
+        stats = torch.stack([stats, torch.zeros_like(stats)], 4)
+    config = _config(states)
+    rows = layers * batch * heads
+    with device_guard(states):
+        merge(
+            states.reshape(rows, -1, *states.shape[-3:]),
+            stats.reshape(rows, -1, STATS.value),
+            global_query.contiguous(),
+            config,
+            (layers, batch, heads),
+            (summary[:, 0], summary[:, 1]),
+        )
+    return summary

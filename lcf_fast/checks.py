@@ -149,12 +149,14 @@ def check_index(sharer_index: object, batch: int, tokens: int, sharer_tokens: in
             raise IndexRangeError("sharer_index", expected=expected, got=f"values from {low} to {high}")
 
 
-def check_mask(name: str, mask: object, batch: int, tokens: int) -> None:
+def check_mask(name: str, mask: object, batch: int, tokens: int, tracks: int = 0) -> None:
+    """``(B, N)``; ``(B, T, N)`` is as good where there are ``tracks``."""
     mask = check_tensor(name, mask)
     if mask.dtype not in (torch.bool, *INTEGERS, *FLOATS):
         raise DTypeError(name, expected="bool or integer, zero where masked out", got=describe(mask))
-    if tuple(mask.shape) != (batch, tokens):
-        raise ShapeError(name, expected=f"(B, N) = {(batch, tokens)}", got=describe(mask))
+    if tuple(mask.shape) != (batch, tokens) and not (tracks and tuple(mask.shape) == (batch, tracks, tokens)):
+        also = f" or (B, T, N) = {(batch, tracks, tokens)}" if tracks else ""
+        raise ShapeError(name, expected=f"(B, N) = {(batch, tokens)}{also}", got=describe(mask))
 
 
 def check_positions(positions: object, tokens: int) -> tuple[int, int]:
@@ -168,27 +170,44 @@ def check_positions(positions: object, tokens: int) -> tuple[int, int]:
     return start, stop
 
 
-def check_offsets(span_offsets: object, batch: int, tokens: int, attention_mask: Tensor | None) -> None:
-    """``(B, P+1)`` non-decreasing token offsets, every row with at least one token to pool."""
+def check_offsets(
+    span_offsets: object, batch: int, tokens: int, attention_mask: Tensor | None, *, is_piece: bool = False
+) -> None:
+    """``(B, P+1)`` or ``(B, T, P+1)`` non-decreasing token offsets, every row with at least one token to pool.
+
+    Of a piece of a sequence (``is_piece``) they may lie anywhere, and a row may have no token.
+    """
     offsets = check_tensor("span_offsets", span_offsets)
     if offsets.dtype not in INTEGERS:
         raise DTypeError("span_offsets", expected="an integer dtype", got=describe(offsets))
-    if offsets.dim() != 2 or offsets.shape[0] != batch or offsets.shape[1] < 2:
-        raise ShapeError("span_offsets", expected=f"(B, P+1) with B = {batch} and P >= 1", got=describe(offsets))
+    if offsets.dim() not in (2, 3) or offsets.shape[0] != batch or offsets.shape[-1] < 2 or not offsets.shape[1]:
+        expected = f"(B, P+1) or (B, T, P+1) with B = {batch}, P >= 1 and T >= 1"
+        raise ShapeError("span_offsets", expected=expected, got=describe(offsets))
+    if attention_mask is not None:
+        check_mask("attention_mask", attention_mask, batch, tokens, tracks_of(offsets))
     if not reads_values(offsets) or not batch:
         return
     rows = offsets.long()
-    if bool((rows[:, 1:] < rows[:, :-1]).any()):
+    if bool((rows[..., 1:] < rows[..., :-1]).any()):
         raise SpanError("span_offsets", expected="offsets that do not decrease", got=f"{rows.tolist()}"[:200])
+    if is_piece:
+        return
     low, high = int(rows.min()), int(rows.max())
     if low < 0 or high > tokens:
         raise SpanError("span_offsets", expected=f"offsets within [0, {tokens}]", got=f"values from {low} to {high}")
+    rows = rows if rows.dim() == 3 else rows[:, None]
     token = torch.arange(tokens, device=rows.device)
-    pooled = (token >= rows[:, :1]) & (token < rows[:, -1:])
+    pooled = (token >= rows[..., :1]) & (token < rows[..., -1:])
     if attention_mask is not None:
         if attention_mask.device != rows.device and not reads_values(attention_mask):
             return
-        pooled &= attention_mask.to(rows.device) != 0
-    empty = (~pooled.any(1)).nonzero().flatten().tolist()
+        visible = attention_mask.to(rows.device) != 0
+        pooled &= visible if visible.dim() == 3 else visible[:, None]
+    empty = (~pooled.flatten(1).any(1)).nonzero().flatten().tolist()
     if empty:
         raise SpanError("span_offsets", expected="a token to pool in every row", got=f"none in rows {empty}"[:200])
+
+
+def tracks_of(span_offsets: Tensor) -> int:
+    """Tracks of overlapping spans: the middle axis of ``(B, T, P+1)`` offsets."""
+    return span_offsets.shape[1] if span_offsets.dim() == 3 else 1

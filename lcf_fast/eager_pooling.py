@@ -1,4 +1,4 @@
-"""The eager back end's attention pooling.
+"""The eager back end's attention pooling, forward and backward.
 
 No span summary is made. A span's global score is the weighted mean of its tokens' global scores, so one product gives
 both scores of every token, and one weighted sum over the tokens, with the two stages' weights multiplied, gives ``K*``
@@ -21,15 +21,24 @@ _STACK_ELEMENTS = 1 << 16
 _POOL_ELEMENTS = 1 << 21
 
 
-def _span_of_token(span_offsets: Tensor, attention_mask: Tensor | None, length: int) -> Tensor:
-    """``(B, N)``: the span of each token; ``P``, one past the last, for padding and for what lies in no span."""
+def with_tracks(span_offsets: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Offsets ``(B, T, P+1)`` int64 and a bool mask that broadcasts to ``(B, T, N)``, whichever form was given."""
     offsets = span_offsets.long()
-    token = torch.arange(length, device=offsets.device).expand(len(offsets), length).contiguous()
-    span = torch.searchsorted(offsets[:, 1:].contiguous(), token, right=True)
-    outside = token < offsets[:, :1]
-    if attention_mask is not None:
-        outside |= attention_mask == 0
-    return span.masked_fill_(outside, offsets.shape[1] - 1)
+    mask = None if attention_mask is None else attention_mask != 0
+    return (
+        offsets if offsets.dim() == 3 else offsets[:, None],
+        mask if mask is None or mask.dim() == 3 else mask[:, None],
+    )
+
+
+def span_of_token(offsets: Tensor, mask: Tensor | None, length: int) -> Tensor:
+    """``(B, T, N)``: the span of each token; ``P``, one past the last, for padding and for what lies in no span."""
+    token = torch.arange(length, device=offsets.device).expand(*offsets.shape[:2], length).contiguous()
+    span = torch.searchsorted(offsets[..., 1:].contiguous(), token, right=True)
+    outside = token < offsets[..., :1]
+    if mask is not None:
+        outside |= ~mask
+    return span.masked_fill_(outside, offsets.shape[2] - 1)
 
 
 def _token_weights(scores: Tensor, span: Tensor, spans: int) -> Tensor:
@@ -70,9 +79,13 @@ def _pool(
     batch, heads, length, dim = key.shape
     device = key.device
     dtype = accumulation_dtype(key.dtype)
-    spans = span_offsets.shape[1] - 1
-    span = _span_of_token(span_offsets, attention_mask, length)
-    inside = span < spans
+    offsets, mask = with_tracks(span_offsets, attention_mask)
+    tracks, ranges = offsets.shape[1], offsets.shape[2] - 1
+    spans = tracks * ranges
+    span = span_of_token(offsets, mask, length)
+    inside = (span < ranges).any(1)
+    if tracks > 1:  # one numbering over all tracks, in each of which a token has an entry
+        span = torch.where(span < ranges, span + torch.arange(tracks, device=device)[:, None] * ranges, spans)
     queries = torch.stack([span_query, global_query][: min(spans, 2)], 2).to(dtype) * dim**-0.5
     pooled = torch.full((len(caches), 2, batch, heads, dim), torch.nan, dtype=dtype, device=device)
     space = Workspace(device)
@@ -98,7 +111,9 @@ def _pool(
                     if weight is None:
                         query = queries[layers, None, part].expand(-1, items, -1, -1, -1).flatten(0, 2)
                         scores = torch.bmm(query, x.reshape(-1, tokens, dim).mT).view(*shape[:3], -1, tokens)
-                        weight = _token_weights(scores, span[tile.items, tile.tokens], spans)[..., None]
+                        entry = span[tile.items, :, tile.tokens].flatten(1)
+                        weight = _token_weights(scores.tile(tracks), entry, spans)
+                        weight = weight.unflatten(-1, (tracks, tokens)).sum(-2)[..., None]
                     # Not a product of matrices: with one row on the left, torch.bmm is slower and adds token by token.
                     torch.mul(x, weight, out=product)
                     if tile.keep is not None:  # a weight of zero does not stop a NaN in the padding
@@ -136,3 +151,73 @@ def summarize_layers(
     flat = summary.transpose(1, 2).flatten(2)  # (L, B, 2Cs): K* then V*, heads head-major
     down = weights["down_weight"][:, :, : flat.shape[2]].to(flat.dtype)
     return torch.baddbmm(weights["down_bias"].to(flat.dtype)[:, None], flat, down.mT), summary
+
+
+@torch.no_grad()
+def pool_backward(
+    caches: Sequence[Pair],
+    span_query: Tensor,
+    global_query: Tensor,
+    span_offsets: Tensor,
+    attention_mask: Tensor | None,
+    grad: Tensor,
+    wants_cache: bool,
+) -> tuple[Tensor, Tensor, list[Pair]]:
+    """Gradients of the pooling, in closed form; `lcf_fast.kernels.pooling_backward` has the formulas.
+
+    Args:
+        caches: one ``(key, value)``, ``(B, H, N, D)`` each, a layer.
+        span_query, global_query: ``(L, H, D)``.
+        span_offsets, attention_mask: as in `attention_pool`.
+        grad: ``(L, 2, B, H, D)``, of ``K*`` and ``V*``.
+        wants_cache: whether the cache's gradients are made.
+
+    Returns:
+        Gradients of the queries, ``(L, H, D)`` in the accumulation dtype, and a (key, value) a layer, or none.
+    """
+    key = caches[0][0]
+    batch, heads, length, dim = key.shape
+    dtype = accumulation_dtype(key.dtype)
+    offsets, mask = with_tracks(span_offsets, attention_mask)
+    tracks, ranges = offsets.shape[1], offsets.shape[2] - 1
+    span = span_of_token(offsets, mask, length)
+    outside = (span == ranges).all(1)[:, None, :, None]
+    spans = tracks * ranges
+    span = torch.where(span < ranges, span + torch.arange(tracks, device=key.device)[:, None] * ranges, spans)
+    index = span.flatten(1)[:, None].expand(-1, heads, -1)  # (B, H, T·N)
+    shape = (batch, heads, spans + 1)
+    span_grads, global_grads, cache_grads = [], [], []
+    for layer, pair in enumerate(caches):
+        k, v = (tensor.to(dtype).masked_fill(outside, 0.0) for tensor in pair)
+        grad_key, grad_value = grad[layer].to(dtype).unbind(0)  # (B, H, D)
+        queries = torch.stack([span_query[layer], global_query[layer]], 1).to(dtype) * dim**-0.5  # (H, 2, D)
+        columns = torch.cat([queries.expand(batch, -1, -1, -1), grad_key[:, :, None]], 2)
+        local, other, product = (k @ columns.mT).unbind(-1)
+        product = product + (v @ grad_value[..., None])[..., 0]
+        local, other, product = (x.tile(tracks) for x in (local, other, product))
+        peak = local.new_full(shape, -torch.inf).scatter_reduce_(2, index, local, "amax")
+        weight = (local - peak.gather(2, index)).exp().masked_fill(index == spans, 0.0)
+
+        def span_sum(x: Tensor) -> Tensor:
+            wide = dtype if key.device.type == "mps" else torch.float64  # sums by span run token by token
+            return torch.zeros(shape, dtype=wide, device=key.device).scatter_add_(2, index, x.to(wide))
+
+        total = span_sum(weight)
+        absent = total == 0
+        total = total.masked_fill(absent, 1.0)
+        score, mean = (span_sum(weight * x) / total for x in (other, product))
+        share = score.masked_fill(absent, -torch.inf).softmax(2).nan_to_num(0.0)
+        delta = share * (mean - (share * mean).sum(2, keepdim=True))
+        total, score, mean, share, delta = (x.to(dtype).gather(2, index) for x in (total, score, mean, share, delta))
+        weight /= total
+        d_local = weight * (share * (product - mean) + delta * (other - score))
+        parts = (d_local, weight * delta, weight * share)
+        d_local, d_other, weight = (x.unflatten(2, (tracks, length)).sum(2) for x in parts)
+        span_grads.append(torch.einsum("bhn,bhnd->hd", d_local, k) * dim**-0.5)
+        global_grads.append(torch.einsum("bhn,bhnd->hd", d_other, k) * dim**-0.5)
+        if wants_cache:
+            d_scores = torch.stack([d_local, d_other], -1)
+            d_key = weight[..., None] * grad_key[:, :, None] + d_scores @ queries
+            d_value = weight[..., None] * grad_value[:, :, None]
+            cache_grads.append((d_key.to(key.dtype), d_value.to(key.dtype)))
+    return torch.stack(span_grads), torch.stack(global_grads), cache_grads

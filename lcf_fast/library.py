@@ -21,7 +21,6 @@ from .backends import resolve
 PROJECTION_WEIGHTS = ("down_weight", "down_bias", "norm_weight", "ffn_in_weight", "ffn_out_weight")
 INJECTION_WEIGHTS = ("up_weight", "up_bias", "head_gate_weight", "head_gate_bias", "gate_logit")
 WEIGHTS = PROJECTION_WEIGHTS + INJECTION_WEIGHTS
-SUMMARY_WEIGHTS = ("span_query", "global_query", "down_weight", "down_bias")
 
 Pair = tuple[Tensor, Tensor]
 
@@ -202,88 +201,6 @@ def _projection_backward(ctx: Any, grad: Tensor) -> Any:
 
 
 joint_projection.register_autograd(_projection_backward, setup_context=_projection_setup)
-
-
-# --- attention pooling --------------------------------------------------------------------------------------------
-
-
-def run_attention_pool(
-    key: Tensor,
-    value: Tensor,
-    span_query: Tensor,
-    global_query: Tensor,
-    span_offsets: Tensor,
-    attention_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if resolve(key.device, key.dtype) == "triton":
-        from .kernels import pooling
-
-        return pooling.attention_pool(
-            unit_rows(key), unit_rows(value), span_query, global_query, span_offsets, attention_mask
-        )
-    return eager.attention_pool(key, value, span_query, global_query, span_offsets, attention_mask=attention_mask)
-
-
-attention_pool = torch.library.custom_op("lcf_fast::attention_pool", run_attention_pool, mutates_args=())
-
-
-@attention_pool.register_fake
-def _(
-    key: Tensor,
-    value: Tensor,
-    span_query: Tensor,
-    global_query: Tensor,
-    span_offsets: Tensor,
-    attention_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    shape = (key.shape[0], key.shape[1], key.shape[3])
-    return key.new_empty(shape), value.new_empty(shape)
-
-
-@torch.library.custom_op("lcf_fast::attention_pool_backward", mutates_args=())
-def attention_pool_backward(
-    grads: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    needed: Sequence[bool],
-    span_offsets: Tensor,
-    attention_mask: Tensor | None,
-) -> list[Tensor]:
-    def formula(leaves: Sequence[Any]) -> Sequence[Tensor]:
-        key, value, span_query, global_query = leaves
-        return reference.attention_pool(
-            key, value, span_query, global_query, span_offsets, attention_mask=attention_mask
-        )
-
-    return recompute_gradients(formula, inputs, needed, grads)
-
-
-@attention_pool_backward.register_fake
-def _(
-    grads: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    needed: Sequence[bool],
-    span_offsets: Tensor,
-    attention_mask: Tensor | None,
-) -> list[Tensor]:
-    return like_needed(inputs, needed)
-
-
-def _pool_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, span_offsets, attention_mask = inputs
-    ctx.needed = [t.requires_grad for t in tensors]
-    ctx.has_mask = attention_mask is not None
-    ctx.save_for_backward(*tensors, span_offsets, *([attention_mask] if ctx.has_mask else []))
-
-
-def _pool_backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> Any:
-    tensors = list(ctx.saved_tensors)
-    mask = tensors.pop() if ctx.has_mask else None
-    offsets = tensors.pop()
-    found = attention_pool_backward([grad_key, grad_value], tensors, ctx.needed, offsets, mask)
-    return *spread(found, ctx.needed), None, None
-
-
-attention_pool.register_autograd(_pool_backward, setup_context=_pool_setup)
 
 
 # --- gated injection ----------------------------------------------------------------------------------------------

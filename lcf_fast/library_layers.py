@@ -1,4 +1,4 @@
-"""The torch.library boundary of the ops over all layers: `fuse_layers` and `summarize_layers`.
+"""The torch.library boundary of `fuse_layers`, over all layers.
 
 Caches cross as flat lists ``[k0, v0, k1, v1, ...]`` over the kept layers, hard gates as host bools ``[k0, v0, ...]``,
 so that a fake knows the output's shape. Out of place, `fuse_layers` returns the edited tensors only, stacked.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import eager, reference
 from .backends import resolve
-from .library import SUMMARY_WEIGHTS, WEIGHTS, like_needed, pairs_of, recompute_gradients, spread, unit_rows
+from .library import WEIGHTS, like_needed, pairs_of, recompute_gradients, spread, unit_rows
 
 
 def _fuse(
@@ -203,90 +203,3 @@ def _fuse_backward(ctx: Any, grad: Tensor) -> Any:
 
 
 fuse_layers.register_autograd(_fuse_backward, setup_context=_fuse_setup)
-
-
-# --- summary of all layers ----------------------------------------------------------------------------------------
-
-
-def run_summarize_layers(
-    sharer: Sequence[Tensor], weights: Sequence[Tensor], span_offsets: Tensor, attention_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``weights``: `SUMMARY_WEIGHTS`, stacked. Returns ``latent (L, B, d)`` and ``summary (L, 2, B, Hs, Ds)``."""
-    if resolve(sharer[0].device, sharer[0].dtype) == "triton":
-        from .kernels import pooling
-
-        pairs = pairs_of([unit_rows(t) for t in sharer])
-        span_query, global_query, down_weight, down_bias = weights
-        return pooling.summarize_layers(
-            [key for key, _ in pairs],
-            [value for _, value in pairs],
-            span_query,
-            global_query,
-            down_weight,
-            down_bias,
-            span_offsets,
-            attention_mask,
-        )
-    named = dict(zip(SUMMARY_WEIGHTS, weights))
-    return eager.summarize_layers(pairs_of(sharer), named, span_offsets, attention_mask=attention_mask)
-
-
-summarize_layers = torch.library.custom_op("lcf_fast::summarize_layers", run_summarize_layers, mutates_args=())
-
-
-@summarize_layers.register_fake
-def _(
-    sharer: Sequence[Tensor], weights: Sequence[Tensor], span_offsets: Tensor, attention_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    layers = len(sharer) // 2
-    batch, heads, _, head_dim = sharer[0].shape
-    dtype = reference.accumulation_dtype(sharer[0].dtype)
-    latent = sharer[0].new_empty((layers, batch, weights[2].shape[1]), dtype=dtype)
-    return latent, sharer[0].new_empty((layers, 2, batch, heads, head_dim), dtype=dtype)
-
-
-@torch.library.custom_op("lcf_fast::summarize_layers_backward", mutates_args=())
-def summarize_layers_backward(
-    grads: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    needed: Sequence[bool],
-    span_offsets: Tensor,
-    attention_mask: Tensor | None,
-) -> list[Tensor]:
-    def formula(leaves: Sequence[Any]) -> Sequence[Tensor]:
-        count = len(SUMMARY_WEIGHTS)
-        named = dict(zip(SUMMARY_WEIGHTS, leaves))
-        return reference.summarize_layers(pairs_of(leaves[count:]), named, span_offsets, attention_mask=attention_mask)
-
-    return recompute_gradients(formula, inputs, needed, grads)
-
-
-@summarize_layers_backward.register_fake
-def _(
-    grads: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    needed: Sequence[bool],
-    span_offsets: Tensor,
-    attention_mask: Tensor | None,
-) -> list[Tensor]:
-    return like_needed(inputs, needed)
-
-
-def _summarize_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    sharer, weights, span_offsets, attention_mask = inputs
-    tensors = [*weights, *sharer]
-    ctx.needed = [t.requires_grad for t in tensors]
-    ctx.weights, ctx.has_mask = len(weights), attention_mask is not None
-    ctx.save_for_backward(*tensors, span_offsets, *([attention_mask] if ctx.has_mask else []))
-
-
-def _summarize_backward(ctx: Any, grad_latent: Tensor, grad_summary: Tensor) -> Any:
-    tensors = list(ctx.saved_tensors)
-    mask = tensors.pop() if ctx.has_mask else None
-    offsets = tensors.pop()
-    found = summarize_layers_backward([grad_latent, grad_summary], tensors, ctx.needed, offsets, mask)
-    grads = spread(found, ctx.needed)
-    return grads[ctx.weights :], grads[: ctx.weights], None, None
-
-
-summarize_layers.register_autograd(_summarize_backward, setup_context=_summarize_setup)

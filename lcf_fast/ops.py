@@ -9,7 +9,7 @@ add run in float32 (float64 for float64 caches, which the eager path serves).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,34 +17,25 @@ from torch import Tensor
 
 from . import checks as check
 from . import eager, library, library_layers, reference
-from .backends import resolve
+from .dispatch import is_plain, needs_grad, served_by, undispatched
 from .errors import DTypeError, GeometryError, ShapeError
+from .ops_pooling import attention_pool, finish_ranges, fold_summary, merge_ranges, pool_range, summarize_layers
 
 __all__ = [
     "attention_pool",
+    "finish_ranges",
+    "fold_summary",
     "fuse_layers",
     "fuse_layers_",
     "gated_injection",
     "gated_injection_",
     "joint_projection",
+    "merge_ranges",
+    "pool_range",
     "summarize_layers",
 ]
 
 Pair = tuple[Tensor, Tensor]
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether the dispatcher may be bypassed: not while tracing, compiling or under a tensor subclass."""
-    return not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter)
-
-
-def _served_by(device: torch.device, dtype: torch.dtype, width: int | None = None, hidden: int | None = None) -> str:
-    """The back end, or its error, before anything runs. A compiled graph chooses when it runs, not when traced."""
-    return "compiled" if torch.compiler.is_compiling() else resolve(device, dtype, width, hidden)
 
 
 def _row_index(
@@ -112,24 +103,18 @@ def joint_projection(
     if message is not None:
         _check_message(message, (batch, width), device)
     hidden = weights["ffn_in_weight"].shape[1]
-    backend = _served_by(device, receiver_key.dtype, width, hidden)
+    backend = served_by(device, receiver_key.dtype, width, hidden)
     index = _row_index(sharer_index, None, tokens, device)
     parameters = [weights[name] for name in library.PROJECTION_WEIGHTS]
     caches = (sharer_key, sharer_value, receiver_key, receiver_value)
     arguments = (*caches, parameters, index, message, norm_eps)
-    if not _is_plain(receiver_key):
+    if not is_plain(receiver_key):
         return library.joint_projection(*arguments)
-    if not _needs_grad(*caches, message, *parameters):
-        return _undispatched(library.run_joint_projection, arguments)
+    if not needs_grad(*caches, message, *parameters):
+        return undispatched(library.run_joint_projection, arguments)
     if backend == "eager":
         return reference.joint_projection(*caches, weights, sharer_index=index, message=message, norm_eps=norm_eps)
     return library.joint_projection(*arguments)
-
-
-def _undispatched(run: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """Call an op's implementation without the dispatcher: host time is a published figure."""
-    with torch.no_grad():
-        return run(*arguments)
 
 
 def _check_lengths(name: str, sharer: Tensor, tokens: int, sharer_index: Tensor | None) -> None:
@@ -146,69 +131,6 @@ def _check_message(message: Tensor, shape: tuple[int, ...], device: torch.device
         raise DTypeError("message", expected="a float dtype", got=check.describe(message))
     if message.device != device:
         raise check.DeviceError("message", expected=f"{device}, as the receiver's cache", got=str(message.device))
-
-
-def attention_pool(
-    key: Tensor,
-    value: Tensor,
-    span_query: Tensor,
-    global_query: Tensor,
-    span_offsets: Tensor,
-    *,
-    attention_mask: Tensor | None = None,
-) -> Pair:
-    """Pool a whole cache to one key and one value a head, in two stages (paper section 4; spec section 4).
-
-    Args:
-        key, value: ``(B, H, N, D)``, one layer's cache.
-        span_query, global_query: ``(H, D)``.
-        span_offsets: ``(B, P+1)`` int, non-decreasing: span ``p`` is tokens ``[offsets[p], offsets[p+1])``; an empty
-            span weighs nothing, a row with no token to pool is an error.
-        attention_mask: ``(B, N)``, zero where the token is padding: it is not pooled.
-
-    Returns:
-        ``K*, V*``, each ``(B, H, D)`` in the cache's dtype; softmax and sums run in float32.
-
-    Raises:
-        ShapeError, DTypeError, DeviceError, SpanError, BackendError: named by argument.
-    """
-    check.check_pair(key, value, ("key", "value"))
-    batch, heads, tokens, head_dim = key.shape
-    queries = {"span_query": span_query, "global_query": global_query}
-    for name, query in queries.items():
-        _check_query(name, query, (heads, head_dim), key.device)
-    if attention_mask is not None:
-        check.check_mask("attention_mask", attention_mask, batch, tokens)
-    check.check_offsets(span_offsets, batch, tokens, attention_mask)
-    backend = _served_by(key.device, key.dtype)
-    offsets, mask = _on_device(span_offsets, attention_mask, key.device)
-    arguments = (key, value, span_query, global_query, offsets, mask)
-    if not _is_plain(key):
-        return library.attention_pool(*arguments)
-    if not _needs_grad(*arguments[:4]):
-        return _undispatched(library.run_attention_pool, arguments)
-    if backend == "eager":
-        return reference.attention_pool(*arguments[:5], attention_mask=mask)
-    return library.attention_pool(*arguments)
-
-
-def _check_query(name: str, query: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    check.check_tensor(name, query)
-    if tuple(query.shape) != shape:
-        raise ShapeError(name, expected=f"{shape}", got=check.describe(query))
-    if query.dtype not in check.FLOATS:
-        raise DTypeError(name, expected="a float dtype", got=check.describe(query))
-    if query.device != device:
-        raise check.DeviceError(name, expected=f"{device}, as the cache", got=str(query.device))
-
-
-def _on_device(
-    span_offsets: Tensor, attention_mask: Tensor | None, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    offsets = span_offsets.to(device, torch.int32, non_blocking=True).contiguous()
-    if attention_mask is None:
-        return offsets, None
-    return offsets, (attention_mask.to(device, non_blocking=True) != 0).contiguous()
 
 
 def gated_injection(
@@ -236,10 +158,10 @@ def gated_injection(
     """
     backend, parameters, mask = _check_injection(receiver_key, receiver_value, latent, weights, edit_mask)
     arguments = (receiver_key, receiver_value, latent, parameters, mask)
-    if not _is_plain(receiver_key):
+    if not is_plain(receiver_key):
         return library.gated_injection(*arguments)
-    if not _needs_grad(*arguments[:3], *parameters):
-        return _undispatched(library.run_gated_injection, arguments)
+    if not needs_grad(*arguments[:3], *parameters):
+        return undispatched(library.run_gated_injection, arguments)
     if backend == "eager":
         return reference.gated_injection(receiver_key, receiver_value, latent, weights, edit_mask=mask)
     return library.gated_injection(*arguments)
@@ -262,8 +184,8 @@ def gated_injection_(
     _check_writable("receiver_key", receiver_key)
     _check_writable("receiver_value", receiver_value)
     arguments = (receiver_key, receiver_value, latent, parameters, mask)
-    if _is_plain(receiver_key):
-        _undispatched(library.run_gated_injection_, arguments)
+    if is_plain(receiver_key):
+        undispatched(library.run_gated_injection_, arguments)
     else:
         library.gated_injection_(*arguments)
     return receiver_key, receiver_value
@@ -286,7 +208,7 @@ def _check_injection(
     if edit_mask is not None:
         check.check_mask("edit_mask", edit_mask, batch, tokens)
         mask = (edit_mask.to(key.device, non_blocking=True) != 0).contiguous()
-    backend = _served_by(key.device, key.dtype, latent.shape[2])
+    backend = served_by(key.device, key.dtype, latent.shape[2])
     return backend, [weights[name] for name in library.INJECTION_WEIGHTS], mask
 
 
@@ -336,14 +258,14 @@ def fuse_layers(
         sharer, receiver, weights, live, sharer_index, message, edit_mask, positions, norm_eps
     )
     flat_sharer, flat_receiver, parameters, _, index = arguments[:5]
-    plain = not flat_receiver or _is_plain(flat_receiver[0])
-    needs_grad = _needs_grad(message, *parameters, *flat_receiver, *flat_sharer)
+    plain = not flat_receiver or is_plain(flat_receiver[0])
+    differentiable = needs_grad(message, *parameters, *flat_receiver, *flat_sharer)
     if plain and backend == "eager":
         masks: dict[str, Any] = {"sharer_index": index, "edit_mask": None}
         if sharer is None:
             masks = {"sharer_index": None, "edit_mask": None if index is None else index >= 0}
         keywords = {**masks, "message": message, "positions": arguments[6:8], "norm_eps": norm_eps}
-        if not needs_grad:
+        if not differentiable:
             with torch.no_grad():
                 return eager.fuse_layers(sharer, receiver, weights, live=gates, **keywords)
         fused = reference.fuse_layers(sharer, receiver, weights, **keywords)
@@ -351,8 +273,8 @@ def fuse_layers(
             (new[0] if opened[0] else old[0], new[1] if opened[1] else old[1])
             for new, old, opened in zip(fused, receiver, gates)
         ]
-    if plain and not needs_grad:
-        out = _undispatched(library_layers.run_fuse_layers, arguments)
+    if plain and not differentiable:
+        out = undispatched(library_layers.run_fuse_layers, arguments)
     else:
         out = library_layers.fuse_layers(*arguments)
     edited = iter(out.unbind(0))
@@ -392,9 +314,9 @@ def fuse_layers_(
         if any(tensor.numel() and tensor.data_ptr() in own for tensor in flat_sharer):
             expected = "memory apart from the receiver's, which is edited in place (use fuse_layers)"
             raise GeometryError("sharer", expected=expected, got="the receiver's own tensors")
-    if not flat_receiver or _is_plain(flat_receiver[0]):
+    if not flat_receiver or is_plain(flat_receiver[0]):
         if flat_receiver:
-            _undispatched(library_layers.run_fuse_layers_, arguments)
+            undispatched(library_layers.run_fuse_layers_, arguments)
     else:
         library_layers.fuse_layers_(*arguments)
     return [(key, value) for key, value in receiver]
@@ -446,7 +368,7 @@ def _check_fuse(
     gates = [(bool(pair[0]), bool(pair[1])) for pair in live]
     if len(gates) != layers:
         raise GeometryError("live", expected=f"a pair of bools for each of {layers} layers", got=f"{len(gates)} pairs")
-    backend = _served_by(key.device, key.dtype, width, weights["ffn_in_weight"].shape[2])
+    backend = served_by(key.device, key.dtype, width, weights["ffn_in_weight"].shape[2])
     arguments = (
         [] if sharer is None else [tensor for pair in sharer for tensor in pair],
         [tensor for pair in receiver for tensor in pair],
@@ -459,56 +381,3 @@ def _check_fuse(
         norm_eps,
     )
     return arguments, gates, backend
-
-
-def summarize_layers(
-    sharer: Sequence[Pair],
-    weights: Mapping[str, Tensor],
-    span_offsets: Tensor,
-    *,
-    attention_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Pool every kept layer's sharer cache and fold it through the sharer's half of ``W_down`` (spec section 4).
-
-    Args:
-        sharer: one ``(key, value)``, ``(B, Hs, N, Ds)`` each, a kept layer.
-        weights: stacked ``span_query``, ``global_query (L, Hs, Ds)``, ``down_weight (L, d, 2Cs+2Cr)``,
-            ``down_bias (L, d)``; other names are ignored.
-        span_offsets, attention_mask: as in `attention_pool`.
-
-    Returns:
-        ``latent (L, B, d)``: ``c = W_down[:, :2Cs]·[K*;V*] + b_down``; and ``summary (L, 2, B, Hs, Ds)``: K*, V*.
-        Both float32 (float64 for float64 caches).
-
-    Raises:
-        As `attention_pool`, and GeometryError for weights or layers that do not fit.
-    """
-    query = check.check_tensor("weights['span_query']", weights.get("span_query"))
-    layers = query.shape[0] if query.dim() else 0
-    check.check_layers("sharer", sharer, layers)
-    if not layers:
-        raise GeometryError("sharer", expected="at least one layer", got="none")
-    key = sharer[0][0]
-    batch, heads, tokens, head_dim = key.shape
-    for name in ("span_query", "global_query"):
-        check.check_weight(weights, name, (layers, heads, head_dim), key.device)
-    down = check.check_weight(weights, "down_weight", (layers, None, None), key.device)
-    if down.shape[2] < 2 * heads * head_dim:
-        expected = f"at least 2Cs = {2 * heads * head_dim} columns"
-        raise ShapeError("weights['down_weight']", expected=expected, got=check.describe(down))
-    check.check_weight(weights, "down_bias", (layers, down.shape[1]), key.device)
-    if attention_mask is not None:
-        check.check_mask("attention_mask", attention_mask, batch, tokens)
-    check.check_offsets(span_offsets, batch, tokens, attention_mask)
-    backend = _served_by(key.device, key.dtype)
-    offsets, mask = _on_device(span_offsets, attention_mask, key.device)
-    parameters = [weights[name] for name in library.SUMMARY_WEIGHTS]
-    flat = [tensor for pair in sharer for tensor in pair]
-    arguments = (flat, parameters, offsets, mask)
-    if not _is_plain(key):
-        return library_layers.summarize_layers(*arguments)
-    if not _needs_grad(*parameters, *flat):
-        return _undispatched(library_layers.run_summarize_layers, arguments)
-    if backend == "eager":
-        return reference.summarize_layers(sharer, weights, offsets, attention_mask=mask)
-    return library_layers.summarize_layers(*arguments)

@@ -107,8 +107,9 @@ def attention_pool(
         key, value: ``(B, H, N, D)``, one layer's cache.
         span_query, global_query: ``(H, D)``.
         span_offsets: ``(B, P+1)`` int, non-decreasing: span ``p`` is tokens ``[offsets[p], offsets[p+1])``. An
-            empty span weighs nothing.
-        attention_mask: ``(B, N)``, zero where the token is padding, which is not pooled.
+            empty span weighs nothing. ``(B, T, P+1)``: T tracks of spans; spans of different tracks may overlap, and
+            a token counts in each of its spans.
+        attention_mask: ``(B, N)``, zero where the token is padding, which is not pooled; ``(B, T, N)``: a track's own.
 
     Returns:
         ``K*, V*``, each ``(B, H, D)`` in the cache's dtype. A row whose spans are all empty gives NaN (``lcf_fast.ops``
@@ -119,15 +120,20 @@ def attention_pool(
     scale = key.shape[-1] ** -0.5
     scores = torch.einsum("bhnd,hd->bhn", k, span_query.to(accumulate)) * scale
     pooled_keys, pooled_values = [], []
-    for b, offsets in enumerate(span_offsets.tolist()):
+    tracked = span_offsets if span_offsets.dim() == 3 else span_offsets[:, None]
+    if attention_mask is not None:
+        per_track = attention_mask if attention_mask.dim() == 3 else attention_mask[:, None]
+        attention_mask = per_track.expand(-1, tracked.shape[1], -1)
+    for b, tracks in enumerate(tracked.tolist()):
         summaries = []
-        for start, stop in zip(offsets, offsets[1:]):
-            tokens = torch.arange(start, stop, device=key.device)
-            if attention_mask is not None:
-                tokens = tokens[attention_mask[b, start:stop] != 0]
-            if len(tokens):
-                a = scores[b, :, tokens].softmax(-1)[..., None]
-                summaries.append(((a * k[b, :, tokens]).sum(1), (a * v[b, :, tokens]).sum(1)))
+        for track, offsets in enumerate(tracks):
+            for start, stop in zip(offsets, offsets[1:]):
+                tokens = torch.arange(start, stop, device=key.device)
+                if attention_mask is not None:
+                    tokens = tokens[attention_mask[b, track, start:stop] != 0]
+                if len(tokens):
+                    a = scores[b, :, tokens].softmax(-1)[..., None]
+                    summaries.append(((a * k[b, :, tokens]).sum(1), (a * v[b, :, tokens]).sum(1)))
         if not summaries:
             pooled_keys.append(k.new_full((k.shape[1], k.shape[3]), torch.nan))
             pooled_values.append(pooled_keys[-1])

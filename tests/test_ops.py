@@ -13,7 +13,7 @@ from torch.library import opcheck
 
 import lcf_fast
 from helpers import Geometry, make_cache, make_weights, to_double
-from lcf_fast import errors, library, library_layers, ops, reference, use_backend
+from lcf_fast import errors, library, library_layers, library_pooling, ops, reference, use_backend
 from lcf_fast.backends import Backend, resolve
 
 BACKENDS: tuple[Backend, ...] = ("eager", "triton")
@@ -159,16 +159,16 @@ def test_opcheck(backend: Backend, inputs: Inputs) -> None:
     index = torch.full((2, 12), 3, dtype=torch.int32, device=inputs.latent.device)
     projection_weights = leaves(inputs.one, library.PROJECTION_WEIGHTS)
     injection_weights = leaves(inputs.one, library.INJECTION_WEIGHTS)
-    summary_weights = leaves(inputs.weights, library.SUMMARY_WEIGHTS)
+    summary_weights = leaves(inputs.weights, library_pooling.SUMMARY_WEIGHTS)
     latent = inputs.latent.clone().requires_grad_()
     with use_backend(backend):
         opcheck(library.joint_projection, (*inputs.sharer[0], *permuted, projection_weights, index, None, 1e-6))
-        opcheck(library.attention_pool, (*inputs.sharer[0], *inputs.queries, inputs.offsets, None))
+        opcheck(library_pooling.attention_pool, (*inputs.sharer[0], *inputs.queries, inputs.offsets, None))
         opcheck(library.gated_injection, (*permuted, latent, injection_weights, None))
         opcheck(library.gated_injection_, (*permuted, inputs.latent, injection, None))
         opcheck(library_layers.fuse_layers, (flat_sharer, flat_receiver, stacked, live, index, None, 1, 11, 1e-6))
         opcheck(library_layers.fuse_layers_, (flat_sharer, flat_receiver, frozen, live, None, None, 0, 12, 1e-6))
-        opcheck(library_layers.summarize_layers, (flat_sharer, summary_weights, inputs.offsets, None))
+        opcheck(library_pooling.summarize_layers, (flat_sharer, summary_weights, inputs.offsets, None))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -337,9 +337,9 @@ def test_values_are_read_on_the_cpu_only(inputs: Inputs, monkeypatch: pytest.Mon
     """Meta tensors stand in for a GPU's: nothing is read off them, unless asked, and the shapes come out."""
     meta = [(key.to("meta"), value.to("meta")) for key, value in inputs.sharer]
     weights = {name: tensor.to("meta") for name, tensor in inputs.weights.items()}
-    latent, _ = library_layers.summarize_layers(
+    latent, _ = library_pooling.summarize_layers(
         [tensor for pair in meta for tensor in pair],
-        [weights[name] for name in library.SUMMARY_WEIGHTS],
+        [weights[name] for name in library_pooling.SUMMARY_WEIGHTS],
         inputs.offsets.to("meta"),
         None,
     )

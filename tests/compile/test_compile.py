@@ -35,7 +35,7 @@ def test_resources(chip: str, case: Case) -> None:
         assert used.mma, "no tensor instruction"
         if chip == "sm_90" and "-128-bf16-128" in case.name:
             assert "HGMMA" in used.mma, f"the slow path: {used.mma}"
-    if is_aligned and not any(word in case.name for word in ("merge", "fold")):
+    if is_aligned and not any(word in case.name for word in ("merge", "fold", "spans", "across")):
         assert used.wide_loads, "no 16-byte load of a cache"
         # A launch table whose alignment hint is lost narrows every access to one element: hundreds. Biases are a few.
         assert "fp32" in case.name or used.narrow <= 8, used

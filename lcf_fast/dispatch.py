@@ -1,0 +1,33 @@
+"""How an op is called: through torch's dispatcher where something must see it, past it where nothing does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import resolve
+
+__all__ = ["is_plain", "needs_grad", "served_by", "undispatched"]
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the dispatcher may be bypassed: not while tracing, compiling or under a tensor subclass."""
+    return not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def served_by(device: torch.device, dtype: torch.dtype, width: int | None = None, hidden: int | None = None) -> str:
+    """The back end, or its error, before anything runs. A compiled graph chooses when it runs, not when traced."""
+    return "compiled" if torch.compiler.is_compiling() else resolve(device, dtype, width, hidden)
+
+
+def undispatched(run: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Call an op's implementation without the dispatcher: host time is a published figure."""
+    with torch.no_grad():
+        return run(*arguments)
