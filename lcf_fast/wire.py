@@ -56,7 +56,17 @@ from .fingerprint import Origin
 from .message import BATCH_AXIS, Message
 from .quantization import STORAGES, restore, storage_of, store
 
-__all__ = ["PREAMBLE", "VERSION", "Layout", "check_preamble", "decode", "decode_with_layout", "encode", "read_file"]
+__all__ = [
+    "PREAMBLE",
+    "VERSION",
+    "Layout",
+    "check_preamble",
+    "decode",
+    "decode_with_layout",
+    "encode",
+    "read_file",
+    "stated_length",
+]
 
 MAGIC = b"\x89LCF\r\n\x1a\n"
 VERSION = 1
@@ -189,23 +199,32 @@ class Layout:
     dtypes: Mapping[str, str]
 
 
-def check_preamble(preamble: bytes | bytearray | memoryview, *, key: bytes | None, max_bytes: int) -> int:
-    """The length in bytes that a message states for itself, from its first ``PREAMBLE`` bytes.
+def stated_length(preamble: bytes | bytearray | memoryview) -> int:
+    """The length in bytes that a message of this version states for itself, from its first ``PREAMBLE`` bytes.
 
     Raises:
-        MessageError: no message, of an unknown version, keyed where ``key`` is None or not where it is not, or
-            longer than ``max_bytes``.
+        MessageError: too few bytes, no message, or of an unknown version.
     """
-    _check_key(key)
-    if type(max_bytes) is not int:
-        raise DTypeError("max_bytes", expected="an int", got=repr(max_bytes))
     if len(preamble) < PREAMBLE:
         refuse("length", f"at least {PREAMBLE} bytes", len(preamble))
     if bytes(preamble[:8]) != MAGIC:
         refuse("magic", f"{MAGIC!r}", bytes(preamble[:8]))
-    version, flags, length = (int.from_bytes(preamble[at:end], "little") for at, end in ((8, 12), (12, 16), (16, 24)))
+    version = int.from_bytes(preamble[8:12], "little")
     if version != VERSION:
         refuse("version", f"{VERSION}, the only one known here", version)
+    return int.from_bytes(preamble[16:24], "little")
+
+
+def check_preamble(preamble: bytes | bytearray | memoryview, *, key: bytes | None, max_bytes: int) -> int:
+    """:func:`stated_length` of a message that a reader takes, as far as these bytes tell.
+
+    Raises:
+        MessageError: also: keyed where ``key`` is None, or not where it is not; longer than ``max_bytes``.
+    """
+    _check_key(key)
+    if type(max_bytes) is not int:
+        raise DTypeError("max_bytes", expected="an int", got=repr(max_bytes))
+    length, flags = stated_length(preamble), int.from_bytes(preamble[12:16], "little")
     if flags not in (0, _KEYED):
         refuse("flags", f"0 or {_KEYED}", flags)
     if flags and key is None:
