@@ -256,3 +256,14 @@ def test_a_received_message_can_be_used(pair: Pair) -> None:
     assert received.latent is not None
     received.latent.mul_(2)  # its memory is its own
     assert torch.equal(received.latent, message.tensors["latent"] * 2)
+
+
+def test_the_example_runs() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "two_processes.py"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and done.stderr == ""
+    assert "sharer: sent 1,456 bytes for a cache of 614,400" in lines
+    assert "receiver: spans 3; cache edited: True; equal to one process alone: True" in lines
