@@ -18,14 +18,14 @@ def version() -> str:
 
 
 HF = ["transformers>=5,<6"]
-BENCH = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "rich>=13"]
+PLOT = ["matplotlib>=3.8"]
+BENCH = ["pytest>=8", "pytest-benchmark>=5", *PLOT]
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",
     "pytest-benchmark>=5",
-    "matplotlib>=3.8",
-    "rich>=13",
+    *PLOT,
     "ruff",
     "mypy",
     "build>=1.2",
@@ -53,13 +53,16 @@ setup(
         'triton>=3.6; platform_system == "Linux"',
         "numpy",
         "safetensors>=0.4.3",
+        "rich>=13",
     ],
     extras_require={
         "hf": HF,
         "bench": [*BENCH, *HF],
         "flash": ["flash-attn"],
+        "plot": PLOT,
         "test": TEST,
     },
+    entry_points={"console_scripts": ["lcf-fast = lcf_fast.cli:main"]},
     zip_safe=False,
     classifiers=[
         "Development Status :: 3 - Alpha",
