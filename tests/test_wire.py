@@ -315,3 +315,24 @@ def test_keys() -> None:
             Message.from_bytes(data, key=bad)
     with pytest.raises(DTypeError, match="key"):
         Message.from_bytes(data, key="text")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("width", [32, 33])
+def test_the_order_of_the_tensors_is_free_as_long_as_they_are_aligned(width: int) -> None:
+    """The scales behind their int8 tensor: at byte 5 * 32, or at byte 5 * 33, which is no multiple of 4."""
+    message = make_message(width=width)
+    data = message.to_bytes(dtype="int8")
+    header, _, payload = header_of(data)
+    begin, end = header["latent"]["data_offsets"]
+    assert header["latent_scale"]["data_offsets"] == [0, begin]  # as the writer has it
+
+    def turned(header: Any) -> None:
+        header["latent"]["data_offsets"] = [0, end - begin]
+        header["latent_scale"]["data_offsets"] = [end - begin, end]
+
+    other = edited(data, entry=turned, payload=payload[begin:] + payload[:begin])
+    if width == 32:
+        assert_same(Message.from_bytes(other), Message.from_bytes(data))
+    else:
+        with pytest.raises(MessageError, match=r"message\.header\.latent_scale: expected data at a multiple of 4"):
+            Message.from_bytes(other)
