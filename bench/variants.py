@@ -48,7 +48,7 @@ def flatten(result: Any, kept: Sequence[int]) -> list[Tensor]:
     if isinstance(result, Tensor):
         return [result]
     if isinstance(result, Message):
-        return [result.latent] + ([] if result.summary is None else [result.summary])
+        return list(result.tensors.values())
     if hasattr(result, "layers"):
         result = [(result.layers[t].keys, result.layers[t].values) for t in kept]
     return [tensor for part in result for tensor in flatten(part, kept)]

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from . import ops
 from .caches import Pair, cache_layers, check_pairs, rebuild_cache
-from .config import LCFConfig
+from .config import CacheGeometry, LCFConfig
 from .errors import DTypeError, GeometryError, IndexRangeError, LCFError, ShapeError
-from .inputs import check_device, hide_padding, known_length, real_tokens, span_offsets
+from .fingerprint import Origin, receiver_digest, sharer_digest
+from .inputs import check_device, hide_padding, known_length, real_tokens
 from .message import Message
+from .receiving import accepted_digest, combine, readable_latent
+from .sharer import SharerSide, Summarizes
 
 __all__ = ["LatentCacheFlow", "parameter_shapes"]
 
@@ -45,13 +48,14 @@ def parameter_shapes(config: LCFConfig, layers: int) -> dict[str, tuple[int, ...
     return shapes
 
 
-class LatentCacheFlow(nn.Module):
+class LatentCacheFlow(Summarizes, nn.Module):
     """An LCF or LCF-X adapter (arXiv 2605.22863; spec, sections 2 to 4): one projector a kept receiver layer.
 
     LCF (``cross_context=False``): :meth:`fuse` edits the receiver's cache with the sharer's, position by
-    position. LCF-X: :meth:`summarize` pools the sharer's cache to a :class:`Message`, :meth:`inject` edits
-    the receiver's cache with it. What ends in ``_`` edits in place, the rest leaves its inputs as they are.
-    Edit the cache of the prompt but its last token, then let the receiver go on from there.
+    position. LCF-X: :meth:`summarize` pools the sharer's cache to a :class:`Message` (:meth:`begin` does so
+    piece by piece), :meth:`inject` edits the receiver's cache with one, or with those of several sharers. What
+    ends in ``_`` edits in place, the rest leaves its inputs as they are. Edit the cache of the prompt but its
+    last token, then let the receiver go on from there.
 
     A *cache* is a transformers ``DynamicCache`` or ``StaticCache`` or a sequence of ``(key, value)``, one
     pair a layer of the whole model (not only the kept ones), each ``(B, H, N, D)``; see
@@ -100,6 +104,8 @@ class LatentCacheFlow(nn.Module):
         # The same on the host: routing must not wait for a device.
         self._kept, self._reads = kept, reads
         self._gates: tuple[Tensor, int, int, Live] | None = None
+        #: Digests of other sharers' halves whose messages are taken.
+        self.accepted_sharers: frozenset[str] = frozenset()
         self.reset_parameters()
 
     @torch.no_grad()
@@ -237,83 +243,54 @@ class LatentCacheFlow(nn.Module):
             raise
         return receiver_cache if in_place else self._rebuilt(receiver_cache, receiver, fused)
 
-    # --- LCF-X
+    # --- LCF-X: `summarize`, `begin` and their kind are the sharer's half, in lcf_fast.sharer
     # ---------------------------------------------------------------------------------------------------
-
-    def summarize(
-        self,
-        sharer_cache: Any,
-        spans: Tensor | Sequence[Sequence[int]] | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-    ) -> Message:
-        """Pool the sharer's cache to a message of fixed size (LCF-X; spec, section 4).
-
-        Args:
-            sharer_cache: a cache of ``config.sharer``, ``(B, Hs, M, Ds)`` a layer.
-            spans: ``(B, P+1)`` int offsets, non-decreasing, span ``p`` being tokens ``[spans[b, p], spans[b,
-                p+1])``; an empty span weighs nothing. Or a list of such lists, whose rows may differ in
-                length. None: one span over each row's valid tokens.
-            attention_mask: ``(B, M)`` as transformers has it; padding is not pooled.
-
-        Returns:
-            A :class:`Message` with ``latent (L, B, d)`` and ``summary (L, 2, B, Hs, Ds)``.
-
-        Raises:
-            SpanError: offsets that decrease or leave the sequence, or a row without a token to pool.
-            GeometryError, ShapeError, DTypeError, DeviceError: as in :meth:`fuse`.
-        """
-        self._check_cross_context("summarize")
-        sharer = self._sharer_layers(sharer_cache, attention_mask)
-        key = sharer[0][0]
-        self._check_device("sharer_cache", key)
-        mask = real_tokens("attention_mask", attention_mask, key)
-        offsets = span_offsets(spans, key, mask)
-        try:
-            latent, summary = ops.summarize_layers(
-                [sharer[s] for s in self._reads], self._weights(), offsets, attention_mask=mask
-            )
-        except LCFError:
-            self._name_the_layer(None, sharer)
-            raise
-        return Message(latent=latent, receiver_layers=self._kept, spans=int(offsets.shape[1]) - 1, summary=summary)
 
     def inject(
         self,
         receiver_cache: Any,
-        message: Message,
+        message: Message | Sequence[Message],
         *,
+        weights: Any = None,
         positions: tuple[int, int] | None = None,
         attention_mask: Tensor | None = None,
     ) -> Any:
-        """The receiver's cache, edited with a message (LCF-X). A new cache of the same kind.
+        """The receiver's cache, edited with a message, or with those of several sharers (LCF-X). A new cache.
 
         Args:
             receiver_cache: a cache of ``config.receiver``.
-            message: of an adapter with the same kept layers and width; a message of batch size 1 serves every
-                row.
+            message: made for this adapter, by its own sharer's half or one that it accepts; a message of batch size
+                1 serves every row. Several add up in the latent, see :meth:`combine`: the edit then costs what one
+                message's does.
+            weights: of several messages, see :meth:`combine`; 0 switches one off.
             positions, attention_mask: as in :meth:`fuse`.
 
-        Returns, raises: as :meth:`fuse`.
+        Returns: as :meth:`fuse`.
+
+        Raises:
+            MessageError: a message for another adapter, or of a sharer that this one does not know. And as
+                :meth:`fuse`.
         """
-        return self._inject(False, receiver_cache, message, positions, attention_mask)
+        return self._inject(False, receiver_cache, message, weights, positions, attention_mask)
 
     def inject_(
         self,
         receiver_cache: Any,
-        message: Message,
+        message: Message | Sequence[Message],
         *,
+        weights: Any = None,
         positions: tuple[int, int] | None = None,
         attention_mask: Tensor | None = None,
     ) -> Any:
         """:meth:`inject` in place: edits ``receiver_cache`` and returns it. On an error it is as it was."""
-        return self._inject(True, receiver_cache, message, positions, attention_mask)
+        return self._inject(True, receiver_cache, message, weights, positions, attention_mask)
 
     def _inject(
         self,
         in_place: bool,
         receiver_cache: Any,
-        message: Message,
+        message: Message | Sequence[Message],
+        weights: Any,
         positions: tuple[int, int] | None,
         attention_mask: Tensor | None,
     ) -> Any:
@@ -321,7 +298,9 @@ class LatentCacheFlow(nn.Module):
         receiver = self._receiver_layers(receiver_cache, attention_mask)
         key = receiver[0][0]
         self._check_device("receiver_cache", key)
-        latent = self._checked_latent(message, key.shape[0], key)
+        if weights is not None or not isinstance(message, Message):
+            message = combine(self, message, weights, "message")
+        latent = readable_latent(self, message, "message", key.shape[0])
         edit_mask = real_tokens("attention_mask", attention_mask, key)
         try:
             injected = (ops.fuse_layers_ if in_place else ops.fuse_layers)(
@@ -339,24 +318,41 @@ class LatentCacheFlow(nn.Module):
             raise
         return receiver_cache if in_place else self._rebuilt(receiver_cache, receiver, injected)
 
-    def _checked_latent(self, message: Message, batch: int, key: Tensor) -> Tensor:
-        if not isinstance(message, Message):
-            raise DTypeError("message", expected="a Message", got=type(message).__name__)
-        latent = message.latent
-        if tuple(message.receiver_layers) != self._kept:
-            raise GeometryError(
-                "message.receiver_layers", expected=f"{self._kept}", got=f"{tuple(message.receiver_layers)}"
-            )
-        layers, d = len(self._kept), self.config.bottleneck
-        if latent.dim() != 3 or latent.shape[0] != layers or latent.shape[2] != d:
-            got = str(tuple(latent.shape))
-            raise ShapeError("message.latent", expected=f"(L={layers}, B, d={d})", got=got)
-        if not latent.is_floating_point():
-            raise DTypeError("message.latent", expected="a float dtype", got=str(latent.dtype))
-        if latent.shape[1] not in (1, batch):
-            raise ShapeError("message.latent", expected=f"batch size {batch} or 1", got=str(latent.shape[1]))
-        check_device("message.latent", latent, key)
-        return latent if latent.shape[1] == batch else latent.expand(layers, batch, d)
+    def combine(self, messages: Message | Sequence[Message], weights: Any = None) -> Message:
+        """Several sharers' messages as one: ``c = b_down + Σ w_i (c_i - b_down)``, ``Σ w_i W_i s_i`` but for the bias.
+
+        Args:
+            messages: for this adapter, each of the batch size of the widest, or of batch size 1.
+            weights: a number a message, ``(n,)``, or one a message and item, ``(n, B)``; None: all 1. A message that
+                weighs 0 is switched off, whatever it holds: rows of one batch may have different sharers, or none.
+
+        Returns:
+            A message with the latent alone.
+
+        Raises:
+            MessageError, GeometryError, ShapeError, DTypeError, DeviceError: naming the message.
+        """
+        self._check_cross_context("combine")
+        return combine(self, messages, weights)
+
+    def accept_sharer(self, sharer: SharerSide | str) -> LatentCacheFlow:
+        """Take messages of another sharer's half, too: a :class:`~lcf_fast.sharer.SharerSide` or its digest.
+
+        Saved with the adapter. Returns self.
+        """
+        self._check_cross_context("accept_sharer")
+        self.accepted_sharers |= {accepted_digest(self, sharer)}
+        return self
+
+    def sharer_side(self) -> SharerSide:
+        """The sharer's half by itself, a copy: all that the sharer's process needs (see `lcf_fast.sharer`)."""
+        self._check_cross_context("sharer_side")
+        return SharerSide.of(self)
+
+    def _make_origin(self) -> Origin:
+        weights = self._weights()
+        adapter = receiver_digest(self.config.receiver, self._kept, self.config.norm_eps, weights)
+        return Origin(adapter, sharer_digest(self.config.sharer, self._kept, self._reads, weights))
 
     # --- what both share
     # -----------------------------------------------------------------------------------------
@@ -373,15 +369,6 @@ class LatentCacheFlow(nn.Module):
             every_layer=False,
         )
 
-    def _sharer_layers(self, cache: Any, *lengths: Tensor | None) -> list[Pair]:
-        return cache_layers(
-            cache,
-            name="sharer_cache",
-            geometry=self.config.sharer,
-            length=known_length(*lengths),
-            every_layer=False,
-        )
-
     def _name_the_layer(self, receiver: list[Pair] | None, sharer: list[Pair] | None) -> None:
         if receiver is not None:
             check_pairs(receiver, "receiver_cache", self.config.receiver)
@@ -394,6 +381,14 @@ class LatentCacheFlow(nn.Module):
             layers[t] = pair
         return rebuild_cache(cache, layers)
 
+    @property
+    def sharer_geometry(self) -> CacheGeometry:
+        return self.config.sharer
+
+    @property
+    def receiver_geometry(self) -> CacheGeometry:
+        return self.config.receiver
+
     def _check_cross_context(self, method: str) -> None:
         if not self.config.cross_context:
             raise GeometryError(
@@ -401,9 +396,6 @@ class LatentCacheFlow(nn.Module):
                 expected=f"an LCF-X adapter (cross_context=True) to {method} with",
                 got="LCF: use fuse",
             )
-
-    def _check_device(self, name: str, key: Tensor) -> None:
-        check_device(name, key, self._weights()["gate_logit"], "the adapter")
 
     def _weights(self) -> Mapping[str, Tensor]:
         # The module's own dictionary: building one a call would cost more host time than the checks.
@@ -455,6 +447,7 @@ class LatentCacheFlow(nn.Module):
         self.sharer_layers = self.sharer_layers.index_select(0, index)
         self._kept, self._reads = kept, tuple(self._reads[row] for row in rows)
         self._gates = None
+        self.accepted_sharers = frozenset()  # their messages are for other layers
         return self
 
     def parameter_count(self) -> int:

@@ -1,9 +1,9 @@
-"""An adapter as a folder: ``adapter.safetensors`` and ``config.json``.
+"""An adapter, or a sharer's half of one, as a folder: weights in safetensors, and ``config.json``.
 
-``config.json`` holds the format's version, the configuration, the kept layers, and size and SHA-256 of the
-weights' file, so that damage, or a save that stopped between the two files, is told from an adapter before a
-weight is used. Each file is written under another name and moved into place: a reader sees the old one or the
-new one, whole.
+``config.json`` holds the format's version, the configuration, the kept layers, the digests that messages are known by,
+and size and SHA-256 of the weights' file, so that damage, or a save that stopped between the two files, is told from an
+adapter before a weight is used. Each file is written under another name and moved into place: a reader sees the old one
+or the new one, whole.
 """
 
 from __future__ import annotations
@@ -11,63 +11,79 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import CacheGeometry, LCFConfig
 from .errors import CheckpointError, GeometryError, LCFError
+from .files import write_whole
+from .fingerprint import Origin, is_digest
 
 if TYPE_CHECKING:
     from .adapter import LatentCacheFlow
+    from .sharer import SharerSide
 
-__all__ = ["CONFIG_FILE", "FORMAT_VERSION", "WEIGHTS_FILE", "load", "save"]
+__all__ = ["CONFIG_FILE", "FORMAT_VERSION", "SIDE_FILE", "WEIGHTS_FILE", "load", "load_side", "save", "save_side"]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "adapter.safetensors"
+SIDE_FILE = "sharer.safetensors"
 FORMAT = "lcf_fast.adapter"
+SIDE_FORMAT = "lcf_fast.sharer"
 FORMAT_VERSION = 1
 
 
 def save(adapter: LatentCacheFlow, directory: str | os.PathLike[str]) -> None:
     """Write an adapter's two files into ``directory``, which is made if need be. Dtypes are kept."""
+    description: dict[str, Any] = {"format": FORMAT, "config": adapter.config.to_dict()}
+    if adapter.config.cross_context:
+        description["origin"] = _origin_entry(adapter.origin)
+        description["accepted_sharers"] = sorted(adapter.accepted_sharers)
+    _save(adapter, directory, WEIGHTS_FILE, description)
+
+
+def save_side(side: SharerSide, directory: str | os.PathLike[str]) -> None:
+    """Write the two files of a sharer's half into ``directory``, which is made if need be."""
+    description = {
+        "format": SIDE_FORMAT,
+        "sharer": _geometry_entry(side.sharer_geometry),
+        "receiver": _geometry_entry(side.receiver_geometry),
+        "bottleneck": side.down_weight.shape[1],
+        "origin": _origin_entry(side.origin),
+    }
+    _save(side, directory, SIDE_FILE, description)
+
+
+def _origin_entry(origin: Origin) -> dict[str, str]:
+    return {"adapter": origin.adapter, "sharer": origin.sharer}
+
+
+def _geometry_entry(geometry: CacheGeometry) -> dict[str, int]:
+    return {"layers": geometry.layers, "kv_heads": geometry.kv_heads, "head_dim": geometry.head_dim}
+
+
+def _save(
+    module: LatentCacheFlow | SharerSide, directory: str | os.PathLike[str], file: str, description: dict[str, Any]
+) -> None:
     from safetensors.torch import save as to_bytes
 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     weights = to_bytes(tensors, metadata={"format": "pt"})
-    description = {
-        "format": FORMAT,
+    description = description | {
         "format_version": FORMAT_VERSION,
-        "config": adapter.config.to_dict(),
-        "receiver_layers": adapter.receiver_layers.tolist(),
-        "sharer_layers": adapter.sharer_layers.tolist(),
-        "weights": {
-            "file": WEIGHTS_FILE,
-            "bytes": len(weights),
-            "sha256": hashlib.sha256(weights).hexdigest(),
-        },
+        "receiver_layers": module.receiver_layers.tolist(),
+        "sharer_layers": module.sharer_layers.tolist(),
+        "weights": {"file": file, "bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()},
     }
-    _write(folder / WEIGHTS_FILE, weights)
-    _write(folder / CONFIG_FILE, (json.dumps(description, indent=2) + "\n").encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    """All of it or nothing, and on the disk when this returns."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(folder / file, weights)
+    write_whole(folder / CONFIG_FILE, (json.dumps(description, indent=2) + "\n").encode())
 
 
 def load(
@@ -81,21 +97,93 @@ def load(
 ) -> LatentCacheFlow:
     """Read an adapter; see `LatentCacheFlow.from_pretrained`."""
     folder = Path(directory)
-    description = _description(folder / CONFIG_FILE)
-    config, kept, reads = _routing(folder / CONFIG_FILE, description)
+    path = folder / CONFIG_FILE
+    description = _description(path, FORMAT, {"config": dict})
+    with _named(path):
+        config = LCFConfig.from_dict(description["config"])
+    kept, reads = _routing(path, description, config.sharer, config.receiver)
     for name, model, geometry in (("sharer", sharer, config.sharer), ("receiver", receiver, config.receiver)):
-        if model is not None and (wanted := CacheGeometry.of(model)) != geometry:
-            raise GeometryError(name, expected=f"an adapter for {wanted}", got=f"{folder}, for {geometry}")
-    tensors = _weights(folder / WEIGHTS_FILE, description["weights"])
-
+        _check_model(name, model, geometry, folder)
+    origin, accepted = None, description.get("accepted_sharers", [])
+    if config.cross_context and "origin" in description:  # adapters of before there were digests have none
+        origin = _origin(path, description["origin"])
+    if not isinstance(accepted, list) or not all(map(is_digest, accepted)):
+        raise CheckpointError(f"{path}: accepted_sharers", expected="a list of digests", got=repr(accepted)[:80])
     # On the meta device no memory is filled with fresh parameters only to be overwritten.
     with torch.device("meta"):
         adapter = kind(config, keep_layers=kept)
-    _check_tensors(folder / WEIGHTS_FILE, adapter, tensors, kept, reads)
-    adapter.load_state_dict(tensors, assign=True)
-    for parameter in adapter.parameters():
-        parameter.requires_grad_(True)
+    _fill(adapter, folder / WEIGHTS_FILE, description["weights"], kept, reads)
+    if origin is not None:
+        adapter._set_origin(origin)
+    adapter.accepted_sharers = frozenset(accepted)
     return adapter.to(device=device, dtype=dtype)
+
+
+def load_side(
+    kind: type[SharerSide],
+    directory: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    sharer: Any = None,
+) -> SharerSide:
+    """Read a sharer's half; see `SharerSide.from_pretrained`."""
+    folder = Path(directory)
+    path = folder / CONFIG_FILE
+    description = _description(path, SIDE_FORMAT, {"sharer": dict, "receiver": dict, "bottleneck": int, "origin": dict})
+    with _named(path):
+        try:
+            geometries = [CacheGeometry(**description[name]) for name in ("sharer", "receiver")]
+        except TypeError as error:
+            raise CheckpointError(str(path), expected="layers, kv_heads and head_dim", got=str(error)) from error
+    if description["bottleneck"] < 1:
+        raise CheckpointError(f"{path}: bottleneck", expected="1 or more", got=str(description["bottleneck"]))
+    kept, reads = _routing(path, description, *geometries)
+    origin = _origin(path, description["origin"])
+    _check_model("sharer", sharer, geometries[0], folder)
+    with torch.device("meta"):
+        side = kind(
+            *geometries,
+            bottleneck=description["bottleneck"],
+            receiver_layers=kept,
+            sharer_layers=reads,
+            adapter_digest=origin.adapter,
+        )
+    _fill(side, folder / SIDE_FILE, description["weights"], kept, reads)
+    side._set_origin(origin)
+    return side.to(device=device, dtype=dtype)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of a configuration, as errors of the file that holds it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except LCFError as error:
+        raise CheckpointError(f"{path}: {error.argument}", expected=error.expected, got=error.got) from error
+
+
+def _origin(path: Path, entry: Any) -> Origin:
+    parts = [entry.get(name) for name in ("adapter", "sharer")] if isinstance(entry, dict) else [None]
+    if not all(map(is_digest, parts)):
+        raise CheckpointError(f"{path}: origin", expected="the digests of both halves", got=repr(entry)[:80])
+    return Origin(*parts)
+
+
+def _check_model(name: str, model: Any, geometry: CacheGeometry, folder: Path) -> None:
+    if model is not None and (wanted := CacheGeometry.of(model)) != geometry:
+        raise GeometryError(name, expected=f"an adapter for {wanted}", got=f"{folder}, for {geometry}")
+
+
+def _fill(module: nn.Module, path: Path, entry: dict[str, Any], kept: tuple[int, ...], reads: tuple[int, ...]) -> None:
+    """Give a module on the meta device the weights of a file, once they are known to be its."""
+    tensors = _weights(path, entry)
+    _check_tensors(path, module, tensors, kept, reads)
+    module.load_state_dict(tensors, assign=True)
+    for parameter in module.parameters():
+        parameter.requires_grad_(True)
 
 
 def _read(path: Path) -> bytes:
@@ -105,37 +193,31 @@ def _read(path: Path) -> bytes:
         raise CheckpointError(str(path), expected="a readable file", got=error.strerror or str(error)) from error
 
 
-def _description(path: Path) -> dict[str, Any]:
+def _description(path: Path, form: str, fields: dict[str, type]) -> dict[str, Any]:
     data = _read(path)
     try:
         description = json.loads(data)
     except ValueError as error:  # no UTF-8, or no JSON
         raise CheckpointError(str(path), expected="JSON", got=str(error)) from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
+    if not isinstance(description, dict) or description.get("format") != form:
         got = repr(description.get("format")) if isinstance(description, dict) else type(description).__name__
-        raise CheckpointError(f"{path}: format", expected=repr(FORMAT), got=got)
+        raise CheckpointError(f"{path}: format", expected=repr(form), got=got)
     version = description.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version", expected=str(FORMAT_VERSION), got=repr(version))
-    for key, form in (
-        ("config", dict),
-        ("receiver_layers", list),
-        ("sharer_layers", list),
-        ("weights", dict),
-    ):
-        if not isinstance(description.get(key), form):
-            got = type(description.get(key)).__name__
-            raise CheckpointError(f"{path}: {key}", expected=f"a JSON {form.__name__}", got=got)
+    wanted = fields | {"receiver_layers": list, "sharer_layers": list, "weights": dict}
+    for key, kind in wanted.items():
+        value = description.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise CheckpointError(f"{path}: {key}", expected=f"a JSON {kind.__name__}", got=type(value).__name__)
     return description
 
 
-def _routing(path: Path, description: dict[str, Any]) -> tuple[LCFConfig, tuple[int, ...], tuple[int, ...]]:
-    try:
-        config = LCFConfig.from_dict(description["config"])
-    except LCFError as error:
-        raise CheckpointError(f"{path}: {error.argument}", expected=error.expected, got=error.got) from error
+def _routing(
+    path: Path, description: dict[str, Any], sharer: CacheGeometry, receiver: CacheGeometry
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     layers = []
-    for name, geometry in (("receiver_layers", config.receiver), ("sharer_layers", config.sharer)):
+    for name, geometry in (("receiver_layers", receiver), ("sharer_layers", sharer)):
         layers.append(tuple(description[name]))
         if not all(type(t) is int and 0 <= t < geometry.layers for t in layers[-1]):
             expected = f"layers in [0, {geometry.layers})"
@@ -145,7 +227,7 @@ def _routing(path: Path, description: dict[str, Any]) -> tuple[LCFConfig, tuple[
         raise CheckpointError(f"{path}: receiver_layers", expected="ascending layers", got=str(kept))
     if len(reads) != len(kept):
         raise CheckpointError(f"{path}: sharer_layers", expected=f"{len(kept)} layers", got=str(reads))
-    return config, kept, reads
+    return kept, reads
 
 
 def _weights(path: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
@@ -170,13 +252,13 @@ def _weights(path: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
 
 def _check_tensors(
     path: Path,
-    adapter: LatentCacheFlow,
+    module: nn.Module,
     tensors: dict[str, Tensor],
     kept: tuple[int, ...],
     reads: tuple[int, ...],
 ) -> None:
     """Names, shapes and dtypes are those of the configuration, and the routing that of ``config.json``."""
-    wanted = adapter.state_dict()
+    wanted = module.state_dict()
     if tensors.keys() != wanted.keys():
         raise CheckpointError(str(path), expected=f"tensors {', '.join(wanted)}", got=", ".join(sorted(tensors)))
     for name, meta in wanted.items():

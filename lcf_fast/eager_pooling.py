@@ -221,3 +221,36 @@ def pool_backward(
             d_value = weight[..., None] * grad_value[:, :, None]
             cache_grads.append((d_key.to(key.dtype), d_value.to(key.dtype)))
     return torch.stack(span_grads), torch.stack(global_grads), cache_grads
+
+
+@torch.no_grad()
+def span_weights(
+    caches: Sequence[Pair],
+    span_query: Tensor,
+    global_query: Tensor,
+    span_offsets: Tensor,
+    attention_mask: Tensor | None,
+) -> Tensor:
+    """What each span weighs in the summary: ``b_p`` of the cross-span softmax, ``(L, B, H, T·P)``; for inspection."""
+    key = caches[0][0]
+    _, heads, length, dim = key.shape
+    dtype = accumulation_dtype(key.dtype)
+    offsets, mask = with_tracks(span_offsets, attention_mask)
+    tracks, ranges = offsets.shape[1], offsets.shape[2] - 1
+    span = span_of_token(offsets, mask, length)
+    spans = tracks * ranges
+    outside = (span == ranges).all(1)[:, None, :, None]
+    span = torch.where(span < ranges, span + torch.arange(tracks, device=key.device)[:, None] * ranges, spans)
+    index = span.flatten(1)[:, None].expand(-1, heads, -1)
+    shape = (len(key), heads, spans + 1)
+    found = []
+    for layer, (keys, _) in enumerate(caches):
+        queries = torch.stack([span_query[layer], global_query[layer]], 1).to(dtype) * dim**-0.5
+        scores = keys.to(dtype).masked_fill(outside, 0.0) @ queries.mT
+        local, other = (x.tile(tracks) for x in scores.unbind(-1))
+        peak = local.new_full(shape, -torch.inf).scatter_reduce_(2, index, local, "amax")
+        weight = (local - peak.gather(2, index)).exp().masked_fill(index == spans, 0.0)
+        total = torch.zeros_like(peak).scatter_add_(2, index, weight)
+        score = torch.zeros_like(peak).scatter_add_(2, index, weight * other) / total
+        found.append(score.masked_fill(total == 0, -torch.inf)[..., :spans].softmax(2))
+    return torch.stack(found)

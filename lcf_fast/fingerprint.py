@@ -48,7 +48,7 @@ def digest_of(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         hashed.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        hashed.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()[:DIGITS]
 
 

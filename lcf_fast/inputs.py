@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 
 from .checks import check_index, check_mask, check_offsets
-from .errors import DeviceError, DTypeError, LCFError, SpanError
+from .errors import DeviceError, DTypeError, LCFError, ShapeError, SpanError
+from .spans import Spans
 
-__all__ = ["check_device", "hide_padding", "known_length", "real_tokens", "span_offsets"]
+__all__ = [
+    "check_device",
+    "hide_padding",
+    "host_spans",
+    "known_length",
+    "real_tokens",
+    "span_offsets",
+    "without_gaps",
+]
 
 
 def check_device(name: str, tensor: Tensor, other: Any, whose: str = "the receiver's cache") -> None:
@@ -49,23 +58,53 @@ def hide_padding(sharer_index: Any, visible: Tensor, key: Tensor) -> Tensor:
     return rows.masked_fill(~shown, -1)
 
 
-def span_offsets(spans: Any, key: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """``(B, P+1)`` int32 on the device of ``key (B, H, N, D)``; what lies on the host is checked there.
+def span_offsets(spans: Any, key: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What the ops take: int32 offsets and the mask of tokens to pool, on the device of ``key (B, H, N, D)``.
 
-    ``spans`` as `LatentCacheFlow.summarize` takes them: a tensor, a list of lists, or None.
+    ``spans`` as `LatentCacheFlow.summarize` takes them: `Spans`, a tensor, a list of lists, or None. What lies on the
+    host is checked there.
     """
     batch, length = key.shape[0], key.shape[2]
+    mask = attention_mask
     if spans is None:
         # Made on the device: a copy from the host would not do in a CUDA graph.
         spans = (torch.arange(2, device=key.device, dtype=torch.int32) * length).repeat(batch, 1)
+    elif isinstance(spans, Spans):
+        mask = without_gaps(spans, key, attention_mask)
+        spans = spans.offsets if spans.tracks > 1 else spans.offsets[:, 0]
     elif not isinstance(spans, Tensor):
         spans = _padded(spans)
     try:
-        check_offsets(spans, batch, length, attention_mask)
+        check_offsets(spans, batch, length, mask)
     except LCFError as error:
         raise type(error)("spans", expected=error.expected, got=error.got) from None
-    offsets: Tensor = spans.to(key.device, torch.int32, non_blocking=True)
-    return offsets
+    return spans.to(key.device, torch.int32, non_blocking=True), mask
+
+
+def without_gaps(spans: Spans, key: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """``attention_mask`` less the tokens between spans: ``(B, T, N)`` where there are gaps, else as it is."""
+    if spans.batch != key.shape[0]:
+        raise ShapeError("spans", expected=f"spans of {key.shape[0]} items", got=f"of {spans.batch}")
+    if spans.is_span is None:
+        return attention_mask
+    inside = spans.to_mask(key.shape[2]).to(key.device, non_blocking=True)
+    return inside if attention_mask is None else inside & attention_mask[:, None]
+
+
+def host_spans(spans: Any, key: Tensor) -> Spans:
+    """``spans`` in any of their forms as `Spans`, for a piece ``key (B, H, N, D)`` of a context."""
+    batch, length = key.shape[0], key.shape[2]
+    if isinstance(spans, Spans):
+        return spans
+    if spans is None:
+        return Spans(torch.tensor([0, length], dtype=torch.int32).repeat(batch, 1, 1))
+    given = Spans.given(spans.cpu() if isinstance(spans, Tensor) else spans)
+    if given.batch != batch:
+        raise ShapeError("spans", expected=f"spans of {batch} items", got=f"of {given.batch}")
+    if int(given.offsets.max()) > length:
+        expected = f"offsets within [0, {length}] (Spans.piece marks those that go on)"
+        raise SpanError("spans", expected=expected, got=f"values up to {int(given.offsets.max())}")
+    return given
 
 
 def _padded(spans: Any) -> Tensor:

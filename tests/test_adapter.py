@@ -243,7 +243,7 @@ def test_the_configured_epsilon_is_used(cross_context: bool) -> None:
     adapter = make_adapter(cross_context, norm_eps=0.5)
     if cross_context:
         message = adapter.summarize(sharer)
-        expected = expected_of(adapter, receiver, message=message.latent.double())
+        expected = expected_of(adapter, receiver, message=message.tensors["latent"].double())
         assert_close(adapter.inject(receiver, message), expected)
     else:
         assert_close(adapter.fuse(sharer, receiver), expected_of(adapter, receiver, sharer=sharer))
@@ -256,7 +256,7 @@ def test_empty_inputs_give_empty_results(batch: int, length: int, cross_context:
     adapter = make_adapter(cross_context)
     if cross_context:
         message = adapter.summarize(sharer)
-        assert message.latent.shape == (5, batch, 64)
+        assert message.tensors["latent"].shape == (5, batch, 64)
         out, same = adapter.inject(receiver, message), adapter.inject_(receiver, message)
     else:
         out, same = adapter.fuse(sharer, receiver), adapter.fuse_(sharer, receiver)
@@ -332,13 +332,13 @@ def test_summarize_is_the_reference(spans: str, padded: bool, device: torch.devi
     latent, summary = reference.summarize_layers(
         [double[s] for s in (0, 0, 1, 2)], weights, torch.tensor(offsets, device=device), attention_mask=mask
     )
-    assert message.latent.shape == (4, 2, 64)
-    assert message.latent.dtype == torch.float32
+    assert message.tensors["latent"].shape == (4, 2, 64)
+    assert message.tensors["latent"].dtype == torch.float32
     assert message.summary is not None
     assert message.summary.shape == (4, 2, 2, 2, 16)
     assert message.receiver_layers == (0, 2, 3, 4)
     assert message.spans == len(offsets[0]) - 1
-    torch.testing.assert_close(message.latent.double(), latent, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(message.tensors["latent"].double(), latent, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(message.summary.double(), summary, rtol=1e-5, atol=1e-5)
 
 
@@ -351,8 +351,8 @@ def test_a_message_says_its_size_and_moves() -> None:
     assert (half.nbytes, half.spans, half.receiver_layers) == (7168, 5, tuple(range(28)))  # spec section 4
     assert half.summary is not None
     assert half.summary.nbytes == 2 * 28 * 2 * pair.channels == 114_688
-    assert message.to(device="meta").latent.is_meta
-    assert message.to("meta", torch.float16).latent.dtype == torch.float16
+    assert message.to(device="meta").tensors["latent"].is_meta
+    assert message.to("meta", torch.float16).tensors["latent"].dtype == torch.float16
     with pytest.raises(AttributeError):
         message.spans = 3  # type: ignore[misc]
 
@@ -377,7 +377,9 @@ def test_inject_is_the_reference(positions: tuple[int, int] | None, shared: bool
     weights = {name: p.double() for name, p in adapter.named_parameters()}
     expected = reference.fuse_layers(pooled, to_double(receiver), weights, edit_mask=edited)  # type: ignore[arg-type]
     assert_close(injected, expected)
-    expected = expected_of(adapter, receiver, message=message.latent.double().expand(5, 2, 64), edit_mask=edited)
+    expected = expected_of(
+        adapter, receiver, message=message.tensors["latent"].double().expand(5, 2, 64), edit_mask=edited
+    )
     assert_close(injected, expected)
 
     assert injected[3][0] is receiver[3][0]

@@ -113,9 +113,9 @@ def test_message_of_the_published_pair_keeps_the_error_budget(width: int) -> Non
     message = adapter.summarize(sharer, spans)
     latent64, _ = reference.summarize_layers(to_double(sharer), double(weights), spans)
     plain, _ = reference.summarize_layers(sharer, weights, spans)
-    assert_within_budget(message.latent, latent64, plain.to(message.latent.dtype))
+    assert_within_budget(message.tensors["latent"], latent64, plain.to(message.tensors["latent"].dtype))
     # From one message on both sides: the pooling's error has been judged above.
-    latent = message.latent
+    latent = message.tensors["latent"]
     truth = reference.fuse_layers(None, to_double(receiver), double(weights), message=latent.double())
     naive = reference.fuse_layers(None, receiver, weights, message=latent)
     assert_cache_within_budget(adapter.inject(receiver, message), truth, naive)
@@ -293,7 +293,7 @@ def test_results_are_bitwise_the_same_every_time() -> None:
     sharer = make_cache(PUBLISHED_SHARER, 2, 517, dtype=torch.bfloat16, device="cuda")
     receiver = make_cache(PUBLISHED_RECEIVER, 2, 517, dtype=torch.bfloat16, device="cuda")
     fused = adapter.fuse(sharer, receiver)
-    latent = crossing.summarize(receiver, None).latent
+    latent = crossing.summarize(receiver, None).tensors["latent"]
     for _ in range(5):
         assert_same_cache(adapter.fuse(sharer, receiver), fused)
-        assert torch.equal(crossing.summarize(receiver, None).latent, latent)
+        assert torch.equal(crossing.summarize(receiver, None).tensors["latent"], latent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -10,20 +11,22 @@ from torch import Tensor
 
 from helpers import ADVERSARIES, Adversary, Geometry, Pair, assert_within_budget, make_cache
 from lcf_fast import eager_pooling, library_pooling, reference, use_backend
+from lcf_fast.backends import Backend
 from lcf_fast.kernels import pooling, pooling_backward
 from lcf_fast.kernels.pooling_policy import PoolingConfig
 
 #: Closed form and autograd round at other places; a gradient of a softmax is a difference of near equals.
 BUDGET = 6.0
 SMALL = PoolingConfig(block_tokens=16, group_spans=4, num_warps=4, merge_chunks=4, merge_warps=4)
-BACK_ENDS = ("triton", "eager")
+BACK_ENDS: tuple[Backend, ...] = ("triton", "eager")
 
 
 @pytest.fixture(params=BACK_ENDS)
-def back_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def back_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     monkeypatch.setattr(pooling, "pooling_config", lambda *_: SMALL)
     monkeypatch.setattr(pooling_backward, "WALK", 16)
-    return str(request.param)
+    name: Backend = request.param
+    return name
 
 
 def gradients(
@@ -32,7 +35,7 @@ def gradients(
     """Autograd of the reference in ``dtype``: of the queries, then the caches."""
     leaves = [q.to(dtype).requires_grad_() for q in queries]
     leaves += [tensor.to(dtype).requires_grad_() for pair in cache for tensor in pair]
-    pooled = []
+    pooled: list[Tensor] = []
     for i in range(len(cache)):
         key, value = leaves[2 + 2 * i : 4 + 2 * i]
         pooled += reference.attention_pool(key, value, leaves[0][i], leaves[1][i], offsets, attention_mask=mask)
@@ -41,7 +44,12 @@ def gradients(
 
 
 def check(
-    back_end: str, cache: list[Pair], queries: Pair, offsets: Tensor, mask: Tensor | None, generator: torch.Generator
+    back_end: Backend,
+    cache: list[Pair],
+    queries: Pair,
+    offsets: Tensor,
+    mask: Tensor | None,
+    generator: torch.Generator,
 ) -> list[Tensor]:
     key = cache[0][0]
     batch, heads, _, dim = key.shape
@@ -75,14 +83,14 @@ SPANS = {
 
 
 @pytest.mark.parametrize("name", SPANS)
-def test_spans(name: str, back_end: str, device: torch.device, generator: torch.Generator) -> None:
+def test_spans(name: str, back_end: Backend, device: torch.device, generator: torch.Generator) -> None:
     cache, queries = inputs(1, 1, 1, 70, generator, device=device)
     check(back_end, cache, queries, torch.tensor([SPANS[name]], device=device), None, generator)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_ragged_padded_layers(
-    dtype: torch.dtype, back_end: str, device: torch.device, generator: torch.Generator
+    dtype: torch.dtype, back_end: Backend, device: torch.device, generator: torch.Generator
 ) -> None:
     """Two layers that lie differently, two heads, padding that holds NaN, a batch of other spans."""
     cache, queries = inputs(2, 2, 2, 40, generator, device=device, dtype=dtype)
@@ -106,7 +114,7 @@ def test_ragged_padded_layers(
 
 
 @pytest.mark.parametrize("adversary", ADVERSARIES)
-def test_adversary(adversary: Adversary, back_end: str, device: torch.device, generator: torch.Generator) -> None:
+def test_adversary(adversary: Adversary, back_end: Backend, device: torch.device, generator: torch.Generator) -> None:
     if adversary in ("all_equal", "zeros"):
         # Every gradient of the queries is exactly zero, and plain torch's rounding is no budget.
         cache, queries = inputs(1, 1, 1, 40, generator, device=device, adversary=adversary)
@@ -120,7 +128,7 @@ def test_adversary(adversary: Adversary, back_end: str, device: torch.device, ge
     check(back_end, cache, queries, torch.tensor([[0, 9, 40]], device=device), None, generator)
 
 
-def test_run_to_run(back_end: str, device: torch.device, generator: torch.Generator) -> None:
+def test_run_to_run(back_end: Backend, device: torch.device, generator: torch.Generator) -> None:
     cache, queries = inputs(1, 2, 2, 100, generator, device=device, dtype=torch.float16)
     offsets = torch.tensor([[[0, 30, 100], [10, 50, 90]]] * 2, device=device)
     grad = torch.randn(1, 2, 2, 2, 16, generator=generator).to(device)
@@ -152,12 +160,17 @@ def test_gradcheck_of_the_closed_form(generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_caches_get_a_gradient_only_if_asked(
-    back_end: str, device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    back_end: Backend, device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module: ModuleType = eager_pooling if back_end == "eager" else pooling_backward
     asked: list[bool] = []
     original = module.pool_backward
-    monkeypatch.setattr(module, "pool_backward", lambda *a: asked.append(a[-1]) or original(*a))
+
+    def spy(*arguments: Any) -> Any:
+        asked.append(arguments[-1])
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "pool_backward", spy)
     cache, (span_query, global_query) = inputs(1, 1, 1, 20, generator, device=device)
     key, value = cache[0]
     offsets = torch.tensor([[0, 20]], dtype=torch.int32, device=device)

@@ -170,7 +170,8 @@ def test_back_ends_agree_on_the_state(device: torch.device, generator: torch.Gen
     torch.testing.assert_close(triton[1][..., parts][..., 1::2], eager[1][..., parts][..., 1::2])
     torch.testing.assert_close(triton[0] * present[..., None, None], eager[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
-        pooling.finish_ranges(*eager, queries[1]), eager_ranges.finish_ranges(*triton, queries[1])
+        pooling.finish_ranges(eager[0], eager[1], queries[1]),
+        eager_ranges.finish_ranges(triton[0], triton[1], queries[1]),
     )
 
 
@@ -184,12 +185,13 @@ def test_overlap_at_once(dtype: torch.dtype, device: torch.device, generator: to
     mask = torch.ones(2, 2, 150, dtype=torch.bool, device=device)
     mask[0, 1, 90:100] = False
     mask[1, :, 140:] = False
-    arguments = (key, value, span_query[0].to(dtype), global_query[0].to(dtype), offsets)
-    plain = reference.attention_pool(*arguments, attention_mask=mask)
-    truth = reference.attention_pool(*(x.double() for x in arguments[:4]), offsets, attention_mask=mask)
+    query = span_query[0].to(dtype), global_query[0].to(dtype)
+    plain = reference.attention_pool(key, value, *query, offsets, attention_mask=mask)
+    double = query[0].double(), query[1].double()
+    truth = reference.attention_pool(key.double(), value.double(), *double, offsets, attention_mask=mask)
     for got in (
-        pooling.attention_pool(*arguments, mask),
-        eager_pooling.attention_pool(*arguments, attention_mask=mask),
+        pooling.attention_pool(key, value, query[0], query[1], offsets, mask),
+        eager_pooling.attention_pool(key, value, query[0], query[1], offsets, attention_mask=mask),
     ):
         for ours, exact, same_dtype in zip(got, truth, plain):
             assert_within_budget(ours, exact, same_dtype, FLOAT32_BUDGET if dtype == torch.float32 else 2.0)

@@ -1,0 +1,461 @@
+"""The sharer's half of LCF-X: it reads the sharer's cache and makes messages (spec, section 4).
+
+`Summarizes` is what an adapter and a `SharerSide` have in common: pool at once, or piece by piece, or on several
+devices. A `SharerSide` is that half alone, for the process of the sharer, or for one more sharer of a receiver.
+
+**Several sharers, one receiver.** The latent is ``c = b + Σ_i W_i s_i``: the sharers' parts add up. Each sharer model
+has its own `SharerSide` (queries and ``W_i``); the receiver keeps one adapter. To add a sharer to a trained adapter,
+make ``side = SharerSide.for_receiver(adapter, geometry)``, freeze the adapter, and train ``side`` with the usual loss
+through ``adapter.inject(cache, side.summarize(...))``: gradients reach it through the message. Then save it, and let
+the receiver take its messages with ``adapter.accept_sharer(side)``, which is saved with the adapter. Sides may be
+trained together as well, alone or in sums. A side is stored as a folder of its own: it names the receiver's half that
+it was trained for by its digest, and holds a copy of that half's ``b``, so that each message is a complete ``c``.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import ops_pooling as ops
+from .caches import Pair, cache_layers, check_pairs
+from .config import CacheGeometry, layer_map
+from .eager_pooling import span_weights as weights_of_spans
+from .errors import DTypeError, LCFError, MessageError
+from .fingerprint import Origin, sharer_digest
+from .growing import GrowingMessage, PartialPool, merged
+from .inputs import check_device, host_spans, known_length, real_tokens, span_offsets, without_gaps
+from .message import Message
+from .spans import Spans
+
+if TYPE_CHECKING:
+    from .adapter import LatentCacheFlow
+
+__all__ = ["Pending", "SharerSide", "Summarizes"]
+
+#: Parameters with their numbers of changes: equal stamps, equal weights.
+Stamp = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """The origin of a message, not looked up yet: a digest reads all weights, which most messages never need."""
+
+    maker: Summarizes
+    stamp: Stamp
+
+    def __call__(self) -> Origin:
+        if self.maker._stamp() != self.stamp:
+            raise MessageError(
+                "message.origin",
+                expected="the weights that made the message (read `message.origin` before they change)",
+                got="weights that have changed since",
+            )
+        return self.maker.origin
+
+    def writes_to(self, adapter: Any) -> bool:
+        """Whether the message was made in this process by that adapter, or by a side made of it."""
+        return self.maker is adapter or self.maker._receiver() is adapter
+
+
+class Summarizes:
+    """What reads a sharer's cache: mixed into `LatentCacheFlow` and `SharerSide`."""
+
+    _kept: tuple[int, ...]
+    _reads: tuple[int, ...]
+    _known_origin: tuple[Stamp, list[Tensor], Origin] | None = None
+
+    @property
+    def sharer_geometry(self) -> CacheGeometry:
+        raise AttributeError("sharer_geometry")
+
+    @property
+    def receiver_geometry(self) -> CacheGeometry:
+        raise AttributeError("receiver_geometry")
+
+    def _weights(self) -> Mapping[str, Tensor]:
+        raise AttributeError("_weights")
+
+    def _make_origin(self) -> Origin:
+        raise AttributeError("_make_origin")
+
+    def _check_cross_context(self, method: str) -> None:
+        """Refuse where there is no sharer's half."""
+
+    def _receiver(self) -> Any:
+        """The adapter in this process that this is a half of, if any."""
+        return None
+
+    # --- identity
+
+    @property
+    def origin(self) -> Origin:
+        """Digests of both halves, of the weights as made or loaded: casting or moving them does not change it.
+
+        Computed when first asked, and again when a weight changes in place; reads all weights then.
+        """
+        self._check_cross_context("tell the origin of messages")
+        stamp, known = self._stamp(), self._known_origin
+        if known is None or known[0] != stamp or _is_inference(known[1]):
+            known = (stamp, list(self._weights().values()), self._make_origin())
+            self._known_origin = known
+        return known[2]
+
+    def _stamp(self) -> Stamp:
+        weights = self._weights().values()
+        return tuple((id(weight), -1 if weight.is_inference() else weight._version) for weight in weights)
+
+    def _set_origin(self, origin: Origin) -> None:
+        """The weights now held are those of ``origin``, in whatever dtype."""
+        self._known_origin = (self._stamp(), list(self._weights().values()), origin)
+
+    def _pending(self) -> Pending | None:
+        return None if torch.compiler.is_compiling() else Pending(self, self._stamp())
+
+    # --- at once
+
+    def summarize(
+        self,
+        sharer_cache: Any,
+        spans: Spans | Tensor | Sequence[Sequence[int]] | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        span_weights: bool = False,
+    ) -> Message:
+        """Pool the sharer's cache to a message of fixed size (LCF-X; spec, section 4).
+
+        Args:
+            sharer_cache: a cache of the sharer, ``(B, Hs, M, Ds)`` a layer.
+            spans: :class:`~lcf_fast.spans.Spans`, which may overlap; or ``(B, P+1)`` int offsets, non-decreasing,
+                span ``p`` being tokens ``[spans[b, p], spans[b, p+1])``; an empty span weighs nothing. Or a list of
+                such lists, whose rows may differ in length. None: one span over each row's valid tokens.
+            attention_mask: ``(B, M)`` as transformers has it; padding is not pooled.
+            span_weights: whether the message tells what each span weighs in it, for inspection; that costs another
+                pass over the keys.
+
+        Returns:
+            A :class:`Message` with ``latent (L, B, d)`` and ``summary (L, 2, B, Hs, Ds)``.
+
+        Raises:
+            SpanError: offsets that decrease or leave the sequence, or a row without a token to pool.
+            GeometryError, ShapeError, DTypeError, DeviceError: naming the argument, before anything is computed.
+        """
+        self._check_cross_context("summarize")
+        sharer, mask = self._read(sharer_cache, attention_mask)
+        key = sharer[0][0]
+        offsets, pooled = span_offsets(spans, key, mask)
+        layers = [sharer[s] for s in self._reads]
+        try:
+            latent, summary = ops.summarize_layers(layers, self._weights(), offsets, attention_mask=pooled)
+        except LCFError:
+            check_pairs(sharer, "sharer_cache", self.sharer_geometry)
+            raise
+        count = max(spans.counts, default=0) if isinstance(spans, Spans) else offsets.shape[-1] - 1
+        message = self._message(latent, summary, count)
+        if span_weights:
+            queries = self._weights()["span_query"], self._weights()["global_query"]
+            found = weights_of_spans(layers, *queries, offsets, pooled)
+            shares = _in_order(found, spans) if isinstance(spans, Spans) else found
+            object.__setattr__(message, "span_weights", shares)
+        return message
+
+    def _message(self, latent: Tensor, summary: Tensor, spans: int) -> Message:
+        return Message(
+            latent=latent,
+            receiver_layers=self._kept,
+            spans=spans,
+            summary=summary,
+            sharer=self.sharer_geometry,
+            receiver=self.receiver_geometry,
+            made_by=self._pending(),
+        )
+
+    def _read(self, sharer_cache: Any, attention_mask: Tensor | None) -> tuple[list[Pair], Tensor | None]:
+        """The cache's layers, and the mask as bool. All layers are looked at by the ops, or when something is wrong."""
+        sharer = self._sharer_layers(sharer_cache, attention_mask)
+        self._check_device("sharer_cache", sharer[0][0])
+        return sharer, real_tokens("attention_mask", attention_mask, sharer[0][0])
+
+    def _sharer_layers(self, cache: Any, *lengths: Tensor | None) -> list[Pair]:
+        return cache_layers(
+            cache,
+            name="sharer_cache",
+            geometry=self.sharer_geometry,
+            length=known_length(*lengths),
+            every_layer=False,
+        )
+
+    def _check_device(self, name: str, key: Tensor) -> None:
+        check_device(name, key, next(iter(self._weights().values())), "the adapter")
+
+    # --- in pieces
+
+    def begin(self) -> GrowingMessage:
+        """A message whose context comes in pieces: ``begin()``, ``extend(cache_piece)`` ..., ``finish()``."""
+        self._check_cross_context("begin a message")
+        return GrowingMessage(self)
+
+    def pool(
+        self,
+        cache_piece: Any,
+        spans: Spans | Tensor | Sequence[Sequence[int]] | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+    ) -> PartialPool:
+        """Pool a piece of a context to a state of fixed size, that merges with its neighbours'. For inference.
+
+        Args:
+            cache_piece: as in :meth:`summarize`: the cache of the piece's tokens alone. A piece may be empty.
+            spans: as in :meth:`summarize`, counted from the piece's first token. ``Spans.piece`` cuts a whole
+                context's spans so that those which cross the piece's ends are known as such; given otherwise, spans
+                begin and end within the piece.
+            attention_mask: ``(B, M)``, of the piece.
+
+        Raises: as :meth:`summarize`, but a row may have no token.
+        """
+        self._check_cross_context("pool")
+        sharer, mask = self._read(cache_piece, attention_mask)
+        key = sharer[0][0]
+        given = host_spans(spans, key)
+        return self._pool(sharer, given, without_gaps(given, key, mask))
+
+    def _pool(self, sharer: list[Pair], spans: Spans, mask: Tensor | None) -> PartialPool:
+        """``mask``: of tokens to pool, ``(B, M)`` or ``(B, T, M)``."""
+        key = sharer[0][0]
+        offsets = spans.offsets if spans.tracks > 1 else spans.offsets[:, 0]
+        if mask is not None and mask.dim() == 3 and spans.tracks == 1:
+            mask = mask[:, 0]
+        try:
+            states, stats = ops.pool_range(
+                [sharer[s] for s in self._reads], self._weights(), offsets.to(key.device), attention_mask=mask
+            )
+        except LCFError:
+            check_pairs(sharer, "cache_piece", self.sharer_geometry)
+            raise
+        begun = [sum(0 <= start < key.shape[2] for start, _ in row) for row in spans.bounds()]
+        return PartialPool(states, stats, spans=tuple(begun), tokens=key.shape[2])
+
+    def merge(self, parts: Sequence[PartialPool]) -> PartialPool:
+        """Partial pools of neighbouring pieces as one, exactly and in any grouping.
+
+        Args:
+            parts: in the order of the tokens, on one device (`PartialPool.to` moves them).
+
+        Raises:
+            ShapeError, DTypeError, DeviceError, SpanError: parts that do not fit each other, or none.
+        """
+        self._check_cross_context("merge")
+        return merged(parts, self._weights()["global_query"])
+
+    def finish(self, pool: PartialPool) -> Message:
+        """The message of a whole context; spans that are still open end here. The pool stays as it is.
+
+        Raises:
+            SpanError: a row that never had a token to pool.
+        """
+        self._check_cross_context("finish")
+        if not isinstance(pool, PartialPool):
+            raise DTypeError("pool", expected="a PartialPool", got=type(pool).__name__)
+        self._check_device("pool", pool.states)
+        pool.check_rows()
+        summary = ops.finish_ranges(pool.states, pool.stats, self._weights()["global_query"])
+        with torch.no_grad():
+            latent = ops.fold_summary(summary, self._weights())
+        return self._message(latent, summary, max(1, *pool.spans))
+
+
+class SharerSide(Summarizes, nn.Module):
+    """The sharer's half of an LCF-X adapter by itself: it summarizes, and somebody else's adapter injects.
+
+    Make one :meth:`of` an adapter (its own half, a copy: bitwise the same messages), or one :meth:`for_receiver`, with
+    fresh weights, for another sharer model of the same receiver.
+
+    Attributes:
+        span_query, global_query: ``(L, Hs, Ds)``, parameters. down_weight: ``(L, d, 2Cs)``, parameter: ``W_i``.
+        down_bias: ``(L, d)``, a buffer: the receiver's ``b``. receiver_layers, sharer_layers: ``(L,)`` buffers.
+        adapter_digest: digest of the receiver's half that it writes to.
+    """
+
+    span_query: nn.Parameter
+    global_query: nn.Parameter
+    down_weight: nn.Parameter
+    down_bias: Tensor
+    receiver_layers: Tensor
+    sharer_layers: Tensor
+
+    def __init__(
+        self,
+        sharer: CacheGeometry,
+        receiver: CacheGeometry,
+        *,
+        bottleneck: int,
+        receiver_layers: Sequence[int],
+        sharer_layers: Sequence[int],
+        adapter_digest: str = "",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self._sharer, self._to = sharer, receiver
+        self._kept, self._reads = tuple(receiver_layers), tuple(sharer_layers)
+        self._digest = adapter_digest
+        self._adapter: weakref.ref[LatentCacheFlow] | None = None
+        layers = len(self._kept)
+        query = (layers, sharer.kv_heads, sharer.head_dim)
+        for name, shape in (
+            ("span_query", query),
+            ("global_query", query),
+            ("down_weight", (layers, bottleneck, 2 * sharer.channels)),
+        ):
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.register_buffer("down_bias", torch.zeros(layers, bottleneck, device=device, dtype=dtype))
+        for name, listed in (("receiver_layers", self._kept), ("sharer_layers", self._reads)):
+            self.register_buffer(name, torch.tensor(listed, dtype=torch.int64, device=device))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fresh queries and ``W_i``, drawn as an adapter's are; ``b`` stays."""
+        self.span_query.normal_(std=0.02)
+        self.global_query.normal_(std=0.02)
+        bound = 1 / math.sqrt(2 * self._sharer.channels + 2 * self._to.channels)
+        self.down_weight.uniform_(-bound, bound)
+
+    @classmethod
+    def of(cls, adapter: LatentCacheFlow) -> SharerSide:
+        """An adapter's own half, on its device and in its dtype. A copy: training one leaves the other."""
+        config = adapter.config
+        side = cls._empty(adapter, config.sharer, adapter._reads)
+        weights = adapter._weights()
+        with torch.no_grad():
+            side.span_query.copy_(weights["span_query"])
+            side.global_query.copy_(weights["global_query"])
+            side.down_weight.copy_(weights["down_weight"][:, :, : 2 * config.sharer.channels])
+        side._set_origin(adapter.origin)
+        return side
+
+    @classmethod
+    def for_receiver(
+        cls,
+        adapter: LatentCacheFlow,
+        sharer: CacheGeometry,
+        *,
+        layers: str | Iterable[int] = "last_aligned",
+    ) -> SharerSide:
+        """A fresh half for one more sharer of a receiver.
+
+        Args:
+            adapter: the receiver's, LCF-X.
+            sharer: geometry of the new sharer's cache.
+            layers: the layer map, receiver layer to sharer layer, as ``LCFConfig.layer_map``.
+
+        Raises:
+            GeometryError, DTypeError, IndexRangeError: an LCF adapter, or a map that does not fit.
+        """
+        adapter._check_cross_context("add a sharer to")
+        mapped = layer_map(layers, sharer.layers, adapter.config.receiver.layers)
+        return cls._empty(adapter, sharer, [mapped[t] for t in adapter._kept])
+
+    @classmethod
+    def _empty(cls, adapter: LatentCacheFlow, sharer: CacheGeometry, reads: Sequence[int]) -> SharerSide:
+        bias = adapter.get_parameter("down_bias")
+        side = cls(
+            sharer,
+            adapter.config.receiver,
+            bottleneck=adapter.config.bottleneck,
+            receiver_layers=adapter._kept,
+            sharer_layers=reads,
+            device=bias.device,
+            dtype=bias.dtype,
+        )
+        with torch.no_grad():
+            side.down_bias.copy_(bias)
+        side._adapter = weakref.ref(adapter)
+        return side
+
+    @property
+    def sharer_geometry(self) -> CacheGeometry:
+        return self._sharer
+
+    @property
+    def receiver_geometry(self) -> CacheGeometry:
+        return self._to
+
+    @property
+    def adapter_digest(self) -> str:
+        adapter = self._receiver()
+        # Asked of the adapter itself as long as it is there: it may be in training, too.
+        return self._digest if adapter is None else cast(str, adapter.origin.adapter)
+
+    def _receiver(self) -> Any:
+        return None if self._adapter is None else self._adapter()
+
+    def _weights(self) -> Mapping[str, Tensor]:
+        named = cast("dict[str, Tensor]", dict(self._parameters))
+        named["down_bias"] = self.down_bias
+        return named
+
+    def _make_origin(self) -> Origin:
+        digest = sharer_digest(self._sharer, self._kept, self._reads, self._weights())
+        return Origin(self.adapter_digest, digest)
+
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+        """Write ``config.json`` and ``sharer.safetensors`` to a folder, each whole or not at all."""
+        from .checkpoint import save_side
+
+        save_side(self, directory)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        sharer: Any = None,
+    ) -> SharerSide:
+        """Read what :meth:`save_pretrained` wrote.
+
+        Args:
+            directory: the folder.
+            device, dtype: of the parameters; None: the CPU, as saved.
+            sharer: the model it is meant for (or its config, or a CacheGeometry), to be checked.
+
+        Raises:
+            CheckpointError: missing, damaged, or of an unknown version. GeometryError: not for this model.
+        """
+        from .checkpoint import load_side
+
+        return load_side(cls, directory, device=device, dtype=dtype, sharer=sharer)
+
+    def extra_repr(self) -> str:
+        sides = (f"{g.layers}x{g.kv_heads}x{g.head_dim}" for g in (self._sharer, self._to))
+        return f"{' -> '.join(sides)}, bottleneck={self.down_weight.shape[1]}, layers={self._kept}"
+
+
+def _is_inference(weights: Iterable[Tensor]) -> bool:
+    """Whether changes of some weight go uncounted."""
+    return any(weight.is_inference() for weight in weights)
+
+
+def _in_order(shares: Tensor, spans: Spans) -> Tensor:
+    """Shares ``(L, B, H, T·P)`` of all ranges as ``(L, B, H, P')`` in the order of ``spans.bounds()``, zeros after."""
+    ranges = spans.offsets.shape[2] - 1
+    places = spans.places()
+    width = max(1, *(len(row) for row in places))
+    index = torch.zeros(len(places), width, dtype=torch.int64)
+    there = torch.zeros(len(places), width, dtype=torch.bool)
+    for b, row in enumerate(places):
+        index[b, : len(row)] = torch.tensor([track * ranges + p for track, p in row], dtype=torch.int64)
+        there[b, : len(row)] = True
+    index, there = index.to(shares.device), there.to(shares.device)
+    wide = (*shares.shape[:3], width)
+    found = shares.gather(3, index[None, :, None].expand(wide))
+    return found.masked_fill(~there[None, :, None], 0.0)
