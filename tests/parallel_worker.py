@@ -1,0 +1,93 @@
+"""One rank of tests/test_parallel.py: ``python parallel_worker.py RANK RANKS FOLDER``. Pools its share of each case."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from adapters import SHARER, make_adapter
+from safetensors.torch import save_file
+from torch import Tensor
+
+from helpers import Pair, make_cache
+from lcf_fast import CacheGeometry
+from lcf_fast.errors import LCFError
+from lcf_fast.parallel import summarize_parallel
+from lcf_fast.spans import Spans, windows
+
+#: By name: batch, tokens, spans, shares of the ranks in per cent, whether rows are padded.
+CASES: dict[str, tuple[int, int, Any, tuple[int, ...], bool]] = {
+    "one_span": (1, 60, None, (50, 50, 0), False),
+    "ragged": (2, 61, Spans.given([[(0, 7), (7, 40), (40, 61)], [(5, 59)]]), (30, 50, 20), True),
+    "overlapping": (1, 200, windows(200, 50, 30), (10, 41, 49), False),
+    "offsets": (2, 40, [[0, 13, 40], [0, 39]], (100, 0, 0), False),
+    "long": (1, 100_000, [[0, 1, 37_000, 37_001, 90_000, 100_000]], (37, 23, 40), False),
+}
+
+
+def case_inputs(name: str) -> tuple[list[Pair], Any, Tensor | None]:
+    """The whole context of a case: the sharer's cache, spans, mask."""
+    batch, tokens, spans, _, padded = CASES[name]
+    geometry = CacheGeometry(SHARER.layers, SHARER.kv_heads, SHARER.head_dim)
+    cache = make_cache(geometry, batch, tokens, generator=torch.Generator().manual_seed(tokens))
+    mask = None
+    if padded:
+        mask = torch.ones(batch, tokens, dtype=torch.int64)
+        mask[0, 20:26], mask[1, :9] = 0, 0
+    return cache, spans, mask
+
+
+def share(name: str, rank: int, ranks: int) -> slice:
+    """The tokens of a rank; the last takes what is left."""
+    tokens, shares = CASES[name][1], CASES[name][3]
+    cuts = [tokens * sum(shares[:r]) // 100 for r in range(ranks)] + [tokens]
+    return slice(cuts[rank], cuts[rank + 1])
+
+
+def main() -> None:
+    rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    sent: list[int] = []
+    all_gather = dist.all_gather
+
+    def counted(received: list[Tensor], tensor: Tensor, group: Any = None) -> Any:
+        sent.append(tensor.nbytes)
+        return all_gather(received, tensor, group=group)
+
+    dist.all_gather = counted
+    adapter, results, bytes_sent = make_adapter(True), {}, {}
+    for name in CASES:
+        cache, spans, mask = case_inputs(name)
+        mine = share(name, rank, ranks)
+        piece = [(key[:, :, mine], value[:, :, mine]) for key, value in cache]
+        sent.clear()
+        message = summarize_parallel(adapter, piece, spans, attention_mask=None if mask is None else mask[:, mine])
+        results |= {f"{name}.latent": message.tensors["latent"], f"{name}.summary": message.tensors["summary"]}
+        bytes_sent[name] = {"bytes": sum(sent), "spans": message.spans}
+    errors = {}
+    cache, _, _ = case_inputs("one_span")
+    wrong = cache[:2] if rank == 1 else cache  # a layer is missing on one rank alone
+    attempts = {
+        "cache": (wrong, None),
+        "spans": (cache, [[0, 10 + rank]]),
+        "beyond": (cache, [[0, 60 * ranks + 1]]),
+        "nothing": (cache, [[3, 3]]),
+    }
+    for name, (attempted, offsets) in attempts.items():
+        try:
+            summarize_parallel(adapter, attempted, offsets)
+        except LCFError as error:
+            errors[name] = f"{type(error).__name__}: {error}"
+    save_file(results, folder / f"{rank}.safetensors")
+    (folder / f"{rank}.json").write_text(json.dumps({"sent": bytes_sent, "errors": errors}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
