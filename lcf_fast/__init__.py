@@ -12,7 +12,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import ops as ops
+    from . import parallel as parallel
     from . import reference as reference
+    from . import spans as spans
+    from . import transport as transport
     from .adapter import LatentCacheFlow as LatentCacheFlow
     from .backends import use_backend as use_backend
     from .config import CacheGeometry as CacheGeometry
@@ -28,9 +31,13 @@ if TYPE_CHECKING:
     from .errors import MessageError as MessageError
     from .errors import ShapeError as ShapeError
     from .errors import SpanError as SpanError
+    from .growing import GrowingMessage as GrowingMessage
+    from .growing import PartialPool as PartialPool
     from .message import Message as Message
+    from .sharer import SharerSide as SharerSide
+    from .spans import Spans as Spans
 
-_MODULES = ("ops", "reference")
+_MODULES = ("ops", "parallel", "reference", "spans", "transport")
 _NAMES = {
     "LatentCacheFlow": "adapter",
     "use_backend": "backends",
@@ -47,7 +54,11 @@ _NAMES = {
     "MessageError": "errors",
     "ShapeError": "errors",
     "SpanError": "errors",
+    "GrowingMessage": "growing",
+    "PartialPool": "growing",
     "Message": "message",
+    "SharerSide": "sharer",
+    "Spans": "spans",
 }
 
 __all__ = ["__version__", *_MODULES, *_NAMES]

@@ -14,6 +14,7 @@ KINDS = {
     "DeviceError": ValueError,
     "GeometryError": ValueError,
     "SpanError": ValueError,
+    "MessageError": ValueError,
     "IndexRangeError": IndexError,
     "BackendError": RuntimeError,
     "CheckpointError": ValueError,

@@ -33,9 +33,10 @@ def run(code: str, folder: Path) -> str:
     return done.stdout.strip()
 
 
-def test_there_are_two_examples() -> None:
-    assert len(BLOCKS) == 2
-    assert all(len([line for line in block.splitlines() if line.strip()]) <= 15 for block in BLOCKS)
+def test_there_are_three_examples() -> None:
+    lines = [len([line for line in block.splitlines() if line.strip()]) for block in BLOCKS]
+    assert len(lines) == 3
+    assert all(count <= most for count, most in zip(lines, (15, 15, 21))), lines
 
 
 def test_plain_tensors_need_no_transformers(tmp_path: Path) -> None:
@@ -47,6 +48,15 @@ def test_transformers_models_go_on_from_the_edited_cache(tmp_path: Path) -> None
     pytest.importorskip("transformers")
     tokens = run(BLOCKS[1], tmp_path)
     assert len(tokens.strip("[]").split(",")) == 8, tokens
+
+
+def test_two_processes_talk(tmp_path: Path) -> None:
+    (tmp_path / "agents.py").write_text(BLOCKS[2], encoding="utf-8")  # a file: spawned processes import it
+    printed = run(HIDE_TRANSFORMERS + "import runpy; runpy.run_path('agents.py', run_name='__main__')", tmp_path)
+    sent = re.search(r"^sent (\d+) bytes for 500 tokens$", printed, re.MULTILINE)
+    assert sent is not None, printed
+    assert 7168 < int(sent[1]) < 7168 + 1024
+    assert "received (28, 1, 128)" in printed
 
 
 def test_the_table_of_ops_is_complete() -> None:
