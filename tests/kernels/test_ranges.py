@@ -154,6 +154,14 @@ def test_any_spans_and_cuts(data: st.DataObject, back_end: ModuleType, device: t
     hold(pool_in_pieces(back_end, cache, queries, offsets, None, cuts), cache, queries, offsets)
 
 
+def test_what_is_open_ends_at_the_end(back_end: ModuleType, device: torch.device, generator: torch.Generator) -> None:
+    """Finished in the middle of spans, at both ends and on both tracks: no span runs on into the next track."""
+    cache, queries = inputs(Geometry(1, 1, 16), 1, 60, generator, device=device)
+    offsets = torch.tensor([[[-5, 20, 90], [-9, 35, 70], [-1, 61, 61]]], device=device)
+    summary = pool_in_pieces(back_end, cache, queries, offsets, None, [0, 60])
+    hold(summary, cache, queries, offsets.clamp(0, 60))
+
+
 def test_back_ends_agree_on_the_state(device: torch.device, generator: torch.Generator) -> None:
     """A state made by one back end can be merged and finished by the other."""
     cache, queries = inputs(Geometry(2, 2, 16), 2, 60, generator, device=device)
