@@ -57,8 +57,6 @@ def rows(name: str, value: Any, columns: int | None) -> list[Any]:
     listed = items(name, value, "a tensor or a list of one entry an item")
     if columns is None:
         return [listed] if not listed or _is_scalar(listed[0]) else listed
-    if not listed:
-        return [listed]
     entry = next((e for e in listed if not _is_scalar(e) and len(e)), None)
     return [listed] if entry is not None and _is_scalar(entry[0]) else listed
 
@@ -88,6 +86,8 @@ def offsets_of(name: str, offsets: Tensor) -> list[int]:
 def mapping_rows(value: Any, batch: int) -> list[Tensor]:
     """An offset mapping as one ``(N, 2)`` int64 an item, checked to be ranges."""
     listed = rows("offset_mapping", value, 2)
+    if not listed and batch == 1:
+        listed = [[]]  # one text without a token
     if len(listed) != batch:
         raise ShapeError("offset_mapping", expected=f"{batch} items", got=str(len(listed)))
     mapping = [ints(f"offset_mapping[{i}]", row, 2) for i, row in enumerate(listed)]

@@ -337,8 +337,9 @@ def paragraphs(texts: Any, offset_mapping: Any, attention_mask: Any = None) -> S
     Args:
         texts: a str, or one an item.
         offset_mapping: what a fast tokenizer returns with ``return_offsets_mapping=True``: ``(B, N, 2)``, or a list
-            of ``(start, stop)`` characters an item, equal ones for special tokens and padding; for one text also
-            ``(N, 2)``.
+            of ``(start, stop)`` characters an item, ``(0, 0)`` for special tokens and padding; for one text also
+            ``(N, 2)``. Offsets may be trimmed, that is leave white space out; a first token of white space that comes
+            out as ``(0, 0)`` cannot be told from a special one.
         attention_mask: ``(B, N)``, zero at padding. Needed only where padding has characters of its own.
 
     Raises:
@@ -392,12 +393,20 @@ def _units(split: Callable[[str], Bounds], texts: Any, offset_mapping: Any, atte
 
 def _token_bounds(name: str, chars: Bounds, mapping: Tensor, text: str | None, real: Tensor) -> Bounds:
     """Of one item: the token range of each range of characters that has any."""
-    tokens = ((mapping[:, 0] < mapping[:, 1]) & real).nonzero().flatten()
-    starts, stops = mapping[tokens].unbind(1)
+    begins, ends = mapping.unbind(1)
+    filled = begins < ends
+    if text is not None:
+        last = int(ends[real].max()) if bool(real.any()) else 0
+        if last > len(text):
+            raise SpanError(name, expected=f"characters within the text's {len(text)}", got=f"one at {last}")
+        # Where offsets are trimmed, a token of white space alone has none; it lies before where they stand.
+        for token in ((begins == ends) & (begins > 0) & real).nonzero().flatten().tolist():
+            filled[token] = text[int(begins[token]) - 1].isspace()
+        begins = torch.where(filled & (begins == ends), begins - 1, begins)
+    tokens = (filled & real).nonzero().flatten()
+    starts, stops = begins[tokens], ends[tokens]
     if bool((starts[1:] < starts[:-1]).any()):
         raise SpanError(name, expected="one text, from its start to its end", got="characters that run backwards")
-    if text is not None and len(stops) and int(stops.max()) > len(text):
-        raise SpanError(name, expected=f"characters within the text's {len(text)}", got=f"one at {int(stops.max())}")
     covered = _merged(chars)
     anchors = _first_within(covered, starts, stops)
     if text is not None:
