@@ -176,7 +176,9 @@ class Spans:
         """``(track, range)`` of each item's spans, in the order of :meth:`bounds`."""
         return [[(track, p) for _, _, track, p in item] for item in self._listed()]
 
-    def piece(self, start: int | Sequence[int], stop: int | Sequence[int], *, trim: bool = False) -> Spans:
+    def piece(
+        self, start: int | Sequence[int] | Tensor, stop: int | Sequence[int] | Tensor, *, trim: bool = False
+    ) -> Spans:
         """The same spans seen from tokens ``[start, stop)`` of the sequence.
 
         Offsets are counted from ``start`` and not clipped: a span with a negative offset began before the piece,
@@ -297,7 +299,7 @@ def whole(lengths: Any) -> Spans:
     return _on_tracks([[(row[0], row[-1] + 1)] if len(row) else [] for row in real_positions("lengths", lengths)])
 
 
-def turns(input_ids: Any, start_ids: int | Sequence[int], attention_mask: Any = None) -> Spans:
+def turns(input_ids: Any, start_ids: int | Sequence[int] | Tensor, attention_mask: Any = None) -> Spans:
     """Chat turns by token ids: a turn begins where ``start_ids`` occur, and goes on to where the next begins.
 
     Tokens before the first occurrence make a span of their own.

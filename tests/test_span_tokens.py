@@ -107,8 +107,9 @@ def test_characters_of_several_tokens_and_tokens_within_white_space() -> None:
     assert sentences("é. 😀😀", [(0, 1), (0, 1), (1, 2), (2, 4), (3, 4), (3, 4), (4, 5), (4, 5)]).bounds() == [
         [(0, 3), (3, 8)]
     ]
-    # A token that lies in the white space which the one before it begins with: the tokens' order stays.
-    assert sentences("a.  b c", [(0, 1), (1, 2), (2, 5), (3, 4), (5, 7)]).bounds() == [[(0, 2), (2, 5)]]
+    # Tokens that lie in the white space which the one before them begins with: the tokens' order stays.
+    nested = [(0, 1), (1, 2), (2, 5), (3, 4), (3, 4), (5, 7)]
+    assert sentences("a.  b c", nested).bounds() == [[(0, 2), (2, 6)]]
 
 
 def test_batches_of_texts_with_different_numbers_of_units() -> None:
