@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   python -m bench                                    everything (8 minutes on two cores, 4 on a GPU)
   python -m bench --quick                            two minutes on two cores
   python -m bench --only lcf inject --tokens 512     the whole of LCF, and inject, at one size
+  python -m bench --only adapter.extend windows merge encode decode --context 4096     messages
   python -m bench --device cuda --dtype float16 --bottleneck 64 128 256 512
   python -m bench --sharer Qwen/Qwen2.5-0.5B-Instruct --receiver Qwen/Qwen3-0.6B
 
@@ -29,7 +30,7 @@ EXAMPLES = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    from .cases import CASE_NAMES, GROUPS
+    from .cases import ALL_GROUPS, CASE_NAMES
 
     description, _, rest = (__doc__ or "").partition("\n\n")
     result = argparse.ArgumentParser(
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = [group.name for group in GROUPS] + list(CASE_NAMES)
+    names = [group.name for group in ALL_GROUPS] + list(CASE_NAMES)
     add = result.add_argument
     add("--quick", action="store_true", help="fewer sizes and rounds: two minutes on two cores")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")

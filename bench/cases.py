@@ -17,6 +17,10 @@ QWEN3 = CacheGeometry(layers=28, kv_heads=8, head_dim=128)
 BEST_NINE = (6, 8, 9, 10, 15, 16, 17, 19, 21)
 #: Latents and messages are float32 whatever the cache is.
 LATENT_BYTES = 4
+#: Pieces that a context comes in, where it comes in pieces: for a message that grows, and for pools that are merged.
+PIECES = 4
+#: Messages that are injected as one, where several are.
+MESSAGES = 4
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,55 @@ def inject(shape: Shape) -> Work:
     return Work(layer.bytes - saved.bytes + message, layer.flops - saved.flops) * shape.layers
 
 
+def _states(shape: Shape) -> int:
+    """Bytes of one piece's partial pool, all kept layers, spans on one track.
+
+    A key and a value each of the span that began before the piece, of the one that goes on after it and of those
+    within; and eight statistics.
+    """
+    sharer = shape.config.sharer
+    floats = 3 * 2 * sharer.head_dim + 8
+    return shape.layers * shape.batch * sharer.kv_heads * floats * LATENT_BYTES
+
+
+def extend(shape: Shape) -> Work:
+    """`summarize_layers`, the cache in pieces: each piece's state is written, and read when the next one comes."""
+    return summarize_layers(shape) + Work(PIECES * 2 * _states(shape), 0)
+
+
+def merge(shape: Shape) -> Work:
+    """The pieces' states in, summary and latent out, all kept layers; the cache is not there. Two FLOPs a number."""
+    read = PIECES * _states(shape)
+    message = summarize_layers(Shape(shape.config, 0, 0, shape.layers, shape.itemsize, shape.batch))
+    return message + Work(read, read // LATENT_BYTES * 2)
+
+
+def inject_several(shape: Shape) -> Work:
+    """`inject`, of several messages: only they are more."""
+    more = (MESSAGES - 1) * shape.layers * shape.batch * shape.config.bottleneck
+    return inject(shape) + Work(more * LATENT_BYTES, more)
+
+
+def _stored(shape: Shape) -> int:
+    """Bytes of a latent as it is stored, ``itemsize`` a number; of a quantised one with a scale a layer and item."""
+    rows = shape.layers * shape.batch
+    return rows * (shape.config.bottleneck * shape.itemsize + (LATENT_BYTES if shape.itemsize == 1 else 0))
+
+
+def _latent(shape: Shape) -> int:
+    return shape.layers * shape.batch * shape.config.bottleneck * LATENT_BYTES
+
+
+def encode(shape: Shape) -> Work:
+    """A float32 latent in, the stored one out; the header is not counted."""
+    return Work(_latent(shape) + _stored(shape), 0)
+
+
+def decode(shape: Shape) -> Work:
+    """The stored latent in, and out as it is; a quantised one as float32."""
+    return Work(_stored(shape) + (_latent(shape) if shape.itemsize == 1 else _stored(shape)), 0)
+
+
 def summarize_and_inject(shape: Shape) -> Work:
     return summarize_layers(shape) + inject(shape)
 
@@ -146,6 +199,7 @@ class Case:
         scope: what the call covers.
         work: its bytes and FLOPs.
         checked: also run by the quick check in Triton's interpreter, which is slow.
+        note: what a reader must know of the figure.
     """
 
     name: str
@@ -153,6 +207,7 @@ class Case:
     scope: str
     work: Callable[[Shape], Work]
     checked: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -165,6 +220,8 @@ class Group:
         pruned: only the best nine layers are kept.
         prompt: the receiver's prompt takes part; without it N is the number of tokens pooled.
         target: what the CPU path must reach over the naive reference at 512 tokens, float32, two cores.
+        others: what all but ours must at least move and do, where they read the caches and ours does not.
+        compiled_in: the group in which ``torch.compile`` of the same reference is timed, where that is another.
     """
 
     name: str
@@ -173,6 +230,8 @@ class Group:
     pruned: bool = False
     prompt: bool = True
     target: float | None = None
+    others: Callable[[Shape], Work] | None = None
+    compiled_in: str = ""
 
 
 GROUPS = (
@@ -181,10 +240,33 @@ GROUPS = (
     Group("lcf_pruned", "LCF, pruned", pruned=True),
     Group("lcfx", "LCF-X: summarize and inject", crossing=True),
     Group("summarize", "LCF-X: summarize, all layers", crossing=True, prompt=False),
+    Group(
+        "windows",
+        "LCF-X: summarize half-overlapping windows, all layers",
+        crossing=True,
+        prompt=False,
+        compiled_in="summarize",
+    ),
+    Group(
+        "merge",
+        f"LCF-X: merge {PIECES} partial pools, all layers",
+        crossing=True,
+        prompt=False,
+        others=summarize_layers,
+        compiled_in="summarize",
+    ),
     Group("projection", "joint K/V projection, one layer"),
     Group("pool", "attention pooling, one layer", crossing=True, prompt=False),
     Group("injection", "gated injection, one layer"),
 )
+#: Work of the host, on the CPU wherever the rest runs (`bench.wire`). The message is that of the pooled tokens.
+HOST_GROUPS = (
+    Group("encode", "message to bytes, on the CPU, all layers", crossing=True, prompt=False),
+    Group("decode", "message from bytes, on the CPU, all layers", crossing=True, prompt=False),
+    Group("encode_int8", "message to bytes, quantised, on the CPU, all layers", crossing=True, prompt=False),
+    Group("decode_int8", "message from bytes, quantised, on the CPU, all layers", crossing=True, prompt=False),
+)
+ALL_GROUPS = GROUPS + HOST_GROUPS
 #: What the headlines are about: compiled at every size, and run at every size even by --quick.
 WHOLE = ("lcf", "inject")
 CASES = (
@@ -192,19 +274,46 @@ CASES = (
     Case("fuse_layers", "lcf", "all layers", fuse_layers),
     Case("adapter.inject", "inject", "all layers", inject),
     Case("fuse_layers(message)", "inject", "all layers", inject),
+    Case("adapter.inject (4 messages)", "inject", "all layers", inject_several),
     Case("adapter.fuse (pruned)", "lcf_pruned", "kept layers", fuse_layers),
     Case("adapter.summarize+inject", "lcfx", "all layers", summarize_and_inject, checked=True),
     Case("summarize_layers", "summarize", "all layers", summarize_layers),
+    Case(
+        "adapter.extend",
+        "summarize",
+        "all layers",
+        extend,
+        note=f"begin, {PIECES} pieces that end within spans, finish; all others pool the whole context at once",
+    ),
+    Case("summarize_layers (windows)", "windows", "all layers", summarize_layers),
+    Case(
+        "adapter.merge",
+        "merge",
+        "all layers",
+        merge,
+        checked=True,
+        note=f"merge and finish {PIECES} partial pools made beforehand; who has none must bring the caches together,"
+        " which is not counted, and pool them all, which is what the others do here",
+    ),
     Case("joint_projection", "projection", "one layer", joint_projection, checked=True),
     Case("attention_pool", "pool", "one layer", attention_pool, checked=True),
     Case("gated_injection", "injection", "one layer", gated_injection, checked=True),
 )
-CASE_NAMES = tuple(case.name for case in CASES)
+_HOST = "on the CPU, and % of its copy bandwidth; also"
+_WRITES = f"{_HOST} checks, describes and hashes the message, which the others do not"
+_READS = f"{_HOST} finds damage and numbers that are not finite, which the others do not"
+HOST_CASES = (
+    Case("Message.to_bytes", "encode", "all layers", encode, note=_WRITES),
+    Case("Message.from_bytes", "decode", "all layers", decode, note=_READS),
+    Case("Message.to_bytes (int8)", "encode_int8", "all layers", encode, note=_WRITES),
+    Case("Message.from_bytes (int8)", "decode_int8", "all layers", decode, note=_READS),
+)
+CASE_NAMES = tuple(case.name for case in CASES + HOST_CASES)
 
 
 def cases_of(group: Group, only: tuple[str, ...] = ()) -> list[Case]:
     """The cases of a group; with ``only``, those whose name (or whose group's name) is in it."""
-    chosen = [case for case in CASES if case.group == group.name]
+    chosen = [case for case in CASES + HOST_CASES if case.group == group.name]
     return [case for case in chosen if not only or case.name in only or group.name in only]
 
 

@@ -102,6 +102,25 @@ def judge(
     )
 
 
+def judge_rounding(got: Tensor, truth: Tensor, steps: Tensor) -> Judgement:
+    """Hold what was stored and read again against what it was, both float64: each number within a rounding of its own.
+
+    Args:
+        steps: the most that each number may be off by, of the shape of ``truth``.
+    """
+    rule = "half a step of what it is stored in"
+    if got.shape != truth.shape:
+        return Judgement(math.inf, math.inf, 0.0, 0.0, math.inf, False, f"{rule} (shapes differ)")
+    error = (got - truth).abs()
+    norm = _rms(truth) or 1.0
+    bounds = _rms(steps) / norm, _largest(steps)
+    if not bool(torch.isfinite(error).all()):
+        return Judgement(math.inf, math.inf, *bounds, math.inf, False, rule)
+    shares = torch.where(error == 0, 0.0, error / steps)
+    used = _largest(shares)
+    return Judgement(_rms(error) / norm, _largest(error), *bounds, used, used <= 1.0, rule)
+
+
 def _share(error: float, budget: float) -> float:
     if error == 0.0:
         return 0.0

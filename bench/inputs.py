@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig, Message, reference
+from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig, Message, PartialPool, Spans, reference
 from lcf_fast.adapter import parameter_shapes
+from lcf_fast.spans import windows
 
-from .cases import Group, kept_layers
+from .cases import MESSAGES, PIECES, Group, kept_layers
 from .models import SEED
 
 Pair = tuple[Tensor, Tensor]
+#: Tokens from one overlapping window's start to the next one's: half a window.
+WINDOW_STEP = 100
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class Operands:
         kept: receiver layers that have a projector.
         sharer_layers, receiver_layers: whole caches.
         weights: the adapter's stacked parameters over the kept layers.
-        spans: ``(1, P+1)`` int32 where the caches are; ``spans_host`` the same on the CPU, for loops in Python.
+        spans: ``(1, P+1)``, or ``(1, T, P+1)`` where they overlap; int32, where the caches are; ``spans_host`` the same
+            on the CPU, for loops in Python.
         message: ``(L, 1, d)``, LCF-X.
         summary: ``(L, 2, 1, Hs, Ds)``, the ``K*, V*`` that it was folded from.
         latent: ``(1, N, d)``, for the injection of one layer.
@@ -115,7 +119,42 @@ class Operands:
     @cached_property
     def sent(self) -> Message:
         assert self.message is not None
-        return Message(self.message, self.kept, self.spans.shape[1] - 1)
+        return Message(self.message, self.kept, self.spans.shape[-1] - 1)
+
+    @cached_property
+    def sent_by_several(self) -> list[Message]:
+        """Messages that add up to ``message``: each holds an equal share of all but the bias."""
+        assert self.message is not None
+        bias = self.weights["down_bias"][:, None].to(self.message.dtype)
+        return [
+            Message(bias + (self.message - bias) / MESSAGES, self.kept, self.spans.shape[-1] - 1)
+            for _ in range(MESSAGES)
+        ]
+
+    @cached_property
+    def context_spans(self) -> Spans:
+        """``spans`` as users hand them over."""
+        return Spans(self.spans_host if self.spans_host.dim() == 3 else self.spans_host[:, None])
+
+    @cached_property
+    def pieces(self) -> list[tuple[list[Pair], Spans]]:
+        """The context in `PIECES` pieces that end within spans: views of the sharer's cache, and the spans as cut."""
+        length = self.sharer_layers[0][0].shape[2]
+        ends = set(self.spans_host.flatten().tolist())
+        cuts = [length * i // PIECES for i in range(1, PIECES)]
+        cuts = [0, *(min(cut + (cut in ends), length) for cut in cuts), length]
+        return [
+            (
+                [(key[:, :, start:stop], value[:, :, start:stop]) for key, value in self.sharer_layers],
+                self.context_spans.piece(start, stop),
+            )
+            for start, stop in zip(cuts, cuts[1:])
+        ]
+
+    @cached_property
+    def parts(self) -> list[PartialPool]:
+        """The pieces' partial pools, made when first asked for."""
+        return [self.adapter.pool(cache, spans) for cache, spans in self.pieces]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Operands:
         """The same with every float tensor changed; what was one tensor stays one tensor."""
@@ -134,8 +173,17 @@ class Operands:
     def double(self) -> Operands:
         return self.map(Tensor.double)
 
-    def rotated(self, count: int, *, one_layer: bool) -> list[Operands]:
-        """``count`` sets (or a few more) that share no memory, this one the first; of one layer, each has its own."""
+    def rotated(self, count: int, *, one_layer: bool, reads_caches: bool = True) -> list[Operands]:
+        """``count`` sets (or a few more) that share no memory, this one the first; of one layer, each has its own.
+
+        Args:
+            reads_caches: False: the caches are shared. Of what reads little, it takes many sets to pass through a GPU's
+                L2, and its memory would not hold as many caches. Who reads the caches all the same passes through it
+                with one of them, but on a chip whose L2 is large, where it may look too fast.
+        """
+        if not reads_caches:
+            own = ({name: tensor.clone() for name, tensor in self.weights.items()} for _ in range(count - 1))
+            return [self, *(replace(self, weights=weights) for weights in own)]
         if not one_layer:
             return [self, *(self.clone() for _ in range(count - 1))]
         rows = range(len(self.kept))
@@ -212,6 +260,14 @@ def make_weights(config: LCFConfig, *, device: torch.device, dtype: torch.dtype)
     return weights
 
 
+def _half_overlapping(length: int) -> Tensor:
+    """Offsets ``(1, T, P+1)`` of windows of 200 tokens that begin every 100; of shorter ones in a short context."""
+    step = min(WINDOW_STEP, max(1, length // 4))
+    spans = windows(length, 2 * step, step)
+    assert spans.is_span is None  # each window ends where the next one but one begins
+    return spans.offsets
+
+
 def make_operands(
     group: Group,
     caches: Caches,
@@ -231,6 +287,8 @@ def make_operands(
         weights = {name: stacked.index_select(0, rows) for name, stacked in weights.items()}
     device = caches.receiver[0][0].device
     host = torch.tensor([caches.spans], dtype=torch.int32)
+    if group.name == "windows":
+        host = _half_overlapping(caches.context[0][0].shape[2])
     operands = Operands(
         config,
         kept,

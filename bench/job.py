@@ -15,6 +15,7 @@ from . import timing
 from .cases import WHOLE, Case, Group, Shape, Work, c2c_fuser, cases_of
 from .errors import Judgement, judge
 from .inputs import Caches, Operands, geometry_of, make_config, make_operands, make_weights
+from .rows import add_speedups, add_time, new_row
 from .settings import Settings, dtype_name
 from .variants import OURS, REFERENCE, Variant, baselines, compiled, flatten
 
@@ -75,7 +76,9 @@ class Job:
             # About half of the traffic is input: what is written is new memory anyway.
             case = cases_of(self.group)[0]
             count = timing.rotation_sets(case.work(self.shape).bytes // 2, timing.l2_bytes(self.settings.device))
-            sets = self.operands.rotated(count, one_layer=case.scope == "one layer")
+            sets = self.operands.rotated(
+                count, one_layer=case.scope == "one layer", reads_caches=self.group.others is None
+            )
         calls: Calls = {
             one.variant.name: [partial(one.variant.run, operands) for operands in sets]
             for one in candidates
@@ -101,7 +104,7 @@ class Job:
 
     def _candidates(self) -> list[Candidate]:
         cases = cases_of(self.group, self.settings.only)
-        found = [Candidate(Variant(case.name, "ours", OURS[case.name]), case) for case in cases]
+        found = [Candidate(Variant(case.name, "ours", OURS[case.name], note=case.note), case) for case in cases]
         found += [Candidate(variant, None) for variant in baselines(self.group.name, self.operands)]
         return found + self._compiled()
 
@@ -111,7 +114,9 @@ class Job:
         headline = not self.group.prompt or (self.shape.tokens, self.width) == sizes
         whole = self.group.name in WHOLE
         skip = ""
-        if not self.settings.compile_until:
+        if self.group.compiled_in:
+            skip = f"not run: its reference is that of {self.group.compiled_in}: see there"
+        elif not self.settings.compile_until:
             skip = "not run: --no-compile, or --quick on a CPU"
         elif self.settings.quick and not (whole and headline):
             skip = "not run: --quick compiles the whole of LCF and of inject only, at the first of --tokens"
@@ -181,7 +186,8 @@ class Job:
         if one.variant.kind == "other":
             layers = one.variant.layers or self.shape.layers
             return c2c_fuser(replace(self.shape, layers=layers)), layers
-        return case.work(self.shape), 1 if case.scope == "one layer" else self.shape.layers
+        work = case.work if one.case or self.group.others is None else self.group.others
+        return work(self.shape), 1 if case.scope == "one layer" else self.shape.layers
 
     def _row(
         self,
@@ -192,40 +198,26 @@ class Job:
     ) -> dict[str, Any]:
         name, config = one.variant.name, self.operands.config
         work, layers = self._work(one)
-        row: dict[str, Any] = {
-            "group": self.group.name,
-            "title": self.group.title,
-            "op": one.case.name if one.case else self.group.name,
-            "variant": name,
-            "kind": one.variant.kind,
-            "tokens": self.shape.tokens,
-            "context": self.shape.context if config.cross_context else None,
-            "spans": self.operands.spans.shape[1] - 1 if config.cross_context else None,
-            "layers": layers,
-            "bottleneck": self.width,
-            "dtype": dtype_name(self.settings.dtype),
-            "sharer": [config.sharer.layers, config.sharer.kv_heads, config.sharer.head_dim],
-            "receiver": [config.receiver.layers, config.receiver.kv_heads, config.receiver.head_dim],
-            "bytes": work.bytes,
-            "flops": work.flops,
-            "within": one.within,
-            "error": one.judgement.to_dict() if one.judgement else None,
-            "note": one.variant.note or None,
-            "time": None,
-            "time_hot": None,
-            "reason": one.skip or None,
-            **dict.fromkeys(("gb_s", "copy_share", "tflop_s", "kernels", "peak_mb", "host_us")),
-            **dict.fromkeys(("speedup", "against", "speedup_reference")),
-        }
+        row = new_row(
+            self.group,
+            replace(self.shape, layers=layers),
+            work,
+            op=one.case.name if one.case else self.group.name,
+            variant=name,
+            kind=one.variant.kind,
+            spans=self.operands.context_spans.counts[0] if config.cross_context else None,
+            dtype=dtype_name(self.settings.dtype),
+            within=one.within,
+            judgement=one.judgement,
+            note=one.variant.note,
+            reason=one.skip,
+        )
         best = cold.get(name) or hot.get(name)
         if best is None:
             return row
-        row["time"] = {**best.to_dict(), "regime": "cold" if name in cold else "hot"}
+        add_time(row, best, "cold" if name in cold else "hot", self.bandwidth)
         if name in cold and name in hot:
             row["time_hot"] = hot[name].to_dict()
-        row["gb_s"] = work.bytes / best.median_ms / 1e6
-        row["copy_share"] = row["gb_s"] / self.bandwidth
-        row["tflop_s"] = work.flops / best.median_ms / 1e9
         if self.settings.on_gpu:
             call = calls[name][0]
             row["host_us"] = timing.host_us(call)
@@ -241,20 +233,3 @@ def _not_run(operands: Operands) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:160]
-
-
-def median_ms(row: Mapping[str, Any]) -> float:
-    return float(row["time"]["median_ms"])
-
-
-def add_speedups(rows: Sequence[dict[str, Any]]) -> None:
-    """Ours against the fastest that gives the same result, and against the naive reference. Losses are below 1."""
-    rivals = [row for row in rows if row["kind"] in ("reference", "baseline") and row["time"]]
-    if not rivals:
-        return
-    fastest = min(rivals, key=median_ms)
-    naive = next((row for row in rivals if row["kind"] == "reference"), None)
-    for row in rows:
-        if row["kind"] == "ours" and row["time"]:
-            row["speedup"], row["against"] = median_ms(fastest) / median_ms(row), fastest["variant"]
-            row["speedup_reference"] = median_ms(naive) / median_ms(row) if naive else None

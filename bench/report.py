@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .cases import GROUPS
+from .cases import ALL_GROUPS
 
 try:
     from rich.console import Console
@@ -65,7 +65,7 @@ def pooled(row: dict[str, Any]) -> str:
     if row["context"] is None:
         return ""
     spans = plural(row["spans"], "span")
-    alone = row["group"] in (group.name for group in GROUPS if not group.prompt)
+    alone = row["group"] in (group.name for group in ALL_GROUPS if not group.prompt)
     return f" in {spans}" if alone else f", context {row['context']} in {spans}"
 
 

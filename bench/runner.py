@@ -11,8 +11,8 @@ import torch
 
 import lcf_fast
 
-from . import interpreted, machine, models, timing
-from .cases import GROUPS, QWEN3, WHOLE, Group, cases_of
+from . import interpreted, machine, models, timing, wire
+from .cases import GROUPS, HOST_GROUPS, QWEN3, WHOLE, Group, cases_of
 from .inputs import Caches
 from .job import Job
 from .settings import Settings, dtype_name
@@ -69,6 +69,7 @@ def run(settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
                         f"{group.title}: N = {tokens if group.prompt else settings.context}, d = {width}"
                     ):
                         rows += Job(settings, group, cut, width, bandwidth=bandwidth, started=started).rows()
+            rows += _host_rows(settings, progress, caches, width, bandwidth)
         waited = machine.waited_share(scheduled)
     failures = [
         f"{row['variant']}, {row['tokens']} tokens" for row in rows if row["kind"] == "ours" and row["within"] is False
@@ -94,6 +95,19 @@ def run(settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
         "failures": failures,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _host_rows(
+    settings: Settings, progress: Progress, caches: Caches, width: int, bandwidth: float
+) -> list[dict[str, Any]]:
+    """Rows of what is done on the CPU wherever the rest runs, against the CPU's own copy bandwidth."""
+    if not any(cases_of(group, settings.only) for group in HOST_GROUPS):
+        return []
+    with progress.step(f"messages to bytes and back, on the CPU: d = {width}"):
+        if settings.on_gpu:
+            bandwidth = timing.copy_bandwidth(torch.device("cpu"))
+        cut = caches.first(1, settings.context)  # the prompt takes no part
+        return wire.rows(settings, cut, width, bandwidth=bandwidth)
 
 
 def _at_every_size(group: Group, settings: Settings) -> bool:

@@ -59,6 +59,12 @@ def _c2c(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [f"C2C's fuser at the same shapes, another method: {'; '.join(found)}."] if found else []
 
 
+def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What a reader must know of ours, an op an entry."""
+    notes = {row["variant"]: row["note"] for row in rows if row["kind"] == "ours" and row["note"] and row["time"]}
+    return [f"`{variant}`: {note}." for variant, note in notes.items()]
+
+
 def section(results: dict[str, Any]) -> str:
     """One machine's table."""
     about, given = results["about"], results["input"]
@@ -86,7 +92,8 @@ def section(results: dict[str, Any]) -> str:
         f"{'' if t['met'] else ', **missed**'}."
         for t in results["targets"]
     ]
-    return "\n\n".join([head, body, *(" ".join(part) for part in (targets, _c2c(results["rows"])) if part)])
+    parts = (targets, _c2c(results["rows"]), _notes(results["rows"]))
+    return "\n\n".join([head, body, *(" ".join(part) for part in parts if part)])
 
 
 def table(files: Sequence[Path]) -> str:

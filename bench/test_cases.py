@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import lcf_fast
-from bench import errors, models, variants
-from bench.cases import CASES, GROUPS
+from bench import errors, models, variants, wire
+from bench.cases import CASES, GROUPS, HOST_CASES
 from bench.inputs import Caches, Operands, geometry_of, make_config, make_operands, make_weights
 
 TOKENS = int(os.environ.get("LCF_BENCH_TOKENS", "128"))
@@ -72,6 +72,20 @@ def test_ours(benchmark: Any, case: Any) -> None:
     judgement = errors.judge(got, truth, plain)
     assert judgement.within, judgement
     bench(benchmark, case.group, variants.OURS[case.name], case.scope)
+
+
+@pytest.mark.parametrize("case", HOST_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("way", wire.WAYS, ids=lambda way: way.name or "ours")
+def test_messages_as_bytes(benchmark: Any, way: Any, case: Any) -> None:
+    given, storage = operands("summarize"), wire.STORAGE[case.group]
+    message = given.adapter.summarize(given.sharer_cache, given.context_spans).to("cpu")
+    data = way.encode(message, storage)
+    judgement = wire.judge(way.latent(way.decode(data)), wire.latent_of(message), storage)
+    assert judgement.within, judgement
+    benchmark.group = f"{case.name}, N = {2 * TOKENS}"
+    benchmark.extra_info.update(device="cpu", dtype=storage, layers=case.scope, bytes=len(data))
+    call = (lambda: way.encode(message, storage)) if case.group.startswith("encode") else (lambda: way.decode(data))
+    benchmark.pedantic(call, rounds=5, iterations=10, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("group", sorted(BY_NAME))

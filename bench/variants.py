@@ -74,6 +74,13 @@ def _live(o: Operands) -> list[tuple[bool, bool]]:
     return [(True, True)] * len(o.kept)
 
 
+def _extend(o: Operands) -> Message:
+    growing = o.adapter.begin()
+    for cache, spans in o.pieces:
+        growing.extend(cache, spans)
+    return growing.finish()
+
+
 def _summarize_and_inject(o: Operands) -> Any:
     return o.adapter.inject(o.receiver_cache, o.adapter.summarize(o.sharer_cache, o.spans))
 
@@ -86,14 +93,22 @@ OURS: dict[str, Run] = {
     "fuse_layers": lambda o: ops.fuse_layers(o.sharer, o.receiver, o.weights, live=_live(o)),
     "fuse_layers(message)": lambda o: ops.fuse_layers(None, o.receiver, o.weights, live=_live(o), message=o.message),
     "summarize_layers": lambda o: ops.summarize_layers(o.sharer, o.weights, o.spans),
+    "summarize_layers (windows)": lambda o: ops.summarize_layers(o.sharer, o.weights, o.spans),
+    "adapter.extend": _extend,
+    "adapter.merge": lambda o: o.adapter.finish(o.adapter.merge(o.parts)),
     "adapter.fuse": lambda o: o.adapter.fuse(o.sharer_cache, o.receiver_cache),
     "adapter.fuse (pruned)": lambda o: o.adapter.fuse(o.sharer_cache, o.receiver_cache),
     "adapter.inject": lambda o: o.adapter.inject(o.receiver_cache, o.sent),
+    "adapter.inject (4 messages)": lambda o: o.adapter.inject(o.receiver_cache, o.sent_by_several),
     "adapter.summarize+inject": _summarize_and_inject,
 }
 
 
 # --- the naive reference ------------------------------------------------------------------------------------------
+
+
+def _reference_summary(o: Operands) -> Any:
+    return reference.summarize_layers(o.sharer, o.weights, o.spans_host)
 
 
 def _reference_lcfx(o: Operands) -> Any:
@@ -109,7 +124,9 @@ REFERENCE: dict[str, Run] = {
     "lcf": lambda o: reference.fuse_layers(o.sharer, o.receiver, o.weights),
     "lcf_pruned": lambda o: reference.fuse_layers(o.sharer, o.receiver, o.weights),
     "inject": lambda o: reference.fuse_layers(None, o.receiver, o.weights, message=o.message),
-    "summarize": lambda o: reference.summarize_layers(o.sharer, o.weights, o.spans_host),
+    "summarize": _reference_summary,
+    "windows": _reference_summary,
+    "merge": _reference_summary,  # at once, from the cache: without states there is no other way
     "lcfx": _reference_lcfx,
 }
 
@@ -175,7 +192,7 @@ def compiled(group: str, mode: str | None) -> Run:
         "lcf": fuse,
         "lcf_pruned": fuse,
         "inject": inject,
-        "summarize": summarize,
+        **dict.fromkeys(("summarize", "windows", "merge"), summarize),
         "lcfx": lambda o: inject(o, summarize(o)[0]),
     }
     return runs[group]
@@ -239,11 +256,10 @@ def _offsets(o: Operands) -> Tensor:
 
 
 def _span_mask(o: Operands) -> Tensor:
-    """``(P, N)``: which tokens a span holds."""
+    """``(P, N)``: which tokens a span holds; they may overlap."""
     positions = torch.arange(o.sharer[0][0].shape[2])
-    offsets = _offsets(o)
-    mask = (positions >= offsets[:-1, None]) & (positions < offsets[1:, None])
-    return mask.to(o.spans.device)
+    starts, stops = torch.tensor(o.context_spans.bounds()[0])[:, :, None].unbind(1)
+    return ((positions >= starts) & (positions < stops)).to(o.spans.device)
 
 
 def _pooling(group: str, pool: Callable[..., Pair], *rest: Any) -> Run:
@@ -270,17 +286,19 @@ def _pooling(group: str, pool: Callable[..., Pair], *rest: Any) -> Run:
 
 def baselines(group: str, o: Operands) -> list[Variant]:
     """The reference, other ways to the same result, and C2C; ``torch.compile`` and CUDA graphs come on top of these."""
-    found = [Variant("reference (eager)", "reference", PAPER.get(group, REFERENCE[group]))]
+    again = "pooling again: " if group == "merge" else ""
+    found = [Variant(f"{again}reference (eager)", "reference", PAPER.get(group, REFERENCE[group]))]
     if group in PAPER:
         found.append(Variant("reference, folded", "baseline", REFERENCE[group]))
     on_gpu = o.spans.device.type == "cuda"
-    if group in ("pool", "summarize"):
-        found.append(Variant("SDPA", "baseline", _pooling(group, sdpa_pool, _span_mask(o))))
-        # flash-attn has no float32.
-        if on_gpu and find_spec("flash_attn") is not None and o.sharer[0][0].dtype != torch.float32:
+    if group in ("pool", "summarize", "windows", "merge"):
+        found.append(Variant(f"{again}SDPA", "baseline", _pooling(group, sdpa_pool, _span_mask(o))))
+        # flash-attn has no float32, and no sequences that overlap.
+        can_flash = group != "windows" and o.sharer[0][0].dtype != torch.float32
+        if can_flash and on_gpu and find_spec("flash_attn") is not None:
             offsets = _offsets(o)
             flash = _pooling(group, flash_pool, offsets.to(o.spans.device), int(offsets.diff().max()))
-            found.append(Variant("flash-attn", "baseline", flash))
+            found.append(Variant(f"{again}flash-attn", "baseline", flash))
     if group == "lcf":
         found.append(_c2c(o, len(o.kept) if on_gpu else 1))
     return found
