@@ -199,6 +199,7 @@ class Case:
         scope: what the call covers.
         work: its bytes and FLOPs.
         checked: also run by the quick check in Triton's interpreter, which is slow.
+        interpreted: False: not even by the full check, since others run the same kernels.
         note: what a reader must know of the figure.
     """
 
@@ -207,6 +208,7 @@ class Case:
     scope: str
     work: Callable[[Shape], Work]
     checked: bool = False
+    interpreted: bool = True
     note: str = ""
 
 
@@ -274,7 +276,7 @@ CASES = (
     Case("fuse_layers", "lcf", "all layers", fuse_layers),
     Case("adapter.inject", "inject", "all layers", inject),
     Case("fuse_layers(message)", "inject", "all layers", inject),
-    Case("adapter.inject (4 messages)", "inject", "all layers", inject_several),
+    Case("adapter.inject (4 messages)", "inject", "all layers", inject_several, interpreted=False),
     Case("adapter.fuse (pruned)", "lcf_pruned", "kept layers", fuse_layers),
     Case("adapter.summarize+inject", "lcfx", "all layers", summarize_and_inject, checked=True),
     Case("summarize_layers", "summarize", "all layers", summarize_layers),
@@ -283,6 +285,7 @@ CASES = (
         "summarize",
         "all layers",
         extend,
+        interpreted=False,
         note=f"begin, {PIECES} pieces that end within spans, finish; all others pool the whole context at once",
     ),
     Case("summarize_layers (windows)", "windows", "all layers", summarize_layers),

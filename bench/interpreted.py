@@ -58,7 +58,7 @@ def start(caches: Any, width: int, dtypes: list[str], *, everything: bool) -> Ch
     """Begin to check caches (`bench.inputs.Caches`, cut to `TOKENS`) at these dtypes.
 
     Args:
-        everything: all cases; otherwise those that between them run every kernel.
+        everything: all cases but those that others stand for; otherwise those that between them run every kernel.
     """
     import torch
 
@@ -106,7 +106,9 @@ def check(data: dict[str, Any]) -> list[dict[str, Any]]:
         )
         caches = inputs.Caches(sharer, receiver, context, whole.spans)
         for group in cases.GROUPS:
-            chosen = [case for case in cases.cases_of(group) if case.checked or data["everything"]]
+            chosen = [
+                case for case in cases.cases_of(group) if case.checked or (data["everything"] and case.interpreted)
+            ]
             if not chosen:
                 continue
             config = inputs.make_config(group, *geometries, data["width"])

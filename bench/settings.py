@@ -52,9 +52,9 @@ def default_settings(device: torch.device, *, quick: bool) -> Settings:
         gpu = Settings(device, torch.bfloat16, (2048, 128, 512, 4096), context=2048)
         return replace(gpu, seconds=1.0, hurry_after=180.0, compile_until=120.0)
     if quick:
-        return Settings(device, torch.float32, (512,), context=512, quick=True, seconds=2.5, hurry_after=75.0)
+        return Settings(device, torch.float32, (512,), context=512, quick=True, seconds=2.0, hurry_after=75.0)
     cpu = Settings(device, torch.float32, (512, 128, 2048), context=2048)
-    return replace(cpu, seconds=8.0, hurry_after=330.0, compile_until=240.0)
+    return replace(cpu, seconds=7.0, hurry_after=330.0, compile_until=240.0)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

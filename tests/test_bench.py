@@ -13,21 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from bench_jobs import BY_NAME, CPU, LCF, LCFX, ROW, AsOnGpu, small_job
 
-from bench import c2c, cases, errors, inputs, models, report, runner, table, timing, variants, wire
+from bench import c2c, cases, errors, models, report, table, timing, variants
 from bench.__main__ import main
-from bench.job import Job
 from bench.rows import add_speedups
-from bench.settings import Settings, default_settings
+from bench.settings import default_settings
 from helpers import Geometry, make_cache
-from lcf_fast import CacheGeometry, LCFConfig, Message, ops
+from lcf_fast import CacheGeometry, LCFConfig, ops
 from lcf_fast.config import c2c_parameters_per_layer
 
 ROOT = Path(__file__).resolve().parents[1]
-CPU = torch.device("cpu")
-LCF = LCFConfig(cases.QWEN25, cases.QWEN3, bottleneck=128)
-LCFX = LCFConfig(cases.QWEN3, cases.QWEN3, bottleneck=128, cross_context=True)
-BY_NAME = {group.name: group for group in cases.GROUPS}
 
 
 @pytest.fixture(autouse=True)
@@ -81,32 +77,6 @@ def test_every_part_of_lcfx_is_counted_once() -> None:
     whole, parts = cases.summarize_and_inject(shape), (cases.summarize_layers(shape), cases.inject(shape))
     assert whole.bytes == sum(part.bytes for part in parts)
     assert whole.flops == sum(part.flops for part in parts)
-
-
-def test_merging_reads_states_and_no_cache() -> None:
-    """Four states of 28 layers, 8 heads: three keys and values of 128 and eight statistics, float32; and the fold."""
-    short, long = (cases.merge(cases.Shape(LCFX, n, n, layers=28, itemsize=2)) for n in (10, 10_000))
-    assert short == long
-    weights = cases.summarize_layers(cases.Shape(LCFX, 0, 0, layers=28, itemsize=2))
-    assert short.bytes - weights.bytes == 4 * 28 * 8 * (3 * 2 * 128 + 8) * 4
-    grown, at_once = (
-        case(cases.Shape(LCFX, 10, 10, layers=28, itemsize=2)) for case in (cases.extend, cases.summarize_layers)
-    )
-    assert grown.bytes - at_once.bytes == 2 * (short.bytes - weights.bytes)
-
-
-def test_three_more_messages_are_three_more_latents() -> None:
-    shape = cases.Shape(LCFX, 100, 0, layers=28, itemsize=2)
-    assert cases.inject_several(shape).bytes - cases.inject(shape).bytes == 3 * 28 * 128 * 4
-
-
-def test_a_message_of_the_published_pair() -> None:
-    """Spec, section 4: 7,168 bytes in bfloat16, from a float32 latent, and as it is back."""
-    shape = cases.Shape(LCFX, 500, 500, layers=28, itemsize=2)
-    assert cases.encode(shape).bytes == 2 * 7168 + 7168 and cases.decode(shape).bytes == 2 * 7168
-    shape = cases.Shape(LCFX, 500, 500, layers=28, itemsize=1)
-    int8 = 28 * (128 + 4)
-    assert cases.encode(shape).bytes == cases.decode(shape).bytes == 2 * 7168 + int8
 
 
 def test_c2c_has_the_papers_size() -> None:
@@ -190,22 +160,6 @@ def test_one_large_error_is_not_averaged_away() -> None:
     hurt[0][5] += 1e-5
     judgement = errors.judge(hurt, truth, plain)
     assert judgement.rel_rms < 1e-7 and not judgement.within
-
-
-class AsOnGpu(Settings):
-    """Takes a GPU's path through the job; what asks a device must be stood in for."""
-
-    on_gpu = True  # type: ignore[assignment]
-
-
-def small_job(group: str, kind: type[Settings] = Settings, **settings: Any) -> Job:
-    """A job on random caches of small models."""
-    sharer, receiver = Geometry(2, 2, 32), Geometry(3, 2, 64)
-    caches = inputs.Caches(
-        make_cache(sharer, 1, 20), make_cache(receiver, 1, 20), make_cache(receiver, 1, 30), [0, 10, 10, 30]
-    )
-    given = kind(CPU, torch.float32, (20,), context=30, widths=(64,), seconds=0.05, **settings)
-    return Job(given, BY_NAME[group], caches, 64, bandwidth=10.0, started=0.0)
 
 
 @pytest.mark.parametrize("group", sorted(BY_NAME))
@@ -293,147 +247,6 @@ def test_sdpa_pools_the_same() -> None:
         torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5)
 
 
-def test_windows_overlap_and_every_token_is_in_one() -> None:
-    for context in (1, 3, 30, 512, 2048):
-        spans = inputs._half_overlapping(context)
-        o = small_job("windows").operands
-        o.spans_host = spans
-        bounds = o.context_spans.bounds()[0]
-        assert {token for start, stop in bounds for token in range(start, stop)} == set(range(context))
-        assert spans.shape[1] == (1 if context == 1 else 2)
-    assert bounds[:3] == [(0, 200), (100, 300), (200, 400)] and bounds[-1] == (1900, 2048)
-
-
-@pytest.mark.parametrize("ends", [[0, 10, 10, 30], [0, 7, 15, 22, 30], [0, 30]])
-def test_pieces_cut_spans_apart(ends: list[int]) -> None:
-    operands = small_job("merge").operands
-    operands.spans_host = torch.tensor([ends], dtype=torch.int32)
-    pieces = operands.pieces
-    assert len(pieces) == cases.PIECES
-    for layer, (key, value) in enumerate(operands.sharer_layers):
-        for half, whole in enumerate((key, value)):
-            parts = [cache[layer][half] for cache, _ in pieces]
-            assert torch.equal(torch.cat(parts, 2), whole)
-            assert parts[1].untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-    lengths = [cache[0][0].shape[2] for cache, _ in pieces]
-    for cut in (sum(lengths[:i]) for i in range(1, len(lengths))):
-        assert 0 < cut < 30 and cut not in ends
-
-
-def test_partial_pools_are_as_large_as_is_counted() -> None:
-    operands = small_job("merge").operands
-    shape = cases.Shape(operands.config, 30, 30, layers=3, itemsize=4)
-    assert [part.nbytes for part in operands.parts] == [cases._states(shape)] * cases.PIECES
-
-
-def test_merging_never_reads_the_cache() -> None:
-    operands = small_job("merge").operands
-    want = variants.flatten(variants.OURS["adapter.merge"](operands), operands.kept)
-    for pair in operands.sharer_layers:
-        for tensor in pair:
-            tensor.fill_(float("nan"))
-    got = variants.flatten(variants.OURS["adapter.merge"](operands), operands.kept)
-    assert all(torch.equal(one, other) for one, other in zip(got, want)) and torch.isfinite(got[0]).all()
-
-
-def test_several_messages_add_up_to_the_one() -> None:
-    operands = small_job("inject").operands
-    messages = operands.sent_by_several
-    assert len(messages) == cases.MESSAGES
-    whole, less = (wire.latent_of(operands.adapter.combine(some)) for some in (messages, messages[1:]))
-    assert operands.message is not None
-    torch.testing.assert_close(whole, operands.message)
-    assert not torch.allclose(less, operands.message, rtol=0.01)
-
-
-# --- bytes
-
-
-def host_rows(**settings: Any) -> list[dict[str, Any]]:
-    one, context = (make_cache(Geometry(3, 2, 64), 1, n) for n in (1, 30))
-    caches = inputs.Caches(one, one, context, [0, 10, 30])
-    given = Settings(CPU, torch.float32, (1,), context=30, widths=(64,), seconds=0.02, **settings)
-    return wire.rows(given, caches, 64, bandwidth=10.0)
-
-
-def test_messages_as_bytes_are_judged_and_timed() -> None:
-    rows = host_rows()
-    assert {row["group"] for row in rows} == {group.name for group in cases.HOST_GROUPS} == set(wire.STORAGE)
-    assert [row["op"] for row in rows if row["kind"] == "ours"] == [case.name for case in cases.HOST_CASES]
-    for row in rows:
-        assert set(row) == ROW
-        assert row["within"] is True and row["time"]["regime"] == "hot" and row["reason"] is None
-        # Each number is rounded once, so the three ways are off by the same.
-        assert row["error"]["rel_rms"] == pytest.approx(
-            rows[0 if row["dtype"] == "bfloat16" else 6]["error"]["rel_rms"]
-        )
-        assert 0.1 < row["error"]["used"] <= 1 and (row["tokens"], row["spans"], row["layers"]) == (30, 2, 3)
-        assert (row["speedup"] is not None) == (row["kind"] == "ours") == (row["note"] is not None)
-    json.dumps(rows, allow_nan=False)
-    assert {row["group"] for row in host_rows(only=("decode", "Message.to_bytes (int8)"))} == {"decode", "encode_int8"}
-    assert host_rows(only=("merge",)) == []
-
-
-def test_a_message_that_comes_back_as_another_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Message.from_bytes
-
-    def wrong(data: Any, **rest: Any) -> Message:
-        message = right(data, **rest)
-        assert message.latent is not None
-        message.latent.view(-1)[5] *= 1.02
-        return message
-
-    monkeypatch.setattr(Message, "from_bytes", wrong)
-    ours = [row for row in host_rows() if row["kind"] == "ours"]
-    assert [row["within"] for row in ours] == [False] * 4 and not any(row["time"] or row["speedup"] for row in ours)
-    assert ours[0]["error"]["used"] > 1 and ours[0]["reason"].startswith("no time")
-
-
-@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
-def test_rounding_is_within_half_a_step(storage: str) -> None:
-    latent = (
-        torch.randn(3, 2, 64, generator=torch.Generator().manual_seed(1))
-        * torch.tensor([1e-6, 1.0, 1e6])[:, None, None]
-    )
-    latent[1, 1] = 0.0
-    message = Message(latent, (0, 1, 2), 1)
-    tensors = wire.stored(message, storage)
-    if storage == "int8":
-        tensors["scale"][1, 1] = 0.0  # what is all zeros has no step
-        tensors["latent"][1, 1] = 0
-    judgement = wire.judge(wire.restored(tensors), latent, storage)
-    assert judgement.within and judgement.used > 0.9
-    coarse = wire.restored(tensors).float()
-    coarse[0, 0, 0] *= 1.02
-    assert not wire.judge(coarse, latent, storage).within
-    for bad in (float("nan"), float("inf")):
-        coarse[0, 0, 0] = bad
-        judgement = wire.judge(coarse, latent, storage)
-        assert not judgement.within
-        json.dumps(judgement.to_dict(), allow_nan=False)
-    assert not wire.judge(coarse[:1], latent, storage).within
-
-
-def test_bytes_are_timed_on_the_cpu_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And held against the bandwidth of the CPU."""
-    cache = make_cache(Geometry(3, 2, 64), 1, 30)
-    caches = inputs.Caches(cache, cache, cache, [0, 10, 30])
-    seen: list[torch.device] = []
-
-    def bandwidth(device: torch.device) -> float:
-        seen.append(device)
-        return 10.0
-
-    monkeypatch.setattr(timing, "copy_bandwidth", bandwidth)
-    given = AsOnGpu(CPU, torch.float32, (20,), context=30, widths=(64,), seconds=0.02, only=("encode",))
-    rows = runner._host_rows(given, runner.Silent(), caches, 64, bandwidth=4000.0)
-    assert seen == [CPU] and rows[0]["copy_share"] == pytest.approx(rows[0]["gb_s"] / 10)
-    assert all(row["host_us"] is None and row["kernels"] is None for row in rows)
-    assert (
-        runner._host_rows(Settings(CPU, torch.float32, (20,), 30, only=("lcf",)), runner.Silent(), caches, 64, 1) == []
-    )
-
-
 # --- clocks
 
 
@@ -465,17 +278,6 @@ def test_rotated_inputs_share_no_memory() -> None:
         weights = [one.layer_weights[one.row]["up_weight"].data_ptr() for one in sets]
         assert len(set(read)) == len(read) >= 7 and len(set(weights)) == 7
         assert all(one.layer_weights[one.row]["up_weight"].shape == (2, 128, 32) for one in sets)
-
-
-def test_rotated_states_share_the_caches_and_nothing_else() -> None:
-    operands = small_job("merge").operands
-    sets = operands.rotated(5, one_layer=False, reads_caches=False)
-    assert len(sets) == 5 and all(one.sharer_layers[0][0] is operands.sharer_layers[0][0] for one in sets)
-    for name in ("down_weight", "global_query"):
-        assert len({one.weights[name].data_ptr() for one in sets}) == 5
-    states = [part.states for one in sets for part in one.parts]
-    assert len({tensor.data_ptr() for tensor in states}) == 5 * cases.PIECES
-    assert all(one.adapter.down_weight.data_ptr() == one.weights["down_weight"].data_ptr() for one in sets)
 
 
 def test_defaults_are_within_what_a_device_does() -> None:
@@ -541,11 +343,6 @@ def test_a_broken_op_fails_the_job(
     assert ours["time"] is None and ours["error"]["rel_rms"] > 0.1
 
 
-ROW = {
-    "group", "title", "op", "variant", "kind", "tokens", "context", "spans", "layers", "bottleneck", "dtype", "sharer",
-    "receiver", "bytes", "flops", "within", "error", "note", "time", "time_hot", "reason", "gb_s", "copy_share",
-    "tflop_s", "kernels", "peak_mb", "host_us", "speedup", "against", "speedup_reference",
-}  # fmt: skip
 ABOUT = {"commit", "device", "device_type", "driver", "torch", "triton", "transformers", "python", "threads"}
 
 
