@@ -34,8 +34,9 @@ from .common import (
     target_of,
 )
 from .injection import copy_tile, gate_scores, inject_tile
+from .noise import soft_gate_tile
 from .policy import tile_config
-from .projection import project_tile
+from .projection import blocks_tile, down_tile
 
 Pair = tuple[Tensor, Tensor]
 
@@ -51,7 +52,12 @@ def layer_code(row: int, slot_key: int, slot_value: int, open_key: bool, open_va
     return _CODE_MARK | open_value << 37 | open_key << 36 | slot_value << 24 | slot_key << 12 | row
 
 
-@triton.jit(do_not_specialize=["tokens", "sharer_tokens", "begin", "end", "first", "last", "tiles", "batch"])
+@triton.jit(
+    do_not_specialize=[
+        "tokens", "sharer_tokens", "begin", "end", "first", "last", "tiles", "batch", "seed", "threshold",
+        "keep_scale", "inverse_temperature",
+    ]
+)  # fmt: skip
 def fuse_kernel(
     sharer_keys,
     sharer_values,
@@ -69,6 +75,11 @@ def fuse_kernel(
     up_bias,
     head_gate_weight,
     head_gate_bias,
+    gate_logit,
+    seed,
+    threshold,
+    keep_scale,
+    inverse_temperature,
     tokens,
     sharer_tokens,
     begin,
@@ -94,6 +105,7 @@ def fuse_kernel(
     LAYERS: tl.constexpr,
     HAS_SHARER: tl.constexpr,
     HAS_INDEX: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
     IS_INPLACE: tl.constexpr,
     IS_WIDE: tl.constexpr,
     IS_SHARER_ALIGNED: tl.constexpr,
@@ -115,7 +127,11 @@ def fuse_kernel(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Edit one tile of one layer: write tokens ``[begin, end)``, edit those in ``[first, last)`` that index allows."""
+    """Edit one tile of one layer: write tokens ``[begin, end)``, edit those in ``[first, last)`` that index allows.
+
+    HAS_NOISE: as in training, with dropout and soft gates (`noise`); else the arguments from ``gate_logit`` to
+    ``inverse_temperature`` are not read.
+    """
     HALF: tl.constexpr = WIDTH // 2
     CS: tl.constexpr = SHARER_HEADS * SHARER_DIM
     CR: tl.constexpr = RECEIVER_HEADS * RECEIVER_DIM
@@ -188,7 +204,7 @@ def fuse_kernel(
         else:
             p_sharer_key = p_key
             p_sharer_value = p_value
-        z_k, z_v = project_tile(
+        z_k, z_v = down_tile(
             p_sharer_key,
             p_sharer_value,
             row_offsets(o_sharer, stride_sharer_key_token, IS_WIDE),
@@ -204,25 +220,25 @@ def fuse_kernel(
             m_edit,
             start + row * stride_start_layer + i_batch * stride_start_batch,
             down_weight + row * (WIDTH * (2 * CS + 2 * CR)),
-            norm_weight + row * (BLOCKS * WIDTH),
-            ffn_in_weight + row * (BLOCKS * HIDDEN * WIDTH),
-            ffn_out_weight + row * (BLOCKS * HIDDEN * WIDTH),
             HAS_SHARER,
             SHARER_HEADS,
             SHARER_DIM,
             RECEIVER_HEADS,
             RECEIVER_DIM,
             WIDTH,
-            HIDDEN,
-            BLOCKS,
             BLOCK_T,
             BLOCK_CS,
             BLOCK_CR,
-            BLOCK_F,
-            EPS,
             DTYPE,
             PRECISION,
         )
+        o_token = i_start + o_t
+        z_k, z_v = blocks_tile(
+            z_k, z_v, norm_weight + row * (BLOCKS * WIDTH), ffn_in_weight + row * (BLOCKS * HIDDEN * WIDTH),
+            ffn_out_weight + row * (BLOCKS * HIDDEN * WIDTH),
+            seed, threshold, keep_scale, o_token, i_batch, row,
+            WIDTH, HIDDEN, BLOCKS, BLOCK_F, EPS, HAS_NOISE, DTYPE, PRECISION,
+        )  # fmt: skip
         n_k = cast(z_k, DTYPE)
         n_v = cast(z_v, DTYPE)
         p_up = up_weight + row * (2 * CR * HALF)
@@ -233,6 +249,10 @@ def fuse_kernel(
             alpha = gate_scores(
                 n_k, n_v, p_gate, p_gate_bias, RECEIVER_HEADS, WIDTH, BLOCK_T, BLOCK_H, DTYPE, PRECISION
             )  # fmt: skip
+            if HAS_NOISE:
+                logit = tl.load(gate_logit + 2 * row).to(tl.float32)
+                o_h = tl.arange(0, BLOCK_H)
+                alpha *= soft_gate_tile(seed, inverse_temperature, logit, o_h, o_token, i_batch, row, 0)
             inject_tile(
                 n_k, alpha, p_key, o_key, stride_receiver_key_head, p_out_key, o_out_key, stride_out_key,
                 m_edit, m_write,
@@ -244,6 +264,10 @@ def fuse_kernel(
             alpha = gate_scores(
                 n_k, n_v, p_gate, p_gate_bias, RECEIVER_HEADS, WIDTH, BLOCK_T, BLOCK_H, DTYPE, PRECISION
             )  # fmt: skip
+            if HAS_NOISE:
+                logit = tl.load(gate_logit + 2 * row + 1).to(tl.float32)
+                o_h = tl.arange(0, BLOCK_H)
+                alpha *= soft_gate_tile(seed, inverse_temperature, logit, o_h, o_token, i_batch, row, 1)
             inject_tile(
                 n_v, alpha, p_value, o_value, stride_receiver_value_head, p_out_value, o_out_value, stride_out_value,
                 m_edit, m_write,
@@ -253,7 +277,10 @@ def fuse_kernel(
 
 
 _STACKED = ("down_weight", "norm_weight", "ffn_in_weight", "ffn_out_weight", "up_weight", "up_bias",
-            "head_gate_weight", "head_gate_bias")  # fmt: skip
+            "head_gate_weight", "head_gate_bias", "gate_logit")  # fmt: skip
+#: What a kernel is given in place of `lcf_fast.noise.TrainingNoise`: seed, threshold, keep scale, 1 / temperature.
+NoiseArguments = tuple[int, int, float, float]
+NO_NOISE: NoiseArguments = (0, 0, 1.0, 1.0)
 
 
 def fuse_layers(
@@ -267,6 +294,7 @@ def fuse_layers(
     positions: tuple[int, int],
     inplace: bool,
     norm_eps: float,
+    noise: NoiseArguments | None = None,
 ) -> Tensor | None:
     """Launch `fuse_kernel` over every layer with an open gate. Arguments are checked by ``lcf_fast.ops``.
 
@@ -278,6 +306,7 @@ def fuse_layers(
         message: ``(L, B, d)`` float32, contiguous (LCF-X).
         positions: half-open range to edit.
         inplace: edit ``receiver``; otherwise write new tensors.
+        noise: makes it a training pass, whose gates ``live`` must all call open.
 
     Returns:
         Out of place: ``(open gates, B, H, N, D)``, key before value, layer by layer. In place: ``None``.
@@ -302,7 +331,7 @@ def fuse_layers(
     with device_guard(key):
         for rows in groups.values():
             codes = [layer_code(row, *slots[row], *live[row]) for row in rows]
-            _launch(sharer, receiver, rows, codes, out, stacked, index, message, positions, norm_eps)
+            _launch(sharer, receiver, rows, codes, out, stacked, index, message, positions, norm_eps, noise)
     return out
 
 
@@ -317,6 +346,7 @@ def _launch(
     message: Tensor | None,
     positions: tuple[int, int],
     norm_eps: float,
+    noise: NoiseArguments | None,
 ) -> None:
     """One launch: layers whose tensors have the same strides."""
     key, value = receiver[rows[0]]
@@ -348,6 +378,7 @@ def _launch(
         index if index is not None else key,
         start,
         *(stacked[name] for name in _STACKED),
+        *(NO_NOISE if noise is None else noise),
         tokens,
         sharer_key.shape[2],
         begin,
@@ -364,6 +395,7 @@ def _launch(
         LAYERS=len(receiver_tables[0]),
         HAS_SHARER=sharer is not None,
         HAS_INDEX=index is not None,
+        HAS_NOISE=noise is not None,
         IS_INPLACE=out is None,
         IS_WIDE=needs_wide_offsets(config.block_tokens, key, value)
         or needs_wide_offsets(

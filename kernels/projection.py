@@ -5,7 +5,7 @@ the key's edit and ``z_v`` the value's, so splitting it costs nothing. The share
 where they lie in the models' caches, one head at a time; nothing of x is ever concatenated or transposed.
 
 Cost a token and layer, ``C = 2Cs + 2Cr``: ``C`` elements read, ``2·C·d + 32·d²`` FLOPs for two blocks.
-`project_tile` is shared with `fusion`, which goes on from its registers.
+`down_tile` and `blocks_tile` are shared with `fusion`, which goes on from their registers.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .common import (
     row_offsets,
     target_of,
 )
+from .noise import keep_tile
 from .policy import tile_config
 
 
@@ -80,27 +81,53 @@ def add_source(
 
 
 @triton.jit
+def rms_norm_tile(z_k, z_v, p_norm, WIDTH: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr):
+    """``rmsnorm(z)`` as matrix operands, its two halves, and ``1 / rms`` of each row."""
+    HALF: tl.constexpr = WIDTH // 2
+    o_z = tl.arange(0, HALF)
+    mean_square = (tl.sum(z_k * z_k, 1) + tl.sum(z_v * z_v, 1)) / WIDTH
+    scale = 1.0 / tl.sqrt(mean_square + EPS)
+    n_k = cast(z_k * scale[:, None] * tl.load(p_norm + o_z).to(tl.float32)[None, :], DTYPE)
+    n_v = cast(z_v * scale[:, None] * tl.load(p_norm + HALF + o_z).to(tl.float32)[None, :], DTYPE)
+    return n_k, n_v, scale
+
+
+@triton.jit
 def ffn_block(
     z_k,
     z_v,
     p_norm,
     p_in,
     p_out,
+    i_block,
+    seed,
+    threshold,
+    keep_scale,
+    o_token,
+    i_item,
+    row,
     WIDTH: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_F: tl.constexpr,
     EPS: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``z + W_out gelu(W_in rmsnorm(z))``, BLOCK_F hidden units at a time: the hidden layer never exists whole."""
+    """``z + dropout(W_out gelu(W_in rmsnorm(z)))``, BLOCK_F hidden units at a time: they never exist all at once.
+
+    Without HAS_NOISE there is no dropout, the products are added to z itself, and the arguments from ``seed`` to
+    ``row`` are not read.
+    """
     HALF: tl.constexpr = WIDTH // 2
     o_z = tl.arange(0, HALF)
     o_f = tl.arange(0, BLOCK_F)
-    mean_square = (tl.sum(z_k * z_k, 1) + tl.sum(z_v * z_v, 1)) / WIDTH
-    scale = 1.0 / tl.sqrt(mean_square + EPS)
-    n_k = cast(z_k * scale[:, None] * tl.load(p_norm + o_z).to(tl.float32)[None, :], DTYPE)
-    n_v = cast(z_v * scale[:, None] * tl.load(p_norm + HALF + o_z).to(tl.float32)[None, :], DTYPE)
+    n_k, n_v, _ = rms_norm_tile(z_k, z_v, p_norm, WIDTH, EPS, DTYPE)
+    out_k = z_k
+    out_v = z_v
+    if HAS_NOISE:
+        out_k = tl.zeros_like(z_k)
+        out_v = tl.zeros_like(z_v)
     for i in range(0, HIDDEN // BLOCK_F):
         o_hidden = i * BLOCK_F + o_f
         p_w = p_in + o_hidden[None, :] * WIDTH + o_z[:, None]
@@ -109,13 +136,18 @@ def ffn_block(
         hidden = dot(n_v, cast(tl.load(p_w + HALF), DTYPE), hidden, PRECISION)
         hidden = cast(gelu(hidden, DTYPE), DTYPE)
         p_w = p_out + o_z[None, :] * HIDDEN + o_hidden[:, None]
-        z_k = dot(hidden, cast(tl.load(p_w), DTYPE), z_k, PRECISION)
-        z_v = dot(hidden, cast(tl.load(p_w + HALF * HIDDEN), DTYPE), z_v, PRECISION)
-    return z_k, z_v
+        out_k = dot(hidden, cast(tl.load(p_w), DTYPE), out_k, PRECISION)
+        out_v = dot(hidden, cast(tl.load(p_w + HALF * HIDDEN), DTYPE), out_v, PRECISION)
+    if HAS_NOISE:
+        keep = keep_tile(seed, threshold, o_z, o_token, i_item, row, i_block)
+        out_k = z_k + tl.where(keep, out_k * keep_scale, 0.0)
+        keep = keep_tile(seed, threshold, HALF + o_z, o_token, i_item, row, i_block)
+        out_v = z_v + tl.where(keep, out_v * keep_scale, 0.0)
+    return out_k, out_v
 
 
 @triton.jit
-def project_tile(
+def down_tile(
     p_sharer_key,
     p_sharer_value,
     o_sharer_key,
@@ -131,26 +163,19 @@ def project_tile(
     m_row,
     p_start,
     p_down,
-    p_norm,
-    p_in,
-    p_out,
     HAS_SHARER: tl.constexpr,
     SHARER_HEADS: tl.constexpr,
     SHARER_DIM: tl.constexpr,
     RECEIVER_HEADS: tl.constexpr,
     RECEIVER_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCKS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_CS: tl.constexpr,
     BLOCK_CR: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    EPS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The latent of a tile, ``(z_k, z_v)``, each ``(BLOCK_T, d/2)`` float32.
+    """``W_down x + b_down`` of a tile, ``(z_k, z_v)``, each ``(BLOCK_T, d/2)`` float32.
 
     ``p_*``: the item's base in each cache; ``o_*``: (BLOCK_T,) offsets of the tile's rows. ``p_start``: d floats that
     z starts from: ``b_down``, or for LCF-X (HAS_SHARER false) the message, which holds that and the sharer's part.
@@ -181,10 +206,37 @@ def project_tile(
         z_k, z_v, p_receiver_value, o_receiver_value, m_row, stride_receiver_value_head, p_down + CR, STRIDE,
         RECEIVER_HEADS, RECEIVER_DIM, WIDTH, BLOCK_CR, DTYPE, PRECISION,
     )  # fmt: skip
+    return z_k, z_v
+
+
+@triton.jit
+def blocks_tile(
+    z_k,
+    z_v,
+    p_norm,
+    p_in,
+    p_out,
+    seed,
+    threshold,
+    keep_scale,
+    o_token,
+    i_item,
+    row,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    EPS: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """All FFN blocks of a layer on a tile; see `ffn_block`."""
     for i in tl.static_range(BLOCKS):
         z_k, z_v = ffn_block(
             z_k, z_v, p_norm + i * WIDTH, p_in + i * HIDDEN * WIDTH, p_out + i * HIDDEN * WIDTH,
-            WIDTH, HIDDEN, BLOCK_F, EPS, DTYPE, PRECISION,
+            i, seed, threshold, keep_scale, o_token, i_item, row,
+            WIDTH, HIDDEN, BLOCK_F, EPS, HAS_NOISE, DTYPE, PRECISION,
         )  # fmt: skip
     return z_k, z_v
 
@@ -250,7 +302,7 @@ def joint_projection_kernel(
         i_sharer = i_start * 0
         o_sharer = tl.load(index + i_batch * tokens + i_start + o_t, mask=m_t, other=-1)
         m_row = m_t & (o_sharer >= 0) & (o_sharer < sharer_tokens)
-    z_k, z_v = project_tile(
+    z_k, z_v = down_tile(
         sharer_key + i_batch * stride_sharer_key_batch + i_sharer * stride_sharer_key_token,
         sharer_value + i_batch * stride_sharer_value_batch + i_sharer * stride_sharer_value_token,
         row_offsets(o_sharer, stride_sharer_key_token, IS_WIDE),
@@ -266,25 +318,22 @@ def joint_projection_kernel(
         m_row,
         start + i_batch * stride_start_batch,
         down_weight,
-        norm_weight,
-        ffn_in_weight,
-        ffn_out_weight,
         HAS_SHARER,
         SHARER_HEADS,
         SHARER_DIM,
         RECEIVER_HEADS,
         RECEIVER_DIM,
         WIDTH,
-        HIDDEN,
-        BLOCKS,
         BLOCK_T,
         BLOCK_CS,
         BLOCK_CR,
-        BLOCK_F,
-        EPS,
         DTYPE,
         PRECISION,
     )
+    z_k, z_v = blocks_tile(
+        z_k, z_v, norm_weight, ffn_in_weight, ffn_out_weight, 0, 0, 1.0, o_t, i_batch, 0,
+        WIDTH, HIDDEN, BLOCKS, BLOCK_F, EPS, False, DTYPE, PRECISION,
+    )  # fmt: skip
     if HAS_INDEX:
         z_k = tl.where(m_row[:, None], z_k, 0.0)
         z_v = tl.where(m_row[:, None], z_v, 0.0)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .noise import TrainingNoise
+
 Pair = tuple[Tensor, Tensor]
 
 
@@ -50,6 +52,8 @@ def joint_projection(
     sharer_index: Tensor | None = None,
     message: Tensor | None = None,
     norm_eps: float = 1e-6,
+    noise: TrainingNoise | None = None,
+    layer: int = 0,
 ) -> Tensor:
     """Project keys and values of both models together into the bottleneck (paper section 3; spec section 2).
 
@@ -65,6 +69,7 @@ def joint_projection(
         sharer_index: ``(B, N)`` int, the sharer's row for each receiver position. -1: none; that latent row is zero.
         message: ``(B, d)``, LCF-X: the sharer's whole part ``W_down[:, :2Cs]·[K*;V*] + b_down``.
         norm_eps: epsilon of the norm.
+        noise: dropout on what each block adds, as in training; ``layer``: the row that its numbers are drawn for.
 
     Returns:
         The latent ``z (B, N, d)``, float32 (float64 for float64 caches).
@@ -81,9 +86,14 @@ def joint_projection(
         z = F.linear(x, down, weights["down_bias"].to(dtype)).to(accumulate)
     else:
         z = F.linear(x, down[:, down.shape[1] - x.shape[2] :]).to(accumulate) + message.to(accumulate)[:, None]
-    for scale, w_in, w_out in zip(weights["norm_weight"], weights["ffn_in_weight"], weights["ffn_out_weight"]):
+    blocks = zip(weights["norm_weight"], weights["ffn_in_weight"], weights["ffn_out_weight"])
+    for block, (scale, w_in, w_out) in enumerate(blocks):
         hidden = F.gelu(F.linear(rms_norm(z, scale.to(accumulate), norm_eps).to(dtype), w_in.to(dtype)))
-        z = z + F.linear(hidden, w_out.to(dtype)).to(accumulate)
+        added = F.linear(hidden, w_out.to(dtype)).to(accumulate)
+        if noise is not None:
+            shape = (z.shape[0], z.shape[1], z.shape[2])
+            added = torch.where(noise.keep(layer, block, shape, z.device), added * noise.keep_scale, 0.0)
+        z = z + added
     if sharer_index is not None:
         z = z.masked_fill((sharer_index < 0)[..., None], 0.0)
     return z
@@ -155,6 +165,8 @@ def gated_injection(
     weights: Mapping[str, Tensor],
     *,
     edit_mask: Tensor | None = None,
+    noise: TrainingNoise | None = None,
+    layer: int = 0,
 ) -> Pair:
     """Edit one receiver layer: ``R_i + gate_i · sigmoid(W_a z + b_a) · (W_up z_i + b_up)``, i in K, V (spec section 2).
 
@@ -164,6 +176,7 @@ def gated_injection(
         weights: one layer's ``up_weight (2, C, d/2)``, ``up_bias (2, C)``, ``head_gate_weight (2, H, d)``,
             ``head_gate_bias (2, H)``, ``gate_logit (2)``; a logit that is not above zero closes its gate.
         edit_mask: ``(B, N)``, zero where the position must stay as it is.
+        noise: soft gates, as in training; ``layer``: the row that its numbers are drawn for.
 
     Returns:
         New key and value, shaped and typed as the given ones.
@@ -177,8 +190,13 @@ def gated_injection(
         delta = delta.unflatten(-1, (cache.shape[1], cache.shape[3])).transpose(1, 2)
         score = F.linear(z, weights["head_gate_weight"][i].to(dtype), weights["head_gate_bias"][i].to(dtype))
         alpha = score.to(accumulate).sigmoid().transpose(1, 2)[..., None]
-        result = (cache.to(accumulate) + alpha * delta.to(accumulate)).to(dtype)
         keep = weights["gate_logit"][i] > 0
+        if noise is not None:
+            shape = (cache.shape[0], cache.shape[2], cache.shape[1])
+            gate = noise.gate(layer, i, weights["gate_logit"][i].to(accumulate), shape)
+            alpha = alpha * gate.transpose(1, 2)[..., None]
+            keep = torch.ones_like(keep)
+        result = (cache.to(accumulate) + alpha * delta.to(accumulate)).to(dtype)
         if edit_mask is not None:
             keep = keep & (edit_mask != 0)[:, None, :, None]
         edited.append(torch.where(keep, result, cache))
@@ -196,6 +214,7 @@ def fuse_layers(
     edit_mask: Tensor | None = None,
     positions: tuple[int, int] | None = None,
     norm_eps: float = 1e-6,
+    noise: TrainingNoise | None = None,
 ) -> list[Pair]:
     """The naive whole: `joint_projection` and `gated_injection`, layer by layer (spec sections 2 and 4).
 
@@ -207,6 +226,7 @@ def fuse_layers(
         message: ``(L, B, d)``, LCF-X.
         positions: half-open range of receiver positions to edit; ``None`` is all.
         norm_eps: epsilon of the norm.
+        noise: dropout and soft gates, as in training.
 
     Returns:
         New ``(key, value)`` a layer.
@@ -233,8 +253,11 @@ def fuse_layers(
             sharer_index=sharer_index if message is None else None,
             message=None if message is None else message[layer],
             norm_eps=norm_eps,
+            noise=noise,
+            layer=layer,
         )
-        fused.append(gated_injection(receiver_key, receiver_value, latent, one, edit_mask=mask))
+        edited = gated_injection(receiver_key, receiver_value, latent, one, edit_mask=mask, noise=noise, layer=layer)
+        fused.append(edited)
     return fused
 
 

@@ -50,6 +50,7 @@ def fusion_case(
     index: bool = False,
     inplace: bool = True,
     aligned: bool = True,
+    noise: bool = False,
     sharer: tuple[int, int] = (2, 64),
     receiver: tuple[int, int] = (8, 128),
 ) -> Case:
@@ -57,6 +58,7 @@ def fusion_case(
     types: dict[str, Any] = dict.fromkeys(tables, ("i64",) * LAYERS)
     types |= dict.fromkeys((*WEIGHTS, "out"), f"*{dtype}")
     types |= {"index": "*i32", "start": "*fp32" if message else f"*{dtype}"}
+    types |= dict.fromkeys(("keep_scale", "inverse_temperature"), "fp32")
     if message:
         sharer = (1, 1024)  # the launcher gives channels only
     constexprs = {
@@ -65,6 +67,7 @@ def fusion_case(
         "LAYERS": LAYERS,
         "HAS_SHARER": not message,
         "HAS_INDEX": index,
+        "HAS_NOISE": noise,
         "IS_WIDE": False,
         "IS_INPLACE": inplace,
         "IS_SHARER_ALIGNED": aligned,
@@ -74,7 +77,13 @@ def fusion_case(
     unaligned = ("codes",) if aligned else tables
     marks = "".join(
         mark
-        for mark, on in (("-message", message), ("-index", index), ("-out", not inplace), ("-odd", not aligned))
+        for mark, on in (
+            ("-message", message),
+            ("-index", index),
+            ("-out", not inplace),
+            ("-odd", not aligned),
+            ("-noise", noise),
+        )
         if on
     )
     heads = "" if receiver == (8, 128) else f"-{receiver[0]}x{receiver[1]}"
@@ -140,6 +149,7 @@ def cases(chip: str) -> list[Case]:
             built += [fusion_case(width, "bf16", config) for config in tile_options(width, 2, chip)[1:]]
         built.append(fusion_case(128, "bf16", largest, inplace=False, index=True))
         built.append(fusion_case(128, "bf16", largest, aligned=False))
+        built.append(fusion_case(128, "bf16", largest, inplace=False, noise=True))
         built.append(fusion_case(128, "bf16", largest, receiver=(5, 80)))
         built.append(fusion_case(128, "bf16", largest, receiver=(2, 256)))
         built.append(fusion_case(128, "fp16", largest))
