@@ -283,7 +283,9 @@ def test_numbers_that_are_none_are_not_read(storage: str) -> None:
             Message.from_bytes(edited(data, payload=payload[:begin] + number + payload[begin + len(number) :]))
 
 
-@pytest.mark.parametrize("data", ["text", 5, None, [1, 2], memoryview(bytes(200))[::2]], ids=str)
+@pytest.mark.parametrize(
+    "data", ["text", 5, None, [1, 2], memoryview(bytes(200))[::2]], ids=["text", "int", "none", "list", "strided"]
+)
 def test_data_without_a_buffer_is_refused(data: Any) -> None:
     with pytest.raises(DTypeError, match="data: expected bytes"):
         Message.from_bytes(data)
