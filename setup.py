@@ -19,6 +19,7 @@ def version() -> str:
 
 HF = ["transformers>=5,<6"]
 PLOT = ["matplotlib>=3.8"]
+TRAIN = ["datasets>=4", "tensorboard>=2.16"]
 BENCH = ["pytest>=8", "pytest-benchmark>=5", *PLOT]
 TEST = [
     "pytest>=8",
@@ -26,6 +27,7 @@ TEST = [
     "hypothesis>=6.100",
     "pytest-benchmark>=5",
     *PLOT,
+    "datasets>=4",
     "ruff",
     "mypy",
     "build>=1.2",
@@ -60,6 +62,7 @@ setup(
         "bench": [*BENCH, *HF],
         "flash": ["flash-attn"],
         "plot": PLOT,
+        "train": [*TRAIN, *HF],
         "test": TEST,
     },
     entry_points={"console_scripts": ["lcf-fast = lcf_fast.cli:main"]},

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import LCFError
+from .training.converters import add_convert_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"lcf-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_inspect(commands)
+    add_convert_command(commands)
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)

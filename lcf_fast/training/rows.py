@@ -1,0 +1,167 @@
+"""Rows of a data file, one at a time: JSON lines, a JSON list, parquet, a set of the `datasets` library.
+
+Every reader yields ``(number, row)``, numbers counted from 1 as a text editor counts lines. A row that cannot be read,
+where those after it can, comes as a `RowError`, which its reader counts and names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..errors import BackendError
+from .data_errors import DataError
+
+__all__ = ["Row", "RowError", "file_rows", "hub_rows"]
+
+_CHUNK = 1 << 20  # characters
+_WHITE = " \t\n\r"  # JSON's
+
+
+class RowError(ValueError):
+    """Why one row is of no use, in its text."""
+
+
+Row = tuple[int, Any]
+
+
+def file_rows(path: Path) -> Iterator[Row]:
+    """Rows of a file or, of parquet, also of a folder of them.
+
+    A name that ends in ``.parquet`` (or a folder) is parquet; otherwise a file that begins with ``[`` is a JSON list,
+    read piece by piece, and any other JSON lines. Blank lines count as lines but are no rows.
+
+    Raises:
+        DataError: no such file; parquet that cannot be read; a JSON list that is damaged, since nothing behind the
+            damage can be told apart. BackendError: parquet without the `datasets` library. OSError: as the system says.
+    """
+    if path.is_dir():
+        parts = sorted(path.glob("*.parquet"))
+        if not parts:
+            raise DataError(str(path), expected="a folder of .parquet files", got="one without any")
+        return _library_rows(str(path), "parquet", data_files=[str(part) for part in parts], streaming=True)
+    if not path.is_file():
+        raise DataError(str(path), expected="a data file", got="no such file")
+    if path.suffix == ".parquet":
+        return _library_rows(str(path), "parquet", data_files=[str(path)], streaming=True)
+    with open(path, "rb") as file:
+        first = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return _list_rows(path) if first.startswith(b"[") else _line_rows(path)
+
+
+def hub_rows(name: str, split: str) -> Iterator[Row]:
+    """Rows of a hub's data set, through the `datasets` library, which downloads and keeps it.
+
+    Raises:
+        BackendError: the library is not installed. DataError: it cannot load the set, or has no such split.
+    """
+    return _library_rows(name, name, split=split)
+
+
+def _line_rows(path: Path) -> Iterator[Row]:
+    with open(path, "rb") as file:  # bytes: a line of JSON ends at \n alone, and bad UTF-8 spoils one line only
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.isspace() or not line:
+                continue
+            try:
+                yield number, json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                yield number, RowError(f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}")
+            except json.JSONDecodeError as error:
+                yield number, RowError(f"not JSON: {error.msg} at column {error.colno}")
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested thousands deep
+                yield number, RowError(f"JSON that cannot be read: {error}")
+
+
+def _list_rows(path: Path) -> Iterator[Row]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = _ListReader(path, file)
+        try:
+            yield from reader.rows()
+        except UnicodeDecodeError:
+            raise reader.damaged("not UTF-8") from None
+
+
+class _ListReader:
+    """A JSON list's elements, without the whole of it in memory."""
+
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self.path, self.file = path, file
+        self.buffer, self.at, self.number = "", 0, 0
+
+    def rows(self) -> Iterator[Row]:
+        decoder = json.JSONDecoder()
+        self.take("[")
+        if self.peek() == "]":
+            self.at += 1
+        else:
+            while True:
+                self.number += 1
+                self.peek()
+                yield self.number, self.value(decoder)
+                if self.take(",]") == "]":
+                    break
+        if self.peek():
+            raise self.damaged("more text behind the list's end")
+
+    def value(self, decoder: json.JSONDecoder) -> Any:
+        while True:
+            try:
+                value, end = decoder.raw_decode(self.buffer, self.at)
+            except json.JSONDecodeError as error:
+                if self.fill():
+                    continue
+                raise self.damaged(error.msg) from None
+            except (ValueError, RecursionError) as error:
+                raise self.damaged(str(error)) from None
+            if end == len(self.buffer) and self.fill():
+                continue  # a number may go on
+            self.at = end
+            return value
+
+    def take(self, wanted: str) -> str:
+        found = self.peek()
+        if not found or found not in wanted:
+            raise self.damaged(f"{found!r} where one of {wanted!r} belongs" if found else "the file ends")
+        self.at += 1
+        return found
+
+    def peek(self) -> str:
+        """The next character that is not white space, "" at the end."""
+        while True:
+            while self.at < len(self.buffer) and self.buffer[self.at] in _WHITE:
+                self.at += 1
+            if self.at < len(self.buffer):
+                return self.buffer[self.at]
+            if not self.fill():
+                return ""
+
+    def fill(self) -> bool:
+        # At least doubled, so that a long element is not tried again and again for a little more of it each time.
+        more = self.file.read(max(_CHUNK, len(self.buffer) - self.at))
+        self.buffer, self.at = self.buffer[self.at :] + more, 0
+        return bool(more)
+
+    def damaged(self, what: str) -> DataError:
+        return DataError(str(self.path), expected="a JSON list", got=f"{what}, at item {max(self.number, 1)}")
+
+
+def _library_rows(shown: str, name: str, *, split: str = "train", **options: Any) -> Iterator[Row]:
+    try:
+        import datasets
+    except ImportError:
+        expected = "the datasets library, which pip install 'lcf-fast[train]' brings"
+        raise BackendError(shown, expected=expected, got="an environment without it") from None
+
+    def rows() -> Iterator[Row]:
+        try:
+            yield from enumerate(datasets.load_dataset(name, split=split, **options), 1)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(shown, expected=f"a data set with a split {split!r}", got=first[:300]) from error
+
+    return rows()
