@@ -140,7 +140,7 @@ def tiny_trainer(
     adapter = tiny_adapter(sharer, receiver, cross_context=cross_context, dropout=dropout)
     data = RandomData(settings, cross_context=cross_context, aligned=aligned)
     if "prefiller" not in keywords:
-        keywords["sharer"] = sharer
+        keywords.setdefault("sharer", sharer)
     keywords = {"data": data, "save_every": 2, "progress": False, **keywords}
     return Trainer(adapter, receiver, out=out, settings=settings, **keywords)
 

@@ -138,10 +138,10 @@ class Trainer:
 
         Raises:
             RunError: ``out`` holds a run already and ``resume`` is False; a run with other settings or data; a full
-                disk. LossError: a loss or gradient that is not finite.
+                disk. LossError: a loss or gradient that is not finite; what there was before that step is saved.
         """
         done, log_bytes = self._resume() if resume else self._begin()
-        log = RunLog(self.out / LOG_FILE, log_bytes) if self.ranks.first else None
+        log = self._log = RunLog(self.out / LOG_FILE, log_bytes) if self.ranks.first else None
         scalars = Scalars(self.out / TENSORBOARD, done + 1) if self.ranks.first else None
         bar = Progress(self.settings.steps, done, shown=self.progress and self.ranks.first)
         self.adapter.train()
@@ -165,6 +165,8 @@ class Trainer:
         if self.ranks.first:
             self._save_adapter()
         return self.adapter
+
+    _log: RunLog | None = None
 
     # --- beginning, resuming, saving
 
@@ -288,6 +290,9 @@ class Trainer:
             wrong = list(batches)
         ids = tuple(i for batch in wrong for i in batch.ids)
         found = f"loss {loss}, gradient norm {norm}"
+        with contextlib.suppress(RunError):  # a full disk on top of it: then the last good one is an older one
+            if step > 0 and self._log is not None:
+                self._save(step, self._log.sync())
         raise LossError.at(step + 1, ids, self.checkpoints.latest(), found)
 
 
