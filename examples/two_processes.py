@@ -50,7 +50,7 @@ def share(folder: str, port: int) -> None:
 def main() -> None:
     """The receiver's process."""
     torch.manual_seed(0)
-    adapter = LatentCacheFlow(LCFConfig(SHARER, RECEIVER, bottleneck=64, cross_context=True))
+    adapter = LatentCacheFlow(LCFConfig(SHARER, RECEIVER, bottleneck=64, cross_context=True)).eval()
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
         adapter.sharer_side().save_pretrained(folder)
         server.settimeout(60.0)

@@ -17,6 +17,7 @@ from .errors import DTypeError, GeometryError, IndexRangeError, LCFError, ShapeE
 from .fingerprint import Origin, receiver_digest, sharer_digest
 from .inputs import check_device, hide_padding, known_length, real_tokens
 from .message import Message
+from .noise import TrainingNoise
 from .receiving import accepted_digest, combine, readable_latent
 from .sharer import SharerSide, Summarizes
 
@@ -68,8 +69,15 @@ class LatentCacheFlow(Summarizes, nn.Module):
     A gate is open where its logit is above zero; a layer whose two gates are closed, like one that is not
     kept, is passed through untouched and costs nothing. On a GPU the gates are read once and again whenever
     ``gate_logit`` changes in place; an edit through ``gate_logit.data`` escapes this, use ``with
-    torch.no_grad()`` instead. ``torch.compile`` takes them as constants. ``train()`` changes nothing yet: the
-    training gate and dropout come with training, until then both modes compute what inference does.
+    torch.no_grad()`` instead. ``torch.compile`` takes them as constants.
+
+    Like any module a fresh adapter is in training mode, and one from :meth:`from_pretrained` in eval mode. In
+    training mode :meth:`fuse` and :meth:`inject` have dropout (``config.dropout``) and soft, noisy gates, none of
+    them closed, of temperature ``gate_temperature`` (:class:`lcf_fast.noise.TrainingNoise`); each call draws a seed
+    from torch's default CPU generator. :meth:`fuse_` and :meth:`inject_` are inference in either mode.
+
+    Attributes:
+        gate_temperature: of the training gates, above 0; a trainer anneals it. Not saved.
 
     Args:
         config: geometries, widths and layer map.
@@ -79,6 +87,7 @@ class LatentCacheFlow(Summarizes, nn.Module):
 
     receiver_layers: Tensor
     sharer_layers: Tensor
+    gate_temperature: float
     gate_logit: nn.Parameter
     down_weight: nn.Parameter
 
@@ -104,6 +113,7 @@ class LatentCacheFlow(Summarizes, nn.Module):
         # The same on the host: routing must not wait for a device.
         self._kept, self._reads = kept, reads
         self._gates: tuple[Tensor, int, int, Live] | None = None
+        self.gate_temperature = 1.0
         #: Digests of other sharers' halves whose messages are taken.
         self.accepted_sharers: frozenset[str] = frozenset()
         self.reset_parameters()
@@ -228,15 +238,13 @@ class LatentCacheFlow(Summarizes, nn.Module):
             else:
                 sharer_index = hide_padding(sharer_index, visible, key)
         try:
-            fused = (ops.fuse_layers_ if in_place else ops.fuse_layers)(
+            fused = self._edit(
+                in_place,
                 [sharer[s] for s in self._reads],
                 [receiver[t] for t in self._kept],
-                self._weights(),
-                live=self._live(),
                 sharer_index=sharer_index,
                 edit_mask=edit_mask,
                 positions=positions,
-                norm_eps=self.config.norm_eps,
             )
         except LCFError:
             self._name_the_layer(receiver, sharer)
@@ -303,15 +311,13 @@ class LatentCacheFlow(Summarizes, nn.Module):
         latent = readable_latent(self, message, "message", key.shape[0])
         edit_mask = real_tokens("attention_mask", attention_mask, key)
         try:
-            injected = (ops.fuse_layers_ if in_place else ops.fuse_layers)(
+            injected = self._edit(
+                in_place,
                 None,
                 [receiver[t] for t in self._kept],
-                self._weights(),
-                live=self._live(),
                 message=latent,
                 edit_mask=edit_mask,
                 positions=positions,
-                norm_eps=self.config.norm_eps,
             )
         except LCFError:
             self._name_the_layer(receiver, None)
@@ -396,6 +402,16 @@ class LatentCacheFlow(Summarizes, nn.Module):
                 expected=f"an LCF-X adapter (cross_context=True) to {method} with",
                 got="LCF: use fuse",
             )
+
+    def _edit(self, in_place: bool, sharer: list[Pair] | None, receiver: list[Pair], **options: Any) -> Sequence[Pair]:
+        weights, norm_eps = self._weights(), self.config.norm_eps
+        if in_place:
+            return ops.fuse_layers_(sharer, receiver, weights, live=self._live(), norm_eps=norm_eps, **options)
+        if not self.training:
+            return ops.fuse_layers(sharer, receiver, weights, live=self._live(), norm_eps=norm_eps, **options)
+        seed = int(torch.randint(1 << 31, (), dtype=torch.int64))
+        noise = TrainingNoise(seed, self.gate_temperature, self.config.dropout)
+        return ops.fuse_layers(sharer, receiver, weights, norm_eps=norm_eps, noise=noise, **options)
 
     def _weights(self) -> Mapping[str, Tensor]:
         # The module's own dictionary: building one a call would cost more host time than the checks.

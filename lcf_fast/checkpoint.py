@@ -116,7 +116,7 @@ def load(
     if origin is not None:
         adapter._set_origin(origin)
     adapter.accepted_sharers = frozenset(accepted)
-    return adapter.to(device=device, dtype=dtype)
+    return adapter.to(device=device, dtype=dtype).eval()
 
 
 def load_side(

@@ -15,6 +15,14 @@ from torch import Tensor
 from . import eager, reference
 from .backends import resolve
 from .library import WEIGHTS, like_needed, pairs_of, recompute_gradients, spread, unit_rows
+from .noise import TrainingNoise
+
+#: A training pass's noise as it crosses the boundary: seed, temperature, dropout. A negative seed: no noise.
+NO_NOISE = (-1, 1.0, 0.0)
+
+
+def _noise(seed: int, temperature: float, dropout: float) -> TrainingNoise | None:
+    return None if seed < 0 else TrainingNoise(seed, temperature, dropout)
 
 
 def _fuse(
@@ -27,6 +35,7 @@ def _fuse(
     first: int,
     last: int,
     norm_eps: float,
+    noise: TrainingNoise | None,
     inplace: bool,
 ) -> Tensor | None:
     """Run a back end. ``index (B, N)`` int32 is negative where a position must stay; without a sharer it only masks."""
@@ -47,19 +56,22 @@ def _fuse(
             positions=(first, last),
             inplace=inplace,
             norm_eps=norm_eps,
+            noise=None if noise is None else noise.arguments,
         )
-    run = eager.fuse_layers_ if inplace else eager.fuse_layers
-    fused = run(
-        pairs_of(sharer) if sharer else None,
-        pairs_of(receiver),
-        named,
-        live=gates,
-        sharer_index=index if sharer else None,
-        message=message,
-        edit_mask=None if sharer or index is None else index >= 0,
-        positions=(first, last),
-        norm_eps=norm_eps,
-    )
+    options: dict[str, Any] = {
+        "sharer_index": index if sharer else None,
+        "message": message,
+        "edit_mask": None if sharer or index is None else index >= 0,
+        "positions": (first, last),
+        "norm_eps": norm_eps,
+    }
+    pairs = pairs_of(sharer) if sharer else None
+    fused: Sequence[tuple[Tensor, Tensor]]
+    if noise is not None:
+        fused = reference.fuse_layers(pairs, pairs_of(receiver), named, noise=noise, **options)
+    else:
+        run = eager.fuse_layers_ if inplace else eager.fuse_layers
+        fused = run(pairs, pairs_of(receiver), named, live=gates, **options)
     if inplace:
         return None
     edited = [tensor for pair, opened in zip(fused, gates) for tensor, is_open in zip(pair, opened) if is_open]
@@ -76,8 +88,12 @@ def run_fuse_layers(
     first: int,
     last: int,
     norm_eps: float,
+    seed: int,
+    temperature: float,
+    dropout: float,
 ) -> Tensor:
-    out = _fuse(sharer, receiver, weights, live, index, message, first, last, norm_eps, False)
+    noise = _noise(seed, temperature, dropout)
+    out = _fuse(sharer, receiver, weights, live, index, message, first, last, norm_eps, noise, False)
     assert out is not None
     return out
 
@@ -96,6 +112,9 @@ def _(
     first: int,
     last: int,
     norm_eps: float,
+    seed: int,
+    temperature: float,
+    dropout: float,
 ) -> Tensor:
     return receiver[0].new_empty(sum(live), *receiver[0].shape)
 
@@ -111,7 +130,7 @@ def run_fuse_layers_(
     last: int,
     norm_eps: float,
 ) -> None:
-    _fuse(sharer, receiver, weights, live, index, message, first, last, norm_eps, True)
+    _fuse(sharer, receiver, weights, live, index, message, first, last, norm_eps, None, True)
 
 
 fuse_layers_ = torch.library.custom_op("lcf_fast::fuse_layers_", run_fuse_layers_, mutates_args=("receiver",))
@@ -144,6 +163,9 @@ def fuse_layers_backward(
     first: int,
     last: int,
     norm_eps: float,
+    seed: int,
+    temperature: float,
+    dropout: float,
 ) -> list[Tensor]:
     def formula(leaves: Sequence[Any]) -> Sequence[Tensor]:
         rest = list(leaves)
@@ -158,6 +180,7 @@ def fuse_layers_backward(
             edit_mask=index >= 0 if has_message and index is not None else None,
             positions=(first, last),
             norm_eps=norm_eps,
+            noise=_noise(seed, temperature, dropout),
         )
         return [tensor for tensor, is_open in zip((t for pair in fused for t in pair), live) if is_open]
 
@@ -176,18 +199,20 @@ def _(
     first: int,
     last: int,
     norm_eps: float,
+    seed: int,
+    temperature: float,
+    dropout: float,
 ) -> list[Tensor]:
     return like_needed(inputs, needed)
 
 
 def _fuse_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    sharer, receiver, weights, live, index, message, first, last, norm_eps = inputs
+    sharer, receiver, weights, live, index, message, *ctx.scalars = inputs
     tensors = [*receiver, *weights, *([message] if message is not None else sharer)]
     ctx.needed = [t.requires_grad for t in tensors]
     ctx.layers, ctx.live, ctx.has_index = len(receiver) // 2, list(live), index is not None
     ctx.has_message, ctx.sharers = message is not None, len(sharer)
     ctx.weights = len(weights)
-    ctx.scalars = (first, last, norm_eps)
     ctx.save_for_backward(*tensors, *([index] if index is not None else []))
 
 
@@ -199,7 +224,7 @@ def _fuse_backward(ctx: Any, grad: Tensor) -> Any:
     receiver, grads = grads[: 2 * ctx.layers], grads[2 * ctx.layers :]
     weights, grads = grads[: ctx.weights], grads[ctx.weights :]
     sharer, message = ([], grads[0]) if ctx.has_message else (grads, None)
-    return sharer, receiver, weights, None, None, message, None, None, None
+    return sharer, receiver, weights, None, None, message, *[None] * len(ctx.scalars)
 
 
 fuse_layers.register_autograd(_fuse_backward, setup_context=_fuse_setup)

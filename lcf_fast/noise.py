@@ -61,6 +61,11 @@ class TrainingNoise:
         """What makes up for what was dropped."""
         return 1.0 / (1.0 - self.threshold / (1 << 31))
 
+    @property
+    def arguments(self) -> tuple[int, int, float, float]:
+        """What a kernel is given: seed, threshold, keep scale, 1 / temperature."""
+        return self.seed, self.threshold, self.keep_scale, 1.0 / self.temperature
+
     def keep(self, layer: int, block: int, shape: tuple[int, int, int], device: torch.device) -> Tensor:
         """Which channels of a block's output are kept: ``(B, N, d)`` bool."""
         return random_bits(self.seed, layer, BLOCK_STREAM + block, shape, device) >> 1 >= self.threshold

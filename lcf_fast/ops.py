@@ -19,6 +19,7 @@ from . import checks as check
 from . import eager, library, library_layers, reference
 from .dispatch import is_plain, needs_grad, served_by, undispatched
 from .errors import DTypeError, GeometryError, ShapeError
+from .noise import TrainingNoise
 from .ops_pooling import attention_pool, finish_ranges, fold_summary, merge_ranges, pool_range, summarize_layers
 
 __all__ = [
@@ -232,6 +233,7 @@ def fuse_layers(
     edit_mask: Tensor | None = None,
     positions: tuple[int, int] | None = None,
     norm_eps: float = 1e-6,
+    noise: TrainingNoise | None = None,
 ) -> list[Pair]:
     """Projection to injection for all kept layers, on a GPU in one launch (spec sections 2 and 4).
 
@@ -247,6 +249,8 @@ def fuse_layers(
         edit_mask: ``(B, N)``, zero where the position stays as it is (padding).
         positions: half-open range of receiver positions to edit; ``None`` is all.
         norm_eps: epsilon of the RMS norm.
+        noise: makes it a training pass: dropout, and soft, noisy gates, none of which is closed (``live`` says
+            nothing then). The same noise gives the same numbers on every back end, and in the backward pass.
 
     Returns:
         ``(key, value)`` a layer: new tensors where the gate is open; where it is closed, the given tensor itself.
@@ -254,6 +258,8 @@ def fuse_layers(
     Raises:
         ShapeError, DTypeError, DeviceError, GeometryError, IndexRangeError, BackendError: named by argument.
     """
+    if noise is not None:
+        live = [(True, True)] * len(receiver)
     arguments, gates, backend = _check_fuse(
         sharer, receiver, weights, live, sharer_index, message, edit_mask, positions, norm_eps
     )
@@ -265,14 +271,15 @@ def fuse_layers(
         if sharer is None:
             masks = {"sharer_index": None, "edit_mask": None if index is None else index >= 0}
         keywords = {**masks, "message": message, "positions": arguments[6:8], "norm_eps": norm_eps}
-        if not differentiable:
+        if not differentiable and noise is None:
             with torch.no_grad():
                 return eager.fuse_layers(sharer, receiver, weights, live=gates, **keywords)
-        fused = reference.fuse_layers(sharer, receiver, weights, **keywords)
+        fused = reference.fuse_layers(sharer, receiver, weights, noise=noise, **keywords)
         return [
             (new[0] if opened[0] else old[0], new[1] if opened[1] else old[1])
             for new, old, opened in zip(fused, receiver, gates)
         ]
+    arguments += library_layers.NO_NOISE if noise is None else (noise.seed, noise.temperature, noise.dropout)
     if plain and not differentiable:
         out = undispatched(library_layers.run_fuse_layers, arguments)
     else:

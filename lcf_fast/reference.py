@@ -90,7 +90,7 @@ def joint_projection(
     for block, (scale, w_in, w_out) in enumerate(blocks):
         hidden = F.gelu(F.linear(rms_norm(z, scale.to(accumulate), norm_eps).to(dtype), w_in.to(dtype)))
         added = F.linear(hidden, w_out.to(dtype)).to(accumulate)
-        if noise is not None:
+        if noise is not None and noise.threshold:
             shape = (z.shape[0], z.shape[1], z.shape[2])
             added = torch.where(noise.keep(layer, block, shape, z.device), added * noise.keep_scale, 0.0)
         z = z + added

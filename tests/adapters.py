@@ -34,7 +34,7 @@ def make_adapter(
         if cross_context:
             adapter.get_parameter("span_query").normal_()
             adapter.get_parameter("global_query").normal_()
-    return adapter.to(device).requires_grad_(False)
+    return adapter.to(device).requires_grad_(False).eval()
 
 
 def make_caches(

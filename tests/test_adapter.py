@@ -82,7 +82,7 @@ def test_initialisation(cross_context: bool, logit: float) -> None:
 def test_a_fresh_lcf_adapter_edits_nothing() -> None:
     # Its gates' logits are 0.0, and a gate opens above zero: the paper's start.
     sharer, receiver = make_caches()
-    fused = LatentCacheFlow(LCFConfig(SHARER, RECEIVER, bottleneck=64)).fuse(sharer, receiver)
+    fused = LatentCacheFlow(LCFConfig(SHARER, RECEIVER, bottleneck=64)).eval().fuse(sharer, receiver)
     assert all(new is old for pair, was in zip(fused, receiver) for new, old in zip(pair, was))
 
 
@@ -106,7 +106,6 @@ def test_copies_casts_and_pickles_work_alike() -> None:
     half = copy.deepcopy(adapter).half()
     assert half.receiver_layers.dtype == torch.int64
     assert_close(half.fuse(sharer, receiver), fused, 2e-3)
-    assert_equal(adapter.train().fuse(sharer, receiver), fused)  # no dropout, no random gates yet
 
 
 def test_a_state_dict_brings_its_layers() -> None:

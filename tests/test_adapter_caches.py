@@ -41,7 +41,7 @@ def make_adapter(models: tuple[Any, Any], cross_context: bool = False, keep: Any
     torch.manual_seed(11)
     sharer, receiver = (CacheGeometry.of(model) for model in models)
     config = LCFConfig(sharer, receiver, bottleneck=64, cross_context=cross_context, gate_init=1.0)
-    adapter = LatentCacheFlow(config, keep_layers=keep).requires_grad_(False)
+    adapter = LatentCacheFlow(config, keep_layers=keep).requires_grad_(False).eval()
     adapter.get_parameter("up_weight").mul_(20.0)  # an edit that greedy decoding cannot miss
     return adapter
 

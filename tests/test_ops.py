@@ -166,7 +166,11 @@ def test_opcheck(backend: Backend, inputs: Inputs) -> None:
         opcheck(library_pooling.attention_pool, (*inputs.sharer[0], *inputs.queries, inputs.offsets, None))
         opcheck(library.gated_injection, (*permuted, latent, injection_weights, None))
         opcheck(library.gated_injection_, (*permuted, inputs.latent, injection, None))
-        opcheck(library_layers.fuse_layers, (flat_sharer, flat_receiver, stacked, live, index, None, 1, 11, 1e-6))
+        caches = flat_sharer, flat_receiver
+        quiet, noisy = (-1, 1.0, 0.0), (7, 0.5, 0.1)
+        opcheck(library_layers.fuse_layers, (*caches, stacked, live, index, None, 1, 11, 1e-6, *quiet))
+        arguments = (*caches, stacked, [True] * 4, index, None, 1, 11, 1e-6, *noisy)
+        opcheck(library_layers.fuse_layers, arguments, test_utils=("test_schema", "test_faketensor"))
         opcheck(library_layers.fuse_layers_, (flat_sharer, flat_receiver, frozen, live, None, None, 0, 12, 1e-6))
         opcheck(library_pooling.summarize_layers, (flat_sharer, summary_weights, inputs.offsets, None))
 

@@ -1,0 +1,164 @@
+"""Training mode: dropout and soft gates, the same numbers in the reference, the kernels and both passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from adapters import RECEIVER, Pair, assert_close, assert_equal, cloned, make_adapter, make_caches
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lcf_fast import LatentCacheFlow, LCFConfig, reference, use_backend
+from lcf_fast.backends import Backend
+from lcf_fast.errors import DTypeError, GeometryError
+from lcf_fast.noise import TrainingNoise, random_bits
+
+CPU = torch.device("cpu")
+SPANS = [[0, 3, 7], [0, 3, 7]]
+BACK_ENDS: tuple[Backend, ...] = ("eager", "triton")
+
+
+def edit(adapter: LatentCacheFlow, sharer: list[Pair], receiver: list[Pair]) -> list[Pair]:
+    if adapter.config.cross_context:
+        edited: list[Pair] = adapter.inject(receiver, adapter.summarize(sharer, SPANS))
+    else:
+        edited = adapter.fuse(sharer, receiver)
+    return edited
+
+
+def trained(cross_context: bool = False, dropout: float = 0.1) -> LatentCacheFlow:
+    return make_adapter(cross_context, dropout=dropout).train()
+
+
+def test_philox_is_the_published_generator() -> None:
+    """Known answers of Philox 4x32-10 (Random123's kat_vectors), of which the first word is drawn."""
+    assert int(random_bits(0, 0, 0, (1, 1, 1), CPU)) == 0x6627E8D5
+    # Counter (channel, token, item, layer | stream << 16) and key (seed, 0): each moves the result.
+    seen = {int(random_bits(seed, layer, stream, (2, 2, 2), CPU)[i, n, c])
+            for seed in (0, 1) for layer in (0, 1) for stream in (0, 1)
+            for i in (0, 1) for n in (0, 1) for c in (0, 1)}  # fmt: skip
+    assert len(seen) == 64
+
+
+@given(dropout=st.floats(0, 0.9), seed=st.integers(0, 2**31 - 1))
+def test_dropout_keeps_its_share(dropout: float, seed: int) -> None:
+    noise = TrainingNoise(seed, dropout=dropout)
+    kept = noise.keep(3, 1, (2, 64, 64), CPU).double()
+    assert float(kept.mean()) == pytest.approx(1 - dropout, abs=6 * math.sqrt(0.25 / kept.numel()))
+    assert noise.keep_scale == pytest.approx(1 / (1 - dropout), rel=1e-6)
+
+
+def test_soft_gates_are_gumbel_sigmoids() -> None:
+    noise = TrainingNoise(5, temperature=0.5)
+    gate = noise.gate(0, 1, torch.tensor(0.3, dtype=torch.float64), (4, 500, 16))
+    gumbel = (gate.logit() * 0.5 - 0.3).flatten()
+    assert float(gumbel.mean()) == pytest.approx(0.5772, abs=0.05)  # Euler's constant
+    assert float(gumbel.var()) == pytest.approx(math.pi**2 / 6, rel=0.05)
+    cold = TrainingNoise(5, temperature=1e-4).gate(0, 1, torch.tensor(0.3), (4, 500, 16))
+    assert float(((cold == 0) | (cold == 1)).float().mean()) > 0.99
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+@pytest.mark.parametrize("cross_context", [False, True])
+def test_training_mode_is_the_reference_with_noise(
+    cross_context: bool, back_end: Backend, device: torch.device
+) -> None:
+    adapter = trained(cross_context).to(device)
+    adapter.gate_temperature = 0.7
+    sharer, receiver = make_caches(device)
+    torch.manual_seed(3)
+    with use_backend(back_end):
+        got = edit(adapter, sharer, receiver)
+    torch.manual_seed(3)
+    noise = TrainingNoise(int(torch.randint(1 << 31, (), dtype=torch.int64)), 0.7, 0.1)
+    weights = {name: p.double() for name, p in adapter.named_parameters()}
+    own = [(k.double(), v.double()) for k, v in receiver]
+    other = [(k.double(), v.double()) for k, v in sharer]
+    if cross_context:
+        message = adapter.double().summarize(other, SPANS).latent
+        expected = reference.fuse_layers(None, own, weights, message=message, noise=noise)
+    else:
+        chosen = [other[s] for s in adapter.sharer_layers.tolist()]
+        expected = reference.fuse_layers(chosen, own, weights, noise=noise)
+    assert_close(got, expected, 1e-5)
+    quiet = reference.fuse_layers(None, own, weights, message=message) if cross_context else reference.fuse_layers(
+        chosen, own, weights)  # fmt: skip
+    assert float((expected[0][0] - quiet[0][0]).abs().max()) > 1e-2, "the noise does nothing"
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_every_call_has_its_own_noise_and_the_seed_fixes_it(back_end: Backend, device: torch.device) -> None:
+    adapter = trained().to(device)
+    sharer, receiver = make_caches(device)
+    before = cloned(receiver)
+    with use_backend(back_end):
+        torch.manual_seed(1)
+        first, second = edit(adapter, sharer, receiver), edit(adapter, sharer, receiver)
+        torch.manual_seed(1)
+        assert_equal(edit(adapter, sharer, receiver), first)
+    assert not torch.equal(first[0][0], second[0][0])
+    assert_equal(receiver, before)
+
+
+@pytest.mark.parametrize("cross_context", [False, True])
+def test_eval_mode_and_edits_in_place_have_none(cross_context: bool) -> None:
+    adapter = trained(cross_context)
+    sharer, receiver = make_caches()
+    state = torch.get_rng_state()
+    plain = edit(adapter.eval(), sharer, receiver)
+    assert_equal(edit(adapter, sharer, receiver), plain)
+    adapter.train()
+    own = cloned(receiver)
+    if cross_context:
+        adapter.inject_(own, adapter.summarize(sharer, SPANS))
+    else:
+        adapter.fuse_(sharer, own)
+    assert_close(own, [(k.double(), v.double()) for k, v in plain], 1e-6)
+    assert torch.equal(torch.get_rng_state(), state), "inference drew a random number"
+
+
+def test_no_gate_is_closed_in_training() -> None:
+    """make_adapter's layer 1 is dead: in training its gates are soft and learn."""
+    adapter = trained()
+    adapter.requires_grad_(True)
+    sharer, receiver = make_caches()
+    edited = edit(adapter, sharer, receiver)
+    assert not torch.equal(edited[1][0], receiver[1][0])
+    torch.stack([t.square().mean() for pair in edited for t in pair]).sum().backward()
+    for name, parameter in adapter.named_parameters():
+        assert parameter.grad is not None, name
+        assert all(float(row.abs().max()) > 0 for row in parameter.grad), name
+
+
+def test_a_fresh_adapter_trains_and_a_loaded_one_does_not(tmp_path: object) -> None:
+    fresh = LatentCacheFlow(LCFConfig(RECEIVER, RECEIVER, bottleneck=64))
+    assert fresh.training
+    fresh.save_pretrained(str(tmp_path))
+    assert not LatentCacheFlow.from_pretrained(str(tmp_path)).training
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: TrainingNoise(-1), GeometryError, "seed"),
+        (lambda: TrainingNoise(2**31), GeometryError, "seed"),
+        (lambda: TrainingNoise(True), DTypeError, "seed"),
+        (lambda: TrainingNoise(0, temperature=0.0), GeometryError, "temperature"),
+        (lambda: TrainingNoise(0, temperature=math.nan), GeometryError, "temperature"),
+        (lambda: TrainingNoise(0, dropout=1.0), GeometryError, "dropout"),
+    ],
+)
+def test_bad_noise(make: Callable[[], TrainingNoise], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        make()
+
+
+def test_a_wrong_temperature_is_refused_before_anything_runs() -> None:
+    adapter = trained()
+    adapter.gate_temperature = 0.0
+    sharer, receiver = make_caches()
+    with pytest.raises(GeometryError, match="temperature"):
+        edit(adapter, sharer, receiver)
