@@ -125,10 +125,8 @@ class Trainer:
         )
         self.forward: nn.Module = self.step
         if self.ranks.count > 1:
-            # A gate that is shut for good leaves parameters without a gradient, which is no fault here.
-            self.forward = nn.parallel.DistributedDataParallel(
-                self.step, find_unused_parameters=True, broadcast_buffers=False
-            )
+            # In training mode every parameter gets a gradient in every micro-batch, since soft gates are never shut.
+            self.forward = nn.parallel.DistributedDataParallel(self.step, broadcast_buffers=False)
 
     def run(self, *, resume: bool = False) -> LatentCacheFlow:
         """Train to the last step; returns the adapter, in eval mode, which is also saved to ``out/adapter``.
