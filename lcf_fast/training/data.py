@@ -189,12 +189,12 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
         raise DataError(name, expected=" or ".join(map(repr, choices)), got=repr(value))
 
 
-def name_broken(broken: Sequence[tuple[int, str]], most: int = 3) -> str:
+def name_broken(broken: Sequence[tuple[int | str, str]], most: int = 3, what: str = "broken line") -> str:
     """``12 broken lines (7: not JSON ...; 9: ...; and 10 more)``."""
     shown = [f"{number}: {reason}" for number, reason in broken[:most]]
     if len(broken) > most:
         shown.append(f"and {len(broken) - most} more")
-    return f"{len(broken)} broken line{'s' if len(broken) != 1 else ''} ({'; '.join(shown)})"
+    return f"{len(broken)} {what}{'s' if len(broken) != 1 else ''} ({'; '.join(shown)})"
 
 
 def _rows(source: str | os.PathLike[str], split: str) -> tuple[str, Iterable[Row]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import LCFError
 
-__all__ = ["DataError", "TokenizerError", "TooLongError"]
+__all__ = ["AlignmentError", "DataError", "TokenizerError", "TooLongError"]
 
 
 class DataError(LCFError, ValueError):
@@ -12,8 +12,12 @@ class DataError(LCFError, ValueError):
 
 
 class TooLongError(DataError):
-    """An example has more tokens than allowed, also after what truncation may drop."""
+    """An example has more tokens than allowed."""
+
+
+class AlignmentError(DataError):
+    """No token of an example's prompt has its like among the sharer's."""
 
 
 class TokenizerError(LCFError, ValueError):
-    """A tokenizer lacks what is asked of it: offsets, a token that ends a response, a chat template that renders."""
+    """A tokenizer lacks what is asked of it: offsets, a token that ends a response, a chat template."""
