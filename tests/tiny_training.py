@@ -12,6 +12,8 @@ import torch
 from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig
 from lcf_fast.spans import Spans
 from lcf_fast.training.batches import Batch
+from lcf_fast.training.caching import plan_prefills, write_prefills
+from lcf_fast.training.prefills import Manifest
 from lcf_fast.training.settings import TrainingSettings
 from lcf_fast.training.trainer import Trainer
 
@@ -143,6 +145,22 @@ def tiny_trainer(
         keywords.setdefault("sharer", sharer)
     keywords = {"data": data, "save_every": 2, "progress": False, **keywords}
     return Trainer(adapter, receiver, out=out, settings=settings, **keywords)
+
+
+def tiny_store(
+    out: Path,
+    settings: TrainingSettings,
+    *,
+    cross_context: bool = False,
+    aligned: bool = False,
+    examples: int = 1000,
+    **keywords: Any,
+) -> Manifest:
+    """The prefills of what `tiny_trainer` with these settings reads."""
+    data = RandomData(settings, cross_context=cross_context, aligned=aligned, examples=examples)
+    sharer, receiver = tiny_model("qwen2", 1), tiny_model("qwen3", 2)
+    plan = plan_prefills(data, settings, CacheGeometry.of(sharer), CacheGeometry.of(receiver), **keywords)
+    return write_prefills(out, plan, data, sharer, receiver)
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:

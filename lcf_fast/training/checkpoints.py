@@ -77,11 +77,12 @@ class Checkpoints:
         return next(iter(reversed(self.paths())), None)
 
     def sweep(self) -> None:
-        """Remove what a kill left half written or half deleted."""
+        """Remove what a kill left half written, half deleted, or not yet deleted."""
         if self.folder.is_dir():
             for path in self.folder.iterdir():
                 if _REMAINS.fullmatch(path.name):
                     shutil.rmtree(path)
+            self._drop_oldest()
 
     def save(self, checkpoint: Checkpoint, adapter: LatentCacheFlow, optimizer: torch.optim.Optimizer) -> Path:
         """Write a checkpoint, then drop the oldest. One of that step that is there already is this one, and stays.
@@ -103,8 +104,7 @@ class Checkpoints:
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
-            for old in self.paths()[: -self.keep]:
-                self._drop(old)
+            self._drop_oldest()
         except OSError as error:
             kept = self.latest()
             raise RunError(
@@ -157,10 +157,11 @@ class Checkpoints:
         _sync(folder / ADAPTER_FOLDER)
         _sync(folder)
 
-    def _drop(self, path: Path) -> None:
-        aside = self._aside(path)
-        os.rename(path, aside)
-        shutil.rmtree(aside)
+    def _drop_oldest(self) -> None:
+        for path in self.paths()[: -self.keep]:
+            aside = self._aside(path)
+            os.rename(path, aside)
+            shutil.rmtree(aside)
 
     def _aside(self, path: Path) -> Path:
         return path.with_name(f".{path.name}.{secrets.token_hex(8)}")

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from ..adapter import LatentCacheFlow
     from .batches import Batch
 
-__all__ = ["OnlinePrefills", "Prefill", "TrainingStep", "frozen", "prefill"]
+__all__ = ["DTYPES", "OnlinePrefills", "Prefill", "TrainingStep", "frozen", "prefill"]
+
+#: Of the frozen models, by `TrainingSettings.precision`.
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,7 @@ Prefiller = Callable[["Batch"], Prefill]
 
 def frozen(model: Any, *, device: torch.device | str, precision: str) -> Any:
     """The model itself, moved and cast in place, in eval mode and without gradients."""
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return model.to(device=device, dtype=DTYPES[precision]).eval().requires_grad_(False)
 
 
 def positions_of(mask: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Training runs that are killed, for test_kill.py: ``python kill_worker.py``, cases as JSON lines on standard input.
+"""Processes that are killed, for test_kill.py: ``python kill_worker.py``, cases as JSON lines on standard input.
 
-Each run is a forked process of its own, which gets SIGKILL at a given call of the file system, or after a given time:
-nothing of it runs any more, no ``finally``, no buffer is written out. A case is ``{"out", "steps"}`` and how to kill:
+Each is forked, trains or stores prefills, and gets SIGKILL at a given call of the file system, or after a given time:
+nothing of it runs any more, no ``finally``, no buffer is written out. A case is ``{"what", "out", "steps"}``, where
+``what`` is "train" or "store", and how to kill:
 
 - ``"kills": [[call, how], ...]``: the first process dies at that call, the next one, which resumes, at the next pair's
   ...; ``how`` is "before" the call, "after" it, or "torn": with half of what it was to write.
@@ -25,7 +26,7 @@ from typing import Any
 sys.modules["torch.utils.tensorboard"] = None  # type: ignore[assignment]  # its threads' writes are not counted
 
 import torch  # noqa: E402
-from tiny_training import tiny_settings, tiny_trainer  # noqa: E402
+from tiny_training import tiny_settings, tiny_store, tiny_trainer  # noqa: E402
 
 CALLS = ("mkdir", "fsync", "write", "replace", "rename", "unlink", "rmdir", "ftruncate")
 
@@ -44,14 +45,15 @@ def watch(out: Path, kill_at: int, how: str) -> list[str]:
             if dying and how == "torn":
                 if name == "write":
                     real(first, rest[0][: len(rest[0]) // 2])
-                elif name == "fsync" and Path(path).name.startswith("."):
+                elif name == "fsync" and os.path.isfile(path) and Path(path).name.startswith("."):
                     os.truncate(path, os.path.getsize(path) // 2)
             if dying and how != "after":
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = real(first, *rest, **keywords)
-            if dying:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return real(first, *rest, **keywords)
+            finally:  # a folder that is there already is an error here, and none to the caller
+                if dying:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return call
 
@@ -60,8 +62,20 @@ def watch(out: Path, kill_at: int, how: str) -> list[str]:
     return events
 
 
-def run(out: Path, steps: int, kill_at: int = -1, how: str = "before", seconds: float | None = None) -> dict[str, Any]:
-    """One process that trains, or goes on to train: how it ended, and what it called if it came to its end."""
+def train(out: Path, steps: int) -> None:
+    settings = tiny_settings(steps=steps, batch_size=3, micro_batch_size=2)
+    tiny_trainer(out, settings, cross_context=True, keep=1).run(resume=True)
+
+
+def store(out: Path, steps: int) -> None:
+    settings = tiny_settings(steps=steps, batch_size=3, micro_batch_size=2)
+    tiny_store(out, settings, cross_context=True, shard_bytes=15_000)
+
+
+def run(
+    what: str, out: Path, steps: int, kill_at: int = -1, how: str = "before", seconds: float | None = None
+) -> dict[str, Any]:
+    """One process that works, or goes on to: how it ended, and what it called if it came to its end."""
     report = out.with_suffix(".events")
     began = time.perf_counter()
     child = os.fork()
@@ -69,8 +83,7 @@ def run(out: Path, steps: int, kill_at: int = -1, how: str = "before", seconds: 
         code = 1
         try:
             events = watch(out, kill_at, how)
-            settings = tiny_settings(steps=steps, batch_size=3, micro_batch_size=2)
-            tiny_trainer(out, settings, cross_context=True, keep=1).run(resume=True)
+            {"train": train, "store": store}[what](out, steps)
             report.write_text(json.dumps(events))
             code = 0
         finally:
@@ -88,10 +101,10 @@ def main() -> None:
         tiny_trainer(Path(folder), tiny_settings(), cross_context=True)
     for line in sys.stdin:
         case = json.loads(line)
-        out, steps = Path(case["out"]), case["steps"]
-        runs = [run(out, steps, *kill) for kill in case.get("kills", [])]
-        runs += [run(out, steps, seconds=seconds) for seconds in case.get("seconds", [])]
-        last = run(out, steps)
+        what, out, steps = case["what"], Path(case["out"]), case["steps"]
+        runs = [run(what, out, steps, *kill) for kill in case.get("kills", [])]
+        runs += [run(what, out, steps, seconds=seconds) for seconds in case.get("seconds", [])]
+        last = run(what, out, steps)
         events = json.loads(last["report"].read_text()) if last["end"] == 0 else []
         ends = [each["end"] for each in [*runs, last]]
         print(json.dumps({"ends": ends, "events": events, "seconds": last["seconds"]}), flush=True)

