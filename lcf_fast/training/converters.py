@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import whole_file
+from .counting import counted
 from .data import OnError, check_choice, name_broken, parse_example
 from .data_errors import DataError
 from .rows import RowError, file_rows
@@ -60,7 +61,11 @@ class Conversion:
 
 
 def convert_openhermes(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], *, on_error: OnError = "skip"
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    on_error: OnError = "skip",
+    progress: bool = False,
 ) -> Conversion:
     """OpenHermes 2.5 as published (a JSON list, JSON lines or parquet) into lines of shared context.
 
@@ -68,16 +73,26 @@ def convert_openhermes(
 
     Args:
         on_error: "skip" leaves broken items out and names them in the result; "refuse" stops at the first.
+        progress: whether the number of items read is shown on standard error.
 
     Raises:
         DataError: no such file, source and target the same file, an item that is broken (if refused), nothing to
             write. BackendError: parquet without the `datasets` library. OSError: as the system says.
     """
-    return _convert(source, target, on_error, lambda number, item: openhermes_row(item, f"openhermes-{number}"))
+
+    def row(number: int, item: object) -> dict[str, Any]:
+        return openhermes_row(item, f"openhermes-{number}")
+
+    return _convert(source, target, on_error, progress, row)
 
 
 def convert_hotpotqa(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], *, seed: int = 42, on_error: OnError = "skip"
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    seed: int = 42,
+    on_error: OnError = "skip",
+    progress: bool = False,
 ) -> Conversion:
     """HotpotQA as published (a JSON list; the distractor setting) into lines of cross context.
 
@@ -96,7 +111,7 @@ def convert_hotpotqa(
         ids.add(made["id"])
         return made
 
-    return _convert(source, target, on_error, row)
+    return _convert(source, target, on_error, progress, row)
 
 
 def openhermes_row(item: object, id: str) -> dict[str, Any]:
@@ -166,6 +181,7 @@ def _convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     on_error: OnError,
+    progress: bool,
     row: Callable[[int, object], dict[str, Any]],
 ) -> Conversion:
     check_choice("on_error", on_error, ("skip", "refuse"))
@@ -175,7 +191,7 @@ def _convert(
         raise DataError(str(target), expected="another file than the source", got="the same")
     written, left_out, broken = 0, Counter[str](), []
     with whole_file(target) as file:
-        for number, item in rows:
+        for number, item in counted(rows, f"converting {source.name}", shown=progress):
             try:
                 if isinstance(item, RowError):
                     raise item
@@ -260,7 +276,7 @@ def add_convert_command(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    options: dict[str, Any] = {"on_error": arguments.on_error}
+    options: dict[str, Any] = {"on_error": arguments.on_error, "progress": True}
     if arguments.layout == "hotpotqa":
         result = convert_hotpotqa(arguments.source, arguments.target, seed=arguments.seed, **options)
     else:

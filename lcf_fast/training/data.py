@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..span_text import paragraph_bounds
+from .counting import counted
 from .data_errors import DataError
 from .rows import Row, RowError, file_rows, hub_rows
 
@@ -29,7 +30,7 @@ OnError = Literal["skip", "refuse"]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _CROSS = ("sharer_context", "receiver_context", "question", "answer")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _FILE_ENDINGS = (".json", ".jsonl", ".parquet", ".ndjson", ".txt", ".gz", ".csv")
 
 
@@ -101,6 +102,7 @@ def read_examples(
     on_error: OnError = "skip",
     limit: int | None = None,
     seed: int | None = None,
+    progress: bool = False,
 ) -> ExampleSet:
     """All examples of a data set.
 
@@ -113,6 +115,7 @@ def read_examples(
         limit: at most so many examples: with a seed a sample of all, without one the first, and lines behind the last
             of them are not read.
         seed: shuffles: the order depends on the seed and the ids alone, not on the order in the file.
+        progress: whether the number of lines read is shown on standard error.
 
     Raises:
         DataError: no such file or set; a broken line, if refused; both kinds in one set; no example at all.
@@ -127,7 +130,7 @@ def read_examples(
     broken: list[tuple[int, str]] = []
     first_lines: dict[str, int] = {}  # of each id
     stop = limit if seed is None else None
-    for number, row in rows:
+    for number, row in counted(rows, f"reading {shown}", shown=progress):
         try:
             example = parse_example(row, f"line-{number}")
             if (before := first_lines.setdefault(example.id, number)) != number:

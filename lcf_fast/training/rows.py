@@ -6,8 +6,10 @@ where those after it can, comes as a `RowError`, which its reader counts and nam
 
 from __future__ import annotations
 
+import glob
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,6 +20,8 @@ __all__ = ["Row", "RowError", "file_rows", "hub_rows"]
 
 _CHUNK = 1 << 20  # characters
 _WHITE = " \t\n\r"  # JSON's
+# What may be left of a buffer behind a number whose rest is not read yet: "1" of "1.5e3", or "1" and ".5e".
+_NUMBER_GOES_ON = re.compile(r"[0-9.eE+-]*")
 
 
 class RowError(ValueError):
@@ -41,11 +45,11 @@ def file_rows(path: Path) -> Iterator[Row]:
         parts = sorted(path.glob("*.parquet"))
         if not parts:
             raise DataError(str(path), expected="a folder of .parquet files", got="one without any")
-        return _library_rows(str(path), "parquet", data_files=[str(part) for part in parts], streaming=True)
+        return _parquet_rows(path, parts)
     if not path.is_file():
         raise DataError(str(path), expected="a data file", got="no such file")
     if path.suffix == ".parquet":
-        return _library_rows(str(path), "parquet", data_files=[str(path)], streaming=True)
+        return _parquet_rows(path, [path])
     with open(path, "rb") as file:
         first = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     return _list_rows(path) if first.startswith(b"[") else _line_rows(path)
@@ -57,7 +61,15 @@ def hub_rows(name: str, split: str) -> Iterator[Row]:
     Raises:
         BackendError: the library is not installed. DataError: it cannot load the set, or has no such split.
     """
-    return _library_rows(name, name, split=split)
+    return _library_rows(name, f"a data set with a split {split!r}", name, split=split)
+
+
+def _parquet_rows(path: Path, parts: Sequence[Path]) -> Iterator[Row]:
+    # The library takes names for patterns. Streaming leaves no copy in its cache.
+    files = [glob.escape(str(part)) for part in parts]
+    return _library_rows(
+        str(path), "parquet that can be read", "parquet", split="train", data_files=files, streaming=True
+    )
 
 
 def _line_rows(path: Path) -> Iterator[Row]:
@@ -68,7 +80,7 @@ def _line_rows(path: Path) -> Iterator[Row]:
             if line.isspace() or not line:
                 continue
             try:
-                yield number, json.loads(line.decode("utf-8"))
+                yield number, json.loads(line.rstrip(b"\r\n").decode("utf-8"))
             except UnicodeDecodeError as error:
                 yield number, RowError(f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}")
             except json.JSONDecodeError as error:
@@ -118,8 +130,8 @@ class _ListReader:
                 raise self.damaged(error.msg) from None
             except (ValueError, RecursionError) as error:
                 raise self.damaged(str(error)) from None
-            if end == len(self.buffer) and self.fill():
-                continue  # a number may go on
+            if _NUMBER_GOES_ON.fullmatch(self.buffer, end) and self.fill():
+                continue
             self.at = end
             return value
 
@@ -150,7 +162,7 @@ class _ListReader:
         return DataError(str(self.path), expected="a JSON list", got=f"{what}, at item {max(self.number, 1)}")
 
 
-def _library_rows(shown: str, name: str, *, split: str = "train", **options: Any) -> Iterator[Row]:
+def _library_rows(shown: str, wanted: str, name: str, **options: Any) -> Iterator[Row]:
     try:
         import datasets
     except ImportError:
@@ -159,9 +171,9 @@ def _library_rows(shown: str, name: str, *, split: str = "train", **options: Any
 
     def rows() -> Iterator[Row]:
         try:
-            yield from enumerate(datasets.load_dataset(name, split=split, **options), 1)
+            yield from enumerate(datasets.load_dataset(name, **options), 1)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(shown, expected=f"a data set with a split {split!r}", got=first[:300]) from error
+            raise DataError(shown, expected=wanted, got=first[:300]) from error
 
     return rows()
