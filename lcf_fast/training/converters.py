@@ -57,7 +57,7 @@ class Conversion:
         """One line: items read, lines written, what was left out and what is broken, the first of it named."""
         parts = [f"{self.read} items read, {self.written} written"]
         parts += [f"left out: {count} ({what})" for what, count in sorted(self.left_out.items())]
-        return "; ".join([*parts, name_broken(self.broken, 10)] if self.broken else parts)
+        return "; ".join([*parts, name_broken(self.broken, 10, "broken item")] if self.broken else parts)
 
 
 def convert_openhermes(
@@ -134,7 +134,7 @@ def openhermes_row(item: object, id: str) -> dict[str, Any]:
     system = item.get("system_prompt")
     if isinstance(system, str) and system.strip() and not any(each["role"] == "system" for each in messages):
         messages.insert(0, {"role": "system", "content": system})
-    return {"id": id, "messages": messages}
+    return _readable({"id": id, "messages": messages})
 
 
 def hotpotqa_row(item: object, seed: int) -> dict[str, Any]:
@@ -168,13 +168,8 @@ def hotpotqa_row(item: object, seed: int) -> dict[str, Any]:
     half = len(others) // 2
     sharer = _shuffled([supporting[0], *others[:half]], draw)
     receiver = _shuffled([supporting[1], *others[half:]], draw)
-    return {
-        "id": id,
-        "sharer_context": sharer,
-        "receiver_context": "\n\n".join(receiver),
-        "question": _of(item, "question", str),
-        "answer": _of(item, "answer", str),
-    }
+    made = {"id": id, "sharer_context": sharer, "receiver_context": "\n\n".join(receiver)}
+    return _readable({**made, "question": _of(item, "question", str), "answer": _of(item, "answer", str)})
 
 
 def _convert(
@@ -196,7 +191,6 @@ def _convert(
                 if isinstance(item, RowError):
                     raise item
                 made = row(number, item)
-                parse_example(made, "")  # what would be broken for its reader is broken here
             except LeftOut as reason:
                 left_out[str(reason)] += 1
                 continue
@@ -211,6 +205,12 @@ def _convert(
         if not written:
             raise DataError(str(source), expected="an item to write", got=result.summary())
     return result
+
+
+def _readable(row: dict[str, Any]) -> dict[str, Any]:
+    """The row itself; what would be broken for its reader is broken here."""
+    parse_example(row, "")
+    return row
 
 
 def _of(item: object, key: str, kind: type, name: str = "the item") -> Any:
