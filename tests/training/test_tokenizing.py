@@ -71,6 +71,13 @@ def test_the_response_is_the_last_message_as_it_stands_and_the_end_token() -> No
     assert ending.response == [*made.response[:-1], 2]
 
 
+def test_prompt_and_response_are_what_the_template_makes_of_the_whole_chat() -> None:
+    made = ExampleTokenizer(RECEIVER, RECEIVER)(shared())
+    whole = RECEIVER.apply_chat_template(chat(CHAT))["input_ids"]
+    assert made.prompt + made.response == whole[: len(made.prompt) + len(made.response)]
+    assert RECEIVER.decode(whole[len(made.prompt) + len(made.response) :]) == "\n"
+
+
 def test_options_reach_the_template() -> None:
     plain = ExampleTokenizer(RECEIVER, RECEIVER)(shared())
     made = ExampleTokenizer(RECEIVER, RECEIVER, template_options={"thinking": False})(shared())
