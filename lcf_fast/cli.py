@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import LCFError
+from .training.commands import add_cache_command, add_train_command
 from .training.converters import add_convert_command
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_inspect(commands)
     add_convert_command(commands)
+    add_train_command(commands)
+    add_cache_command(commands)
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)

@@ -18,17 +18,19 @@ from lcf_fast.training.settings import TrainingSettings
 from lcf_fast.training.trainer import Trainer
 
 VOCABULARY = 61
+#: Kinds of data, by the keywords that make it.
+KINDS: dict[str, dict[str, bool]] = {"same": {}, "aligned": {"aligned": True}, "cross": {"cross_context": True}}
 #: What a log line says of time, and so is never the same twice.
 TIMES = ("seconds", "tokens_per_second", "prefill_share", "adapter_share")
 
 
-def tiny_model(kind: str, seed: int) -> Any:
+def tiny_model(kind: str, seed: int, vocabulary: int = VOCABULARY) -> Any:
     """A random causal LM of two layers and width 32: Qwen3 or, with one KV head, Qwen2."""
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
     sizes = {
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["StorePlan", "plan_prefills", "write_prefills"]
 
+_ENTRY_BYTES = 1024  # more than an example takes beside its tensors, in the shard's header and in JSON
 _REMAINS = re.compile(r"\.(shard-\d{5}\.(safetensors|json)|manifest\.json)\.[0-9a-f]{16}")
 
 
@@ -57,7 +58,7 @@ class PlannedShard:
 
 @dataclass(frozen=True)
 class StorePlan:
-    """What a store will hold. `tensor_bytes` is exact; on the disk some 200 bytes an example come on top."""
+    """What a store will hold. `tensor_bytes` is exact; on the disk some hundred bytes an example come on top."""
 
     settings: TrainingSettings
     sharer: CacheGeometry
@@ -78,6 +79,20 @@ class StorePlan:
         sharer, receiver = _token_bytes(self.settings, self.sharer, self.sharer_layers, self.receiver)
         theirs = sum(entry.sharer_tokens for entry in shard.entries) * sharer
         return theirs + (sum(e.receiver_tokens for e in shard.entries) * receiver if self.with_receiver else 0)
+
+    def waiting(self, folder: Path) -> list[int]:
+        """Numbers of the shards that are not in ``folder`` yet.
+
+        Raises:
+            RunError: the disk has no room for them.
+        """
+        numbers = [n for n, shard in enumerate(self.shards) if not _is_there(folder, n, shard.entries)]
+        needed = sum(self.bytes_of(self.shards[n]) + _ENTRY_BYTES * len(self.shards[n].entries) + 4096 for n in numbers)
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        if free < needed:
+            raise RunError(str(folder), expected=f"{_size(needed)} free for the caches", got=_size(free))
+        return numbers
 
     def digest(self) -> str:
         listed = [[asdict(entry) for entry in shard.entries] for shard in self.shards]
@@ -216,11 +231,7 @@ def _begin(folder: Path, plan: StorePlan, manifest: Manifest) -> list[int]:
     for path in folder.iterdir():
         if _REMAINS.fullmatch(path.name):
             path.unlink()
-    waiting = [n for n in range(len(plan.shards)) if not _is_there(folder, n, plan.shards[n].entries)]
-    needed = sum(plan.bytes_of(plan.shards[n]) + 1024 * len(plan.shards[n].entries) + 4096 for n in waiting)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise RunError(str(folder), expected=f"{_size(needed)} free for the caches", got=_size(free))
+    waiting = plan.waiting(folder)
     write_whole(folder / MANIFEST, manifest.to_bytes())
     return waiting
 

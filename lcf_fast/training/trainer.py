@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ..adapter import LatentCacheFlow
     from .batches import Batch
 
-__all__ = ["Data", "Trainer"]
+__all__ = ["CHECKPOINTS", "LOG_FILE", "Data", "Trainer", "check_unused"]
 
 LOG_FILE = "log.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -169,9 +169,7 @@ class Trainer:
     # --- beginning, resuming, saving
 
     def _begin(self) -> tuple[int, int]:
-        held = self.checkpoints.latest() is not None or (self.out / LOG_FILE).exists()
-        if self.ranks.from_first(held):  # one answer for all, since rank 0 will soon write there
-            raise RunError("out", expected="a folder without a run (or resume it)", got=f"{self.out}, which holds one")
+        check_unused(self.out, self.ranks)
         if self.ranks.first:
             self._check_space()
         return 0, 0
@@ -292,6 +290,13 @@ class Trainer:
             if step > 0 and self._log is not None:
                 self._save(step, self._log.sync())
         raise LossError.at(step + 1, ids, self.checkpoints.latest(), found)
+
+
+def check_unused(out: Path, ranks: Ranks) -> None:
+    """Raises RunError if a folder holds a run."""
+    held = (out / LOG_FILE).exists() or Checkpoints(out / CHECKPOINTS).latest() is not None
+    if ranks.from_first(held):  # one answer for all, since rank 0 will soon write there
+        raise RunError("out", expected="a folder without a run (or resume it)", got=f"{out}, which holds one")
 
 
 def noise_seed(seed: int, step: int, index: int) -> int:

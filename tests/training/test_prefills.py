@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_training import RandomData, read_log, tiny_adapter, tiny_model, tiny_settings, tiny_store, tiny_trainer
+from tiny_training import KINDS, RandomData, read_log, tiny_adapter, tiny_model, tiny_settings, tiny_store, tiny_trainer
 
 from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig
 from lcf_fast.errors import GeometryError, IndexRangeError
@@ -28,7 +28,6 @@ from lcf_fast.training.step import OnlinePrefills, TrainingStep, frozen
 
 SETTINGS = tiny_settings(steps=4)
 SHARD = 18_000  # bytes: four shards
-KINDS: dict[str, dict[str, bool]] = {"same": {}, "aligned": {"aligned": True}, "cross": {"cross_context": True}}
 
 
 def models(precision: str = "fp32") -> tuple[Any, Any]:

@@ -1,0 +1,380 @@
+"""``lcf-fast train`` and ``lcf-fast cache``: from two models and a data set to an adapter.
+
+Both take what fixes the examples and their order in the same arguments, so that a store holds what the run reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..adapter import LatentCacheFlow
+    from ..config import CacheGeometry, LCFConfig
+    from .batches import ExampleData
+    from .settings import TrainingSettings
+
+__all__ = ["add_cache_command", "add_train_command", "layer_list"]
+
+_TRAIN_EXAMPLES = """examples:
+  lcf-fast train --sharer Qwen/Qwen2.5-0.5B-Instruct --receiver Qwen/Qwen3-0.6B --data openhermes.jsonl --out run
+      LCF by the published protocol: 300 steps of 260 examples
+  lcf-fast train --cross-context --sharer Qwen/Qwen3-0.6B --receiver Qwen/Qwen3-0.6B --data hotpotqa.jsonl --out run
+      LCF-X by its protocol: 276 steps of 256 examples
+  lcf-fast train ... --out run --resume             go on from the newest checkpoint, bitwise as if it had not stopped
+  torchrun --nproc-per-node 4 -m lcf_fast.cli train ... --out run         the same run on four GPUs
+  lcf-fast train ... --cached prefills --out run    on what lcf-fast cache stored with the same arguments
+
+In OUT: log.jsonl (a line a step), checkpoints/, tensorboard/ (if it is installed), and in the end adapter/.
+"""
+_CACHE_EXAMPLES = """examples:
+  lcf-fast cache --sharer S --receiver R --data set.jsonl --out prefills --dry-run     how large it will be
+  lcf-fast cache --sharer S --receiver R --data set.jsonl --out prefills               once; goes on if it was stopped
+  lcf-fast train --sharer S --receiver R --data set.jsonl --cached prefills --out run  as often as you like
+
+Give both commands the same --data, --cross-context, --steps, --batch-size, --micro-batch-size, --seed, --max-tokens and
+--precision, and the same adapter layers, so that what is stored is what is read.
+"""
+
+#: Fields of TrainingSettings that are arguments of both commands, and those of the training alone.
+_SHARED_SETTINGS = {
+    "steps": (int, "optimizer steps; default: 300, with --cross-context 276"),
+    "batch_size": (int, "examples a step, over all devices; default: 260, with --cross-context 256"),
+    "micro_batch_size": (int, "examples that a device handles at a time: for memory; default: 4"),
+    "seed": (int, "of the order of the data, the noise and the fresh adapter; default: 42"),
+    "max_tokens": (int, "longest sequence; longer examples are of no use; default: 2048"),
+}
+_TRAINING_SETTINGS = {
+    "learning_rate": (float, "of AdamW, at its highest; default: 1e-4"),
+    "weight_decay": (float, "of AdamW; default: 0.01"),
+    "warmup": (float, "fraction of the steps in which the rate rises; then it falls; default: 0.1"),
+    "clip_norm": (float, "largest norm of the gradient; default: 1"),
+}
+
+
+def layer_list(text: str) -> tuple[int, ...]:
+    """Layers as an argument: ``6,8-10`` is 6, 8, 9 and 10."""
+    layers: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            layers += range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected layers such as 6,8-10, got {text!r}") from None
+    return tuple(layers)
+
+
+def _layer_map(text: str) -> str | tuple[int, ...]:
+    return tuple(map(int, text.split(","))) if text.replace(",", "").isdigit() else text
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return found
+
+
+# --- arguments
+# ---------------------------------------------------------------------
+
+
+def add_train_command(commands: Any) -> None:
+    """Add ``lcf-fast train`` to the subparsers ``commands``."""
+    parser = commands.add_parser(
+        "train",
+        help="train an adapter between two frozen models",
+        description="Train an adapter between two frozen models. Defaults are those of the published protocol.",
+        epilog=_TRAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_run_arguments(parser, "the run's folder")
+    _add_settings(parser, "training", _TRAINING_SETTINGS)
+    training = parser.add_argument_group("run")
+    training.add_argument(
+        "--gate-temperature",
+        type=float,
+        nargs=2,
+        metavar=("FIRST", "LAST"),
+        help="of the training gates, at the first and the last step, geometrically between; default: 1 0.001",
+    )
+    training.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUT, if any")
+    training.add_argument("--cached", metavar="DIR", type=Path, help="prefills that lcf-fast cache stored")
+    training.add_argument("--save-every", type=int, default=50, metavar="STEPS", help="checkpoints; default: 50")
+    training.add_argument("--keep", type=int, default=2, metavar="N", help="how many checkpoints stay; default: 2")
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument("--bottleneck", type=int, metavar="D", help="width of the latent; default: 128")
+    adapter.add_argument("--dropout", type=float, metavar="P", help="in the bottleneck's blocks; default: 0.1")
+    adapter.add_argument(
+        "--gate-init", type=float, metavar="LOGIT", help="default: 0, with --cross-context 1 (an open gate)"
+    )
+    adapter.add_argument("--init-from", metavar="DIR", type=Path, help="begin with this adapter, not with a fresh one")
+    parser.set_defaults(run=_train)
+
+
+def add_cache_command(commands: Any) -> None:
+    """Add ``lcf-fast cache`` to the subparsers ``commands``."""
+    parser = commands.add_parser(
+        "cache",
+        help="store the frozen prefills of a run's data once",
+        description="Store the frozen prefills that a training run reads, so that it needs no sharer any more.",
+        epilog=_CACHE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_run_arguments(parser, "the store's folder: a new one, or one to go on with")
+    store = parser.add_argument_group("store")
+    store.add_argument("--sharer-only", action="store_true", help="leave the receiver's prompts to the training run")
+    store.add_argument("--shard-mb", type=int, default=256, metavar="MB", help="size of a shard; default: 256")
+    store.add_argument("--dry-run", action="store_true", help="say how large it will be, and stop")
+    parser.set_defaults(run=_cache)
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    parser.add_argument("--sharer", metavar="MODEL", required=True, help="a transformers model: folder or hub id")
+    parser.add_argument("--receiver", metavar="MODEL", required=True, help="as --sharer; may be the same")
+    parser.add_argument("--out", metavar="OUT", type=Path, required=True, help=out)
+    parser.add_argument("--cross-context", action="store_true", help="LCF-X: the sharer reads another context")
+    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", metavar="SET", required=True, help="JSON lines, parquet, or a data set's hub id")
+    data.add_argument("--split", default="train", help="of a hub's set; default: train")
+    data.add_argument("--limit", type=int, metavar="N", help="only N examples, drawn by the seed; default: all")
+    data.add_argument(
+        "--held-out",
+        type=float,
+        metavar="FRACTION",
+        help="leave out of training, chosen by the examples' ids; default: 0.01, with --cross-context 0",
+    )
+    data.add_argument(
+        "--on-error", choices=["skip", "refuse"], default="skip", help="of broken or unusable examples; default: skip"
+    )
+    data.add_argument(
+        "--template-options",
+        type=_json_object,
+        metavar="JSON",
+        help="""for both chat templates, such as '{"enable_thinking": false}'""",
+    )
+    layers = parser.add_argument_group("layers")
+    layers.add_argument(
+        "--layer-map", type=_layer_map, metavar="MAP", help="last_aligned (default), relative_depth, or 0,0,1,... "
+    )
+    layers.add_argument("--keep-layers", type=layer_list, metavar="LAYERS", help="such as 6,8-10; default: all")
+    settings = _add_settings(parser, "protocol", _SHARED_SETTINGS)
+    settings.add_argument(
+        "--precision", choices=["bf16", "fp32"], help="of the frozen models and their caches; default: bf16"
+    )
+    settings.add_argument("--device", help="such as cuda or cpu; default: a GPU if there is one")
+
+
+def _add_settings(parser: argparse.ArgumentParser, title: str, fields: dict[str, Any]) -> Any:
+    group = parser.add_argument_group(title)
+    for name, (kind, text) in fields.items():
+        metavar = "N" if kind is int else "X"
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    return group
+
+
+# --- runs
+# ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What both commands make of their arguments before they load a model's weights."""
+
+    settings: TrainingSettings
+    config: LCFConfig
+    data: ExampleData
+    kept: tuple[int, ...]
+
+    @property
+    def sharer_layers(self) -> tuple[int, ...]:
+        """Layers that the adapter reads."""
+        return tuple(sorted({self.config.sharer_layers[layer] for layer in self.kept}))
+
+
+def _settings(arguments: argparse.Namespace) -> TrainingSettings:
+    from .settings import TrainingSettings
+
+    names = [*_SHARED_SETTINGS, *_TRAINING_SETTINGS, "precision", "device"]
+    given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+    temperature = getattr(arguments, "gate_temperature", None)
+    if temperature is not None:
+        given["gate_temperature_start"], given["gate_temperature_end"] = temperature
+    if "batch_size" in given:  # a batch of fewer than the default's four is one micro-batch
+        given.setdefault("micro_batch_size", max(1, min(4, given["batch_size"])))
+    return TrainingSettings.cross_context(**given) if arguments.cross_context else TrainingSettings(**given)
+
+
+def _config(arguments: argparse.Namespace, sharer: CacheGeometry, receiver: CacheGeometry) -> LCFConfig:
+    from ..config import LCFConfig
+
+    names = ("bottleneck", "dropout", "gate_init", "layer_map")
+    given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+    return LCFConfig(sharer, receiver, cross_context=arguments.cross_context, **given)
+
+
+def _prepare(arguments: argparse.Namespace, *, shown: bool, first: bool) -> _Run:
+    """All that can be wrong and is cheap to find, first. What is left out of the data is said even where little is."""
+    from ..errors import IndexRangeError
+    from .batches import ExampleData
+    from .data import read_examples
+    from .models import hide_loading, load_geometry, load_tokenizer
+
+    if not shown:
+        hide_loading()
+    settings = _settings(arguments)
+    sharer, receiver = (load_geometry(role, getattr(arguments, role)) for role in ("sharer", "receiver"))
+    config = _config(arguments, sharer, receiver)
+    kept = tuple(range(receiver.layers)) if arguments.keep_layers is None else arguments.keep_layers
+    if any(not 0 <= layer < receiver.layers for layer in kept):
+        expected = f"receiver layers in [0, {receiver.layers})"
+        raise IndexRangeError("--keep-layers", expected=expected, got=",".join(map(str, kept)))
+    tokenizers = {
+        f"{role}_tokenizer": load_tokenizer(role, getattr(arguments, role)) for role in ("sharer", "receiver")
+    }
+    examples = read_examples(
+        arguments.data,
+        kind="cross" if arguments.cross_context else "shared",
+        split=arguments.split,
+        on_error=arguments.on_error,
+        limit=arguments.limit,
+        seed=None if arguments.limit is None else settings.seed,
+    )
+    fraction = arguments.held_out
+    if fraction is None:
+        fraction = 0.0 if arguments.cross_context else 0.01
+    _say(shown or (first and bool(examples.broken)), examples.summary())
+    examples, held = examples.held_out(fraction)
+    if len(held):
+        _say(shown, f"{len(held):,} of them held out")
+    data = ExampleData(
+        examples,
+        **tokenizers,
+        settings=settings,
+        on_error=arguments.on_error,
+        template_options=arguments.template_options,
+        progress=shown,
+    )
+    _say(first and not shown and bool(data.left_out), data.summary())
+    return _Run(settings, config, data, kept)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from .distributed import Ranks, process_group
+
+    with process_group(arguments.device) as device:
+        ranks = Ranks.current(device)
+        try:
+            _train_on(arguments, ranks)
+        except KeyboardInterrupt:
+            from .checkpoints import Checkpoints
+            from .trainer import CHECKPOINTS
+
+            latest = Checkpoints(arguments.out / CHECKPOINTS).latest()
+            _say(ranks.first, f"stopped; --resume goes on from {latest or 'the beginning'}")
+            raise SystemExit(130) from None
+
+
+def _train_on(arguments: argparse.Namespace, ranks: Any) -> None:
+    from .models import load_model
+    from .prefills import StoredPrefills
+    from .trainer import LOG_FILE, Trainer, check_unused
+
+    shown = ranks.first and not arguments.quiet
+    if not arguments.resume:
+        check_unused(arguments.out, ranks)
+    run = _prepare(arguments, shown=shown, first=ranks.first)
+    adapter = _adapter(arguments, run)
+    precision = run.settings.precision
+    receiver = load_model("receiver", arguments.receiver, precision)
+    source: dict[str, Any]
+    if arguments.cached is not None:
+        source = {"prefiller": StoredPrefills(arguments.cached, adapter, receiver, run.settings)}
+    elif arguments.sharer == arguments.receiver:
+        source = {"sharer": receiver}
+    else:
+        source = {"sharer": load_model("sharer", arguments.sharer, precision)}
+    trainer = Trainer(
+        adapter,
+        receiver,
+        run.data,
+        arguments.out,
+        settings=run.settings,
+        device=ranks.device,
+        save_every=arguments.save_every,
+        keep=arguments.keep,
+        progress=not arguments.quiet,
+        **source,
+    )
+    trainer.run(resume=arguments.resume)
+    if ranks.first:
+        last = json.loads((arguments.out / LOG_FILE).read_text().splitlines()[-1])
+        print(
+            f"{arguments.out / 'adapter'}: {adapter.parameter_count():,} parameters,"
+            f" loss {last['loss']:.4f} after {last['step']} steps"
+        )
+
+
+def _adapter(arguments: argparse.Namespace, run: _Run) -> LatentCacheFlow:
+    import torch
+
+    from ..adapter import LatentCacheFlow
+    from ..errors import GeometryError
+
+    if arguments.init_from is None:
+        torch.manual_seed(run.settings.seed)
+        return LatentCacheFlow(run.config, keep_layers=run.kept)
+    names = ("bottleneck", "dropout", "gate_init", "layer_map")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
+    if given:
+        raise GeometryError(", ".join(given), expected="nothing beside --init-from, which fixes it", got="both")
+    adapter = LatentCacheFlow.from_pretrained(
+        arguments.init_from, dtype=torch.float32, sharer=run.config.sharer, receiver=run.config.receiver
+    )
+    if adapter.config.cross_context != arguments.cross_context:
+        kinds = {True: "an LCF-X adapter (--cross-context)", False: "an LCF adapter (no --cross-context)"}
+        raise GeometryError(
+            "--init-from", expected=kinds[arguments.cross_context], got=kinds[adapter.config.cross_context]
+        )
+    return adapter if arguments.keep_layers is None else adapter.prune(arguments.keep_layers)
+
+
+def _cache(arguments: argparse.Namespace) -> None:
+    from .caching import plan_prefills, write_prefills
+    from .models import load_model
+
+    shown = not arguments.quiet
+    run = _prepare(arguments, shown=shown, first=True)
+    plan = plan_prefills(
+        run.data,
+        run.settings,
+        run.config.sharer,
+        run.config.receiver,
+        sharer_layers=run.sharer_layers,
+        with_receiver=not arguments.sharer_only,
+        shard_bytes=arguments.shard_mb * 1_000_000,
+        progress=shown,
+    )
+    print(plan.summary(), flush=True)
+    if arguments.dry_run:
+        return
+    plan.waiting(arguments.out)  # room for them: before models are loaded
+    precision = run.settings.precision
+    receiver = load_model("receiver", arguments.receiver, precision)
+    same = arguments.sharer == arguments.receiver
+    sharer = receiver if same else load_model("sharer", arguments.sharer, precision)
+    manifest = write_prefills(arguments.out, plan, run.data, sharer, receiver, progress=shown)
+    print(f"{arguments.out}: {manifest.examples:,} examples in {manifest.shards:,} shards")
+
+
+def _say(shown: bool, text: str) -> None:
+    if shown:
+        print(text, file=sys.stderr, flush=True)

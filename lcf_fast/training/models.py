@@ -1,0 +1,62 @@
+"""The two models of a run, by folder or hub id, through transformers."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from ..config import CacheGeometry
+from ..errors import BackendError, LCFError
+from .failures import RunError
+from .step import DTYPES
+
+__all__ = ["hide_loading", "load_geometry", "load_model", "load_tokenizer"]
+
+
+def load_model(role: str, name: str, precision: str) -> Any:
+    """A causal LM in eval mode, on the CPU, in "bf16" or "fp32".
+
+    Args:
+        role: "sharer" or "receiver", for errors.
+        name: a folder, or a hub's id.
+
+    Raises:
+        RunError: it cannot be loaded. BackendError: transformers is not installed.
+    """
+    return _loaded(role, name, "AutoModelForCausalLM", dtype=DTYPES[precision]).eval()
+
+
+def load_tokenizer(role: str, name: str) -> Any:
+    """A model's tokenizer. Arguments and errors: as `load_model`."""
+    return _loaded(role, name, "AutoTokenizer")
+
+
+def load_geometry(role: str, name: str) -> CacheGeometry:
+    """A model's geometry, without its weights. Arguments and errors: as `load_model`."""
+    config = _loaded(role, name, "AutoConfig")
+    try:
+        return CacheGeometry.of(config)
+    except LCFError as error:
+        raise type(error)(f"{role} {name}: {error.argument}", expected=error.expected, got=error.got) from error
+
+
+def hide_loading() -> None:
+    """No progress bars of transformers in this process."""
+    with contextlib.suppress(ImportError):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+def _loaded(role: str, name: str, kind: str, **options: Any) -> Any:
+    try:
+        import transformers
+    except ImportError:
+        expected = "the transformers library, which pip install 'lcf-fast[train]' brings"
+        raise BackendError(role, expected=expected, got="an environment without it") from None
+    try:
+        return getattr(transformers, kind).from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        expected = "the folder or hub id of a causal language model with its tokenizer"
+        raise RunError(f"{role} {name}", expected=expected, got=first[:300]) from error

@@ -1,0 +1,214 @@
+"""`lcf-fast train` and `lcf-fast cache`, from folders and JSON lines to an adapter; under torchrun as well."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_tokenizers import CHATML, INST, tiny_tokenizer
+from tiny_training import read_log, tiny_model
+
+from lcf_fast import LatentCacheFlow
+from lcf_fast.cli import main
+from lcf_fast.training.commands import layer_list
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("transformers")
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--steps", "3", "--batch-size", "4", "--micro-batch-size", "2", "--max-tokens", "200", "--bottleneck", "64"]
+SMALL += ["--precision", "fp32", "--device", "cpu", "--learning-rate", "1e-3", "--held-out", "0"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models of different tokenizers, and data of both kinds."""
+    root = tmp_path_factory.mktemp("cli")
+    makers: dict[str, tuple[str, dict[str, Any]]] = {
+        "sharer": ("qwen2", {"template": INST, "merges": False}),
+        "receiver": ("qwen3", {"template": CHATML}),
+    }
+    for seed, (name, (kind, options)) in enumerate(makers.items()):
+        tokenizer = tiny_tokenizer("bytes", **options)
+        tokenizer.save_pretrained(root / name)
+        tiny_model(kind, seed, len(tokenizer)).save_pretrained(root / name)
+    words = ["red", "blue", "green", "grey", "white", "black", "pink"]
+    shared = [{"prompt": f"Say {word} {i}", "response": word} for i, word in enumerate(words)]
+    crossing = [
+        {
+            "sharer_context": [f"The sky is {word}.", f"The sea is {words[i - 1]}."],
+            "receiver_context": "It is a day.",
+            "question": "The sky?",
+            "answer": word,
+        }
+        for i, word in enumerate(words)
+    ]
+    for name, rows in (("shared", shared), ("cross", crossing)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def arguments(folder: Path, command: str, out: Path, kind: str, *more: str) -> list[str]:
+    models = ["--sharer", str(folder / "sharer"), "--receiver", str(folder / "receiver")]
+    crossing = ["--cross-context"] if kind == "cross" else []
+    mine = SMALL if command == "train" else SMALL[:8] + SMALL[10:14] + SMALL[16:]
+    return [command, *models, "--data", str(folder / f"{kind}.jsonl"), "--out", str(out), *crossing, *mine, *more]
+
+
+@pytest.mark.parametrize("kind", ["shared", "cross"])
+def test_train_then_cache_then_train_on_what_is_cached(
+    kind: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(folder, "train", tmp_path / "run", kind)) == 0
+    shown = capsys.readouterr()
+    log = read_log(tmp_path / "run")
+    assert shown.out.startswith(f"{tmp_path / 'run' / 'adapter'}: ")
+    assert shown.out.rstrip().endswith(f"loss {log[-1]['loss']:.4f} after 3 steps")
+    assert f"7 examples ({kind} context)" in shown.err
+    assert "step 3 of 3" in shown.err
+    adapter = LatentCacheFlow.from_pretrained(tmp_path / "run" / "adapter")
+    assert adapter.config.cross_context == (kind == "cross")
+    assert adapter.config.bottleneck == 64
+
+    assert main(arguments(folder, "cache", tmp_path / "store", kind, "--dry-run")) == 0
+    planned = capsys.readouterr().out
+    assert not (tmp_path / "store").exists()
+    assert main(arguments(folder, "cache", tmp_path / "store", kind)) == 0
+    made = capsys.readouterr().out
+    assert made.startswith(planned)
+    assert planned.startswith("7 examples, ")
+    stored = sum(path.stat().st_size for path in (tmp_path / "store").glob("*.safetensors"))
+    assert stored / 1000 == pytest.approx(float(planned.split(": ")[1].split()[0]), abs=2)  # the shard's header
+    assert " kB in 1 shards" in planned
+
+    again = arguments(folder, "train", tmp_path / "again", kind, "--cached", str(tmp_path / "store"), "--quiet")
+    assert main(again) == 0
+    assert capsys.readouterr().err == ""
+    assert read_log(tmp_path / "again")[0] == log[0]  # the first epoch bitwise, later ones to rounding
+    for one, other in zip(read_log(tmp_path / "again"), log, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_options_reach_what_they_are_for(folder: Path, tmp_path: Path) -> None:
+    more = ["--keep-layers", "1", "--layer-map", "0,0", "--dropout", "0", "--gate-init", "0.5"]
+    more += ["--gate-temperature", "2", "0.5", "--save-every", "1", "--keep", "3", "--weight-decay", "0.2"]
+    more += ["--warmup", "0.5", "--clip-norm", "2", "--seed", "7"]
+    assert main(arguments(folder, "train", tmp_path / "run", "shared", *more)) == 0
+    adapter = LatentCacheFlow.from_pretrained(tmp_path / "run" / "adapter")
+    assert (adapter.receiver_layers.tolist(), adapter.sharer_layers.tolist()) == ([1], [0])
+    assert (adapter.config.dropout, adapter.config.gate_init) == (0.0, 0.5)
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert len(checkpoints) == 3
+    settings = json.loads((checkpoints[-1] / "state.json").read_text())["settings"]
+    wanted: dict[str, Any] = {
+        "steps": 3,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "max_tokens": 200,
+        "learning_rate": 1e-3,
+    }
+    wanted |= {"weight_decay": 0.2, "warmup": 0.5, "clip_norm": 2.0, "seed": 7, "precision": "fp32"}
+    wanted |= {"gate_temperature_start": 2.0, "gate_temperature_end": 0.5}
+    assert {name: settings[name] for name in wanted} == wanted
+
+    begun = ["--init-from", str(tmp_path / "run" / "adapter"), "--learning-rate", "0"]
+    base = [a for a in arguments(folder, "train", tmp_path / "on", "shared") if a not in ("--bottleneck", "64")]
+    assert main([*base, *begun]) == 0
+    after = LatentCacheFlow.from_pretrained(tmp_path / "on" / "adapter")
+    assert all(torch.equal(p, q) for p, q in zip(adapter.parameters(), after.parameters(), strict=True))
+
+
+def test_a_run_goes_on_where_it_stopped(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert main(arguments(folder, "train", whole, "shared", "--save-every", "1", "--keep", "9")) == 0
+    assert main(arguments(folder, "train", run, "shared", "--save-every", "1", "--keep", "9", "--resume")) == 0
+    for path in (run / "adapter", run / "checkpoints" / "step-00000003", run / "checkpoints" / "step-00000002"):
+        path.rename(tmp_path / path.name)
+    capsys.readouterr()
+    assert main(arguments(folder, "train", run, "shared")) == 2
+    assert "resume" in capsys.readouterr().err
+    assert main(arguments(folder, "train", run, "shared", "--resume")) == 0
+    assert (run / "adapter/adapter.safetensors").read_bytes() == (whole / "adapter/adapter.safetensors").read_bytes()
+    assert read_log(run) == read_log(whole)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--sharer", "no/such-folder/here"], "sharer no/such-folder/here: expected the folder or hub id"),
+        (["--data", "nothing.jsonl"], "no such file"),
+        (["--batch-size", "8"], "8"),
+        (["--steps", "0"], "steps"),
+        (["--keep-layers", "5"], "--keep-layers: expected receiver layers in [0, 2), got 5"),
+        (["--layer-map", "sideways"], "layer_map"),
+        (["--bottleneck", "7"], "bottleneck"),
+        (["--init-from", "nowhere"], "--bottleneck"),
+        (["--cached", "nowhere"], "manifest.json"),
+        (["--cross-context"], "cross"),
+    ],
+)
+def test_bad_input_is_one_line(
+    more: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(folder, "train", tmp_path / "run", "shared", *more)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("lcf-fast train: error: ")
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_broken_lines_are_named_even_when_quiet(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (folder / "shared.jsonl").read_text().splitlines()
+    long = json.dumps({"id": "long", "prompt": "word " * 200, "response": "x"})
+    (tmp_path / "set.jsonl").write_text("\n".join([lines[0], "{broken", *lines[1:], long]))
+    more = ["--data", str(tmp_path / "set.jsonl"), "--quiet"]
+    assert main(arguments(folder, "train", tmp_path / "run", "shared", *more)) == 0
+    error = capsys.readouterr().err
+    assert "1 broken line (2: " in error
+    assert "long" in error
+    assert main(arguments(folder, "train", tmp_path / "other", "shared", *more, "--on-error", "refuse")) == 2
+
+
+def test_layers_as_an_argument() -> None:
+    assert layer_list("6,8-10") == (6, 8, 9, 10)
+
+
+@pytest.mark.parametrize("command", ["train", "cache"])
+def test_help_has_examples_and_loads_nothing_heavy(command: str) -> None:
+    code = (
+        "import sys; from lcf_fast.cli import main\n"
+        f"try: main(['{command}', '--help'])\n"
+        "finally: print('heavy:', {'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert "\nexamples:\n" in shown
+    assert "heavy: set()" in shown
+    assert max(map(len, shown.splitlines())) <= 120
+
+
+@pytest.mark.slow
+def test_torchrun_as_a_user_would(folder: Path, tmp_path: Path) -> None:
+    """Two processes: the loss curve of one, the same files from rank 0 alone, and one answer to bad input."""
+    assert main(arguments(folder, "train", tmp_path / "one", "cross", "--save-every", "1")) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [*torchrun, "-m", "lcf_fast.cli", *arguments(folder, "train", tmp_path / "two", "cross")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("after 3 steps") == 1
+    for one, other in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-6)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+        assert other["tokens"] == one["tokens"]
+    assert LatentCacheFlow.from_pretrained(tmp_path / "two" / "adapter").config.cross_context
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert again.returncode != 0
+    assert "lcf-fast train: error: out: expected a folder without a run" in again.stderr
