@@ -56,8 +56,8 @@ class ExampleTokenizer:
         max_tokens: longest sequence: prompt and response of the receiver, and what the sharer reads.
         end_id: the token that ends a response; None: the receiver tokenizer's ``eos_token_id``. `generate` should stop
             at it.
-        template_options: for both chat templates, such as ``{"enable_thinking": False}``. A template that writes today's
-            date (Llama 3's) makes other prompts every day, unless the date is fixed here (``date_string``).
+        template_options: for both chat templates, such as ``{"enable_thinking": False}``. A template that writes the
+            day's date (Llama 3's) makes other prompts every day, unless the date is fixed here (``date_string``).
 
     Raises:
         TokenizerError: no tokenizer; no token that ends a response.

@@ -12,7 +12,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 
 from lcf_fast.errors import BackendError
 from lcf_fast.training import rows as rows_module
@@ -63,6 +63,7 @@ def test_a_line_that_cannot_be_read_spoils_no_other(path: Path) -> None:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(values=[{}, -0.0, 1.5e300, 1e-7, 12], chunk=1, indent=None, bom=False)
 @given(values=st.lists(JSON, max_size=6), chunk=st.integers(1, 9), indent=st.sampled_from([None, 2]), bom=st.booleans())
 def test_a_list_in_pieces_is_the_list(
     values: list[Any], chunk: int, indent: int | None, bom: bool, path: Path, monkeypatch: pytest.MonkeyPatch
