@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -349,8 +350,11 @@ def _adapter(arguments: argparse.Namespace, run: _Run) -> LatentCacheFlow:
 
 def _cache(arguments: argparse.Namespace) -> None:
     from .caching import plan_prefills, write_prefills
+    from .failures import RunError
     from .models import load_model
 
+    if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise RunError("lcf-fast cache", expected="one process (no torchrun)", got=f"{ranks} of them")
     shown = not arguments.quiet
     run = _prepare(arguments, shown=shown, first=True)
     plan = plan_prefills(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,22 +73,32 @@ class RunLog:
 
 
 class Scalars:
-    """TensorBoard's event files, or nothing where it is not installed."""
+    """TensorBoard's event files, or nothing where it is not installed. A run does not stop for them."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
+        self._writer: Any = None
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            self._writer = None
-        else:  # purge: what a killed run wrote beyond its checkpoint
+            return
+        with self._harmless():  # purge: what a killed run wrote beyond its checkpoint
             self._writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        if self._writer is not None:
+        with self._harmless():
             for name, value in entry.items():
-                if name != "step":
+                if self._writer is not None and name != "step":
                     self._writer.add_scalar(f"training/{name}", value, entry["step"])
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        with self._harmless():
+            if self._writer is not None:
+                self._writer.close()
+
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            print(f"no more TensorBoard scalars: {error.strerror or error}", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from tiny_training import read_log, tiny_model
 from lcf_fast import LatentCacheFlow
 from lcf_fast.cli import main
 from lcf_fast.training.commands import layer_list
+from lcf_fast.training.trainer import Trainer
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
@@ -177,8 +178,40 @@ def test_broken_lines_are_named_even_when_quiet(
     assert main(arguments(folder, "train", tmp_path / "other", "shared", *more, "--on-error", "refuse")) == 2
 
 
-def test_layers_as_an_argument() -> None:
+def test_ctrl_c_says_how_to_go_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = Trainer._step
+
+    def interrupted(self: Trainer, step: int) -> dict[str, Any]:
+        if step == 2:
+            raise KeyboardInterrupt
+        return real(self, step)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        main(arguments(folder, "train", tmp_path / "run", "shared", "--save-every", "1"))
+    assert caught.value.code == 130
+    newest = tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert capsys.readouterr().err.splitlines()[-1] == f"stopped; --resume goes on from {newest}"
+
+
+def test_a_store_is_made_by_one_process(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(arguments(folder, "cache", tmp_path / "store", "shared")) == 2
+    assert "one process" in capsys.readouterr().err
+
+
+def test_layers_as_an_argument(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert layer_list("6,8-10") == (6, 8, 9, 10)
+    with pytest.raises(SystemExit):
+        main(arguments(folder, "train", tmp_path / "run", "shared", "--keep-layers", "six"))
+    assert "expected layers such as 6,8-10, got 'six'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(arguments(folder, "train", tmp_path / "run", "shared", "--template-options", "[1]"))
+    assert "expected a JSON object, got '[1]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train", "cache"])
