@@ -25,11 +25,11 @@ from ..errors import GeometryError, IndexRangeError
 from ..files import write_whole
 from .counting import counted
 from .failures import RunError
+from .model_fingerprint import model_fingerprint
 from .prefills import (
     MANIFEST,
     Entry,
     Manifest,
-    model_fingerprint,
     read_entries,
     shard_entries_bytes,
     shard_name,

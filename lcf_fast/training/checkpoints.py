@@ -49,12 +49,14 @@ class Checkpoint:
         settings: of the run.
         log_bytes: length of the log.
         next_data: digest of the examples that the next step reads; empty after the last.
+        models: digests of the frozen models that the run has, by "sharer" and "receiver".
     """
 
     step: int
     settings: TrainingSettings
     log_bytes: int
     next_data: str
+    models: dict[str, str]
 
 
 class Checkpoints:
@@ -129,7 +131,7 @@ class Checkpoints:
         adapter.load_state_dict(saved.state_dict())
         _restore(path, adapter, optimizer, tensors)
         settings = TrainingSettings.from_dict(state["settings"])
-        return Checkpoint(state["step"], settings, state["log_bytes"], state["next_data"])
+        return Checkpoint(state["step"], settings, state["log_bytes"], state["next_data"], state["models"])
 
     def _write(
         self, folder: Path, checkpoint: Checkpoint, adapter: LatentCacheFlow, optimizer: torch.optim.Optimizer
@@ -151,6 +153,7 @@ class Checkpoints:
             "settings": checkpoint.settings.to_dict(),
             "log_bytes": checkpoint.log_bytes,
             "next_data": checkpoint.next_data,
+            "models": checkpoint.models,
             "optimizer": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
         }
         write_whole(folder / STATE_FILE, (json.dumps(state, indent=2) + "\n").encode())
@@ -188,7 +191,8 @@ def read_state(path: Path) -> dict[str, Any]:
     form = (state.get("format"), state.get("format_version")) if isinstance(state, dict) else None
     if form != (FORMAT, FORMAT_VERSION):
         raise CheckpointError(str(file), expected=f"{FORMAT}, version {FORMAT_VERSION}", got=repr(form))
-    for name, kind in {"step": int, "settings": dict, "log_bytes": int, "next_data": str, "optimizer": dict}.items():
+    wanted = {"step": int, "settings": dict, "log_bytes": int, "next_data": str, "models": dict, "optimizer": dict}
+    for name, kind in wanted.items():
         if not isinstance(state.get(name), kind):
             raise CheckpointError(f"{file}: {name}", expected=kind.__name__, got=type(state.get(name)).__name__)
     return state

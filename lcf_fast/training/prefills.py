@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ..caches import Pair
 from ..config import CacheGeometry
-from ..fingerprint import digest_of
 from .failures import RunError
+from .model_fingerprint import model_fingerprint
 from .settings import TrainingSettings
 from .step import DTYPES, Prefill, receiver_prefill, sharer_tokens
 
@@ -36,25 +36,12 @@ if TYPE_CHECKING:
     from ..adapter import LatentCacheFlow
     from .batches import Batch
 
-__all__ = ["Entry", "Manifest", "StoredPrefills", "model_fingerprint", "token_digest"]
+__all__ = ["Entry", "Manifest", "StoredPrefills", "token_digest"]
 
 FORMAT = "lcf_fast.prefills"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _OPEN_SHARDS = 8
-
-
-def model_fingerprint(model: Any, precision: str) -> str:
-    """32 hex digits of a transformers model's configuration and of its weights in ``precision``."""
-    passed_over = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
-    config = {
-        name: repr(value)
-        for name, value in model.config.to_dict().items()
-        if not name.startswith("_") and name not in passed_over
-    }
-    dtype = DTYPES[precision]
-    weights = {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
-    return digest_of({"class": type(model).__name__, "config": config}, weights)
 
 
 def token_digest(ids: Tensor) -> str:
@@ -82,7 +69,7 @@ class Manifest:
         sharer, receiver: ``(layers, KV heads, head dim)``.
         sharer_layers: layers that are stored, ascending.
         with_receiver: whether the receiver's caches are stored as well.
-        sharer_fingerprint, receiver_fingerprint: see `model_fingerprint`.
+        sharer_fingerprint, receiver_fingerprint: see `lcf_fast.training.model_fingerprint`.
         examples, shards: how many.
         tensor_bytes: of all caches together.
         plan: digest of which examples are in which shard.

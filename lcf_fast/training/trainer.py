@@ -25,6 +25,7 @@ from .checkpoints import Checkpoint, Checkpoints, read_state
 from .distributed import Ranks
 from .failures import LossError, RunError
 from .log import RunLog, Scalars
+from .model_fingerprint import model_sample
 from .progress import Progress
 from .schedule import gate_temperature, learning_rate_factor
 from .settings import TrainingSettings
@@ -113,8 +114,11 @@ class Trainer:
 
         precision = self.settings.precision
         receiver = frozen(receiver, device=self.device, precision=precision)
+        self.models = {"receiver": model_sample(receiver, precision)}
         if prefiller is None:
-            prefiller = OnlinePrefills(frozen(sharer, device=self.device, precision=precision), receiver)
+            sharer = frozen(sharer, device=self.device, precision=precision)
+            self.models["sharer"] = model_sample(sharer, precision)
+            prefiller = OnlinePrefills(sharer, receiver)
         self.adapter = adapter.to(self.device)
         self.data, self.out, self.save_every, self.progress = data, Path(out), save_every, progress
         self.checkpoints = Checkpoints(self.out / CHECKPOINTS, keep)
@@ -135,8 +139,8 @@ class Trainer:
             resume: go on from the newest checkpoint in ``out``, or begin where there is none.
 
         Raises:
-            RunError: ``out`` holds a run already and ``resume`` is False; a run with other settings or data; a full
-                disk. LossError: a loss or gradient that is not finite; what there was before that step is saved.
+            RunError: ``out`` holds a run already and ``resume`` is False; a run with other settings, models or data; a
+                full disk. LossError: a loss or gradient that is not finite; what there was before that step is saved.
         """
         done, log_bytes = self._resume() if resume else self._begin()
         log = self._log = RunLog(self.out / LOG_FILE, log_bytes) if self.ranks.first else None
@@ -182,14 +186,17 @@ class Trainer:
         if step == 0:
             return 0, 0
         path = self.checkpoints.folder / f"step-{step:08d}"
-        self._check_same_run(read_state(path)["settings"], path)
+        self._check_same_run(read_state(path), path)
         found = self.checkpoints.load(path, self.adapter, self.optimizer)
         if found.next_data != self._digest(step):
             raise RunError("data", expected=f"the data of {path}", got="others, or in another order")
         return step, found.log_bytes
 
-    def _check_same_run(self, found: dict[str, Any], path: Path) -> None:
-        mine = self.settings.to_dict()
+    def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
+        for name, digest in self.models.items():  # with stored prefills there is no sharer to compare
+            if state["models"].get(name, digest) != digest:
+                raise RunError(name, expected=f"the model that {path} was trained with", got="another")
+        found, mine = state["settings"], self.settings.to_dict()
         changed = [name for name in mine if name != "device" and found.get(name) != mine[name]]
         if changed:
             expected = ", ".join(f"{name} {found.get(name)}" for name in changed)
@@ -208,7 +215,7 @@ class Trainer:
             raise RunError(str(self.out), expected=f"{needed:,} bytes free for checkpoints", got=f"{free:,} bytes")
 
     def _save(self, step: int, log_bytes: int) -> None:
-        checkpoint = Checkpoint(step, self.settings, log_bytes, self._digest(step))
+        checkpoint = Checkpoint(step, self.settings, log_bytes, self._digest(step), self.models)
         self.checkpoints.save(checkpoint, self.adapter, self.optimizer)
 
     def _save_adapter(self) -> None:

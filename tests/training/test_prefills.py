@@ -23,7 +23,8 @@ from lcf_fast.training import caching
 from lcf_fast.training.batches import Batch
 from lcf_fast.training.caching import plan_prefills, write_prefills
 from lcf_fast.training.failures import RunError
-from lcf_fast.training.prefills import Manifest, StoredPrefills, model_fingerprint
+from lcf_fast.training.model_fingerprint import model_fingerprint, model_sample
+from lcf_fast.training.prefills import Manifest, StoredPrefills
 from lcf_fast.training.step import OnlinePrefills, TrainingStep, frozen
 
 SETTINGS = tiny_settings(steps=4)
@@ -267,15 +268,20 @@ def test_a_store_for_something_else(store: Path) -> None:
             prefiller(batch)
 
 
-def test_a_fingerprint_is_of_what_decides_the_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fingerprint", [model_fingerprint, model_sample])
+def test_a_fingerprint_is_of_what_decides_the_cache(fingerprint: Any, tmp_path: Path) -> None:
     model = tiny_model("qwen3", 2)
-    first = model_fingerprint(model, "fp32")
+    first = fingerprint(model, "fp32")
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
-    assert model_fingerprint(again, "fp32") == first
-    assert model_fingerprint(again.bfloat16(), "bf16") == model_fingerprint(model, "bf16") != first
+    assert fingerprint(again, "fp32") == first
+    assert fingerprint(again.bfloat16(), "bf16") == fingerprint(model, "bf16") != first
+    with torch.no_grad():
+        again = type(model).from_pretrained(tmp_path)
+        again.model.layers[1].self_attn.v_proj.weight *= 1.001
+    assert fingerprint(again, "fp32") != first
     model.config.rms_norm_eps *= 2
-    assert model_fingerprint(model, "fp32") != first
+    assert fingerprint(model, "fp32") != first
 
 
 # --- writing

@@ -295,6 +295,8 @@ def test_a_run_of_other_settings_data_or_adapter_is_not_resumed(tmp_path: Path) 
         tiny_trainer(tmp_path, settings, data=RandomData(settings, examples=7)).run(resume=True)
     with pytest.raises(GeometryError, match="adapter"):
         tiny_trainer(tmp_path, settings, dropout=0.2).run(resume=True)
+    with pytest.raises(RunError, match="sharer: expected the model that"):
+        tiny_trainer(tmp_path, settings, sharer=tiny_model("qwen2", 9)).run(resume=True)
     other = tiny_settings(steps=4, device=None)
     assert other.device != settings.device  # which says where, not what
     if not torch.cuda.is_available():

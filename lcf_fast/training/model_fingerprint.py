@@ -1,0 +1,42 @@
+"""Which frozen model it is: a digest of what decides its caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..fingerprint import digest_of
+from .step import DTYPES
+
+__all__ = ["model_fingerprint", "model_sample"]
+
+_SAMPLE = 64  # weights of each parameter
+
+
+def model_fingerprint(model: Any, precision: str) -> str:
+    """32 hex digits of a transformers model's configuration and of all its weights in ``precision``.
+
+    Takes a second a gigabyte, or two.
+    """
+    return _digest(model, {name: parameter.detach() for name, parameter in model.named_parameters()}, precision)
+
+
+def model_sample(model: Any, precision: str) -> str:
+    """As `model_fingerprint`, of a sample of each parameter: at once, and enough to tell one training from another."""
+    sample = {}
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample[name] = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE]
+    return _digest(model, sample, precision)
+
+
+def _digest(model: Any, weights: dict[str, Tensor], precision: str) -> str:
+    passed_over = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
+    config = {
+        name: repr(value)
+        for name, value in model.config.to_dict().items()
+        if not name.startswith("_") and name not in passed_over
+    }
+    described = {"class": type(model).__name__, "config": config}
+    return digest_of(described, {name: weight.to(DTYPES[precision]) for name, weight in weights.items()})
