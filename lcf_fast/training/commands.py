@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from ..adapter import LatentCacheFlow
     from ..config import CacheGeometry, LCFConfig
     from .batches import ExampleData
+    from .data import ExampleSet
     from .settings import TrainingSettings
+    from .trainer import Trainer
 
 __all__ = ["add_cache_command", "add_train_command", "layer_list"]
 
@@ -30,7 +32,8 @@ _TRAIN_EXAMPLES = """examples:
   torchrun --nproc-per-node 4 -m lcf_fast.cli train ... --out run         the same run on four GPUs
   lcf-fast train ... --cached prefills --out run    on what lcf-fast cache stored with the same arguments
 
-In OUT: log.jsonl (a line a step), checkpoints/, tensorboard/ (if it is installed), and in the end adapter/.
+In OUT: log.jsonl (a line a step), checkpoints/, tensorboard/ (if it is installed), and in the end adapter/
+and held_out.json.
 """
 _CACHE_EXAMPLES = """examples:
   lcf-fast cache --sharer S --receiver R --data set.jsonl --out prefills --dry-run     how large it will be
@@ -41,6 +44,8 @@ Give both commands the same --data, --cross-context, --steps, --batch-size, --mi
 --precision, and the same adapter layers, so that what is stored is what is read.
 """
 
+#: At most so many held-out examples make the loss that a run ends with.
+_HELD_OUT = 256
 #: Fields of TrainingSettings that are arguments of both commands, and those of the training alone.
 _SHARED_SETTINGS = {
     "steps": (int, "optimizer steps; default: 300, with --cross-context 276"),
@@ -151,7 +156,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser, out: str) -> None:
         "--held-out",
         type=float,
         metavar="FRACTION",
-        help="leave out of training, chosen by the examples' ids; default: 0.01, with --cross-context 0",
+        help="leave out of training, by the examples' ids, and tell the loss on (up to 256 of) them in the end;"
+        " default: 0.01, with --cross-context 0",
     )
     data.add_argument(
         "--on-error", choices=["skip", "refuse"], default="skip", help="of broken or unusable examples; default: skip"
@@ -193,6 +199,7 @@ class _Run:
     settings: TrainingSettings
     config: LCFConfig
     data: ExampleData
+    held_out: ExampleData | None
     kept: tuple[int, ...]
 
     @property
@@ -254,18 +261,24 @@ def _prepare(arguments: argparse.Namespace, *, shown: bool, first: bool) -> _Run
         fraction = 0.0 if arguments.cross_context else 0.01
     _say(shown or (first and bool(examples.broken)), examples.summary())
     examples, held = examples.held_out(fraction)
-    if len(held):
-        _say(shown, f"{len(held):,} of them held out")
-    data = ExampleData(
-        examples,
-        **tokenizers,
-        settings=settings,
-        on_error=arguments.on_error,
-        template_options=arguments.template_options,
-        progress=shown,
-    )
+    options = {**tokenizers, "on_error": arguments.on_error, "template_options": arguments.template_options}
+    data = ExampleData(examples, settings=settings, progress=shown, **options)
     _say(first and not shown and bool(data.left_out), data.summary())
-    return _Run(settings, config, data, kept)
+    return _Run(settings, config, data, _held_out(held, settings, options), kept)
+
+
+def _held_out(held: ExampleSet, settings: TrainingSettings, options: dict[str, Any]) -> ExampleData | None:
+    """As many of the examples held out as are looked at in the end, one a step."""
+    from .batches import ExampleData
+    from .data_errors import DataError
+
+    if not len(held):
+        return None
+    one_each = replace(settings, steps=min(len(held), _HELD_OUT), batch_size=1, micro_batch_size=1)
+    try:
+        return ExampleData(held, settings=one_each, **{**options, "on_error": "skip"})
+    except DataError:  # none of them is of use
+        return None
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -322,6 +335,27 @@ def _train_on(arguments: argparse.Namespace, ranks: Any) -> None:
             f"{arguments.out / 'adapter'}: {adapter.parameter_count():,} parameters,"
             f" loss {last['loss']:.4f} after {last['step']} steps"
         )
+        _report_held_out(arguments, run, trainer)
+
+
+def _report_held_out(arguments: argparse.Namespace, run: _Run, trainer: Trainer) -> None:
+    from ..files import write_whole
+    from .counting import counted
+    from .held_out import held_out_loss
+
+    data = run.held_out
+    if data is None:
+        return
+    if arguments.cached is not None:
+        print("held out: not measured, since a store has no prefills of those examples")
+        return
+    ids = list(dict.fromkeys(id for step in range(data.settings.steps) for id in data.ids(step)))
+    size = run.settings.micro_batch_size
+    batches = [data.of(ids[start : start + size]) for start in range(0, len(ids), size)]
+    counting = counted(batches, "held-out batches", total=len(batches), shown=not arguments.quiet)
+    found = held_out_loss(trainer.step, trainer.prefiller, counting)
+    write_whole(arguments.out / "held_out.json", (json.dumps(asdict(found)) + "\n").encode())
+    print(found.summary())
 
 
 def _adapter(arguments: argparse.Namespace, run: _Run) -> LatentCacheFlow:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..adapter import LatentCacheFlow
     from .batches import Batch
 
-__all__ = ["DTYPES", "OnlinePrefills", "Prefill", "TrainingStep", "frozen", "prefill"]
+__all__ = ["DTYPES", "OnlinePrefills", "Prefill", "Prefiller", "TrainingStep", "frozen", "prefill"]
 
 #: Of the frozen models, by `TrainingSettings.precision`.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -123,6 +123,7 @@ class Trainer:
         self.data, self.out, self.save_every, self.progress = data, Path(out), save_every, progress
         self.checkpoints = Checkpoints(self.out / CHECKPOINTS, keep)
         self.stopwatch = Stopwatch(self.device)
+        self.prefiller = prefiller
         self.step = TrainingStep(self.adapter, receiver, prefiller, self.stopwatch)
         self.optimizer = torch.optim.AdamW(
             self.adapter.parameters(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay

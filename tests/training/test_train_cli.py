@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 import torch
 from tiny_tokenizers import CHATML, INST, tiny_tokenizer
-from tiny_training import read_log, tiny_model
+from tiny_training import read_log, tiny_model, tiny_settings
 
 from lcf_fast import LatentCacheFlow
 from lcf_fast.cli import main
+from lcf_fast.training.batches import ExampleData
 from lcf_fast.training.commands import layer_list
+from lcf_fast.training.data import read_examples
+from lcf_fast.training.models import load_model, load_tokenizer
+from lcf_fast.training.step import OnlinePrefills, TrainingStep
 from lcf_fast.training.trainer import Trainer
 
 pytest.importorskip("tokenizers")
@@ -176,6 +180,40 @@ def test_broken_lines_are_named_even_when_quiet(
     assert "1 broken line (2: " in error
     assert "long" in error
     assert main(arguments(folder, "train", tmp_path / "other", "shared", *more, "--on-error", "refuse")) == 2
+
+
+def test_the_loss_on_what_was_held_out(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--held-out", "0.4", "--batch-size", "2", "--micro-batch-size", "1"]
+    assert main(arguments(folder, "train", tmp_path / "run", "shared", *more)) == 0
+    shown = capsys.readouterr().out.splitlines()[-1]
+    found = json.loads((tmp_path / "run" / "held_out.json").read_text())
+    examples = read_examples(folder / "shared.jsonl")
+    held = examples.held_out(0.4)[1]
+    assert 0 < found["examples"] == len(held) < len(examples)
+    assert shown.startswith(f"{len(held)} examples held out, {found['response_tokens']} response tokens: loss ")
+
+    # The receiver alone, and with the adapter in use, an example at a time.
+    sharer, receiver = (tiny_loaded(folder / name) for name in ("sharer", "receiver"))
+    adapter = LatentCacheFlow.from_pretrained(tmp_path / "run" / "adapter")
+    data = ExampleData(held, sharer[1], receiver[1], tiny_settings(steps=1, batch_size=1, micro_batch_size=1))
+    step = TrainingStep(adapter, receiver[0], OnlinePrefills(sharer[0], receiver[0]))
+    batches = [data.of([example.id]) for example in held.examples]
+    tokens = sum(int(batch.response_mask.sum()) for batch in batches)
+    assert found["response_tokens"] == tokens
+    assert found["edited"] == pytest.approx(sum(step(batch).item() for batch in batches) / tokens, rel=1e-5)
+    with torch.no_grad():
+        adapter.gate_logit.fill_(-1.0)
+    assert found["alone"] == pytest.approx(sum(step(batch).item() for batch in batches) / tokens, rel=1e-5)
+    assert found["alone"] != found["edited"]
+
+    assert main(arguments(folder, "cache", tmp_path / "store", "shared", *more)) == 0
+    again = [*more, "--cached", str(tmp_path / "store")]
+    assert main(arguments(folder, "train", tmp_path / "again", "shared", *again)) == 0
+    assert "held out: not measured" in capsys.readouterr().out
+
+
+def tiny_loaded(folder: Path) -> tuple[Any, Any]:
+    return load_model("model", str(folder), "fp32").requires_grad_(False), load_tokenizer("model", str(folder))
 
 
 def test_ctrl_c_says_how_to_go_on(
