@@ -34,8 +34,8 @@ from .common import (
     target_of,
 )
 from .injection import copy_tile, gate_scores, inject_tile
-from .noise import soft_gate_tile
-from .policy import tile_config
+from .noise import NO_NOISE, NoiseArguments, soft_gate_tile
+from .policy import backward_config, tile_config
 from .projection import blocks_tile, down_tile
 
 Pair = tuple[Tensor, Tensor]
@@ -278,9 +278,6 @@ def fuse_kernel(
 
 _STACKED = ("down_weight", "norm_weight", "ffn_in_weight", "ffn_out_weight", "up_weight", "up_bias",
             "head_gate_weight", "head_gate_bias", "gate_logit")  # fmt: skip
-#: What a kernel is given in place of `lcf_fast.noise.TrainingNoise`: seed, threshold, keep scale, 1 / temperature.
-NoiseArguments = tuple[int, int, float, float]
-NO_NOISE: NoiseArguments = (0, 0, 1.0, 1.0)
 
 
 def fuse_layers(
@@ -353,7 +350,10 @@ def _launch(
     batch, heads, tokens, head_dim = key.shape
     width = stacked["down_weight"].shape[1]
     begin, end = positions if out is None else (0, tokens)
-    config = tile_config(width, key.element_size(), target_of(key), len(rows) * batch, end - begin)
+    target, size = target_of(key), key.element_size()
+    config = tile_config(width, size, target, len(rows) * batch, end - begin)
+    if noise is not None:
+        config = backward_config(width, size, target)
     tiles = triton.cdiv(end - begin, config.block_tokens)
 
     receiver_tables, is_receiver_aligned = address_tables(*zip(*(receiver[row] for row in rows)))

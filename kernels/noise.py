@@ -7,6 +7,9 @@ import triton.language as tl
 
 #: As `lcf_fast.noise.BLOCK_STREAM`.
 BLOCK_STREAM = tl.constexpr(2)
+#: `lcf_fast.noise.TrainingNoise.arguments`: seed, threshold, keep scale, 1 / temperature.
+NoiseArguments = tuple[int, int, float, float]
+NO_NOISE: NoiseArguments = (0, 0, 1.0, 1.0)
 
 
 @triton.jit

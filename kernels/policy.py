@@ -75,6 +75,26 @@ _SINGLE: dict[int, tuple[TileConfig, ...]] = {
     512: (TileConfig(16, 32, 32, 8, 2),),
 }
 
+#: Backward pass, half precision: width -> the one tile of all its kernels. A program holds a tile's latents and their
+#: gradients at once, or some of a weight's gradient in both halves, so tiles are smaller than in the forward pass.
+_BACKWARD: dict[int, TileConfig] = {
+    64: TileConfig(32, 64, 32, 4, 2),
+    128: TileConfig(32, 32, 32, 4, 2),
+    256: TileConfig(16, 32, 16, 8, 2),
+    512: TileConfig(16, 32, 16, 8, 1),
+}
+#: Where a chip does better than that. sm_90: 64 rows are the fewest for HGMMA; elsewhere they spill.
+_BACKWARD_OF: dict[tuple[str, int], TileConfig] = {
+    ("sm_90", 128): TileConfig(64, 64, 32, 8, 2),
+    ("sm_80", 128): TileConfig(32, 64, 32, 8, 2),
+}
+_BACKWARD_SINGLE: dict[int, TileConfig] = {
+    64: TileConfig(16, 32, 16, 8, 2),
+    128: TileConfig(16, 32, 16, 8, 2),
+    256: TileConfig(16, 32, 16, 8, 1),
+    512: TileConfig(16, 32, 16, 8, 1),
+}
+
 
 def known_target(target: str) -> str:
     """The chip whose rows serve ``target``: its own, else those of its family (``sm_86`` takes ``sm_80``'s)."""
@@ -113,3 +133,13 @@ def tile_config(width: int, itemsize: int, target: str, rows: int, tokens: int) 
         if rows * -(-tokens // config.block_tokens) >= wanted:
             return config
     return options[-1]
+
+
+def backward_config(width: int, itemsize: int, target: str) -> TileConfig:
+    """The tile of every backward kernel but the pool's, and of the forward pass in training, whose random numbers take
+    registers (456 spills in the inference tile on sm_90, d = 128). Arguments as of `tile_options`."""
+    if target == INTERPRETER:
+        return tile_options(width, itemsize, target)[0]
+    if itemsize == 4:
+        return _BACKWARD_SINGLE[width]
+    return _BACKWARD_OF.get((known_target(target), width), _BACKWARD[width])

@@ -1,8 +1,8 @@
 """The torch.library boundary: each op with its schema, its fake, and its gradient.
 
-One boundary a call. An op picks its back end when it runs, so compiled graphs obey `use_backend` too. Where no backward
-kernel exists, the gradient is that of the reference formula, recomputed; it sits behind an op of its own, so that
-``torch.compile`` sees one opaque node and a kernel can take its place.
+One boundary a call. An op picks its back end when it runs, so compiled graphs obey `use_backend` too. A gradient sits
+behind an op of its own, one opaque node for ``torch.compile``: kernels that recompute, or on the eager back end the
+reference formula, recomputed.
 
 Every op is functional or declares what it mutates; no output shares memory with an input.
 """
@@ -128,14 +128,23 @@ def _(
     return receiver_key.new_empty(shape, dtype=reference.accumulation_dtype(receiver_key.dtype))
 
 
+def _projection_inputs(
+    tensors: Sequence[Any], has_sharer: bool, has_message: bool
+) -> tuple[Pair | None, Pair, Any, dict[str, Any]]:
+    """What `_projection_setup` saved: sharer, receiver, message, weights."""
+    rest = list(tensors)
+    sharer = (rest.pop(0), rest.pop(0)) if has_sharer else None
+    receiver = (rest.pop(0), rest.pop(0))
+    message = rest.pop(0) if has_message else None
+    return sharer, receiver, message, dict(zip(PROJECTION_WEIGHTS, rest))
+
+
 def _projection_formula(
     inputs: Sequence[Any], index: Tensor | None, has_sharer: bool, has_message: bool, norm_eps: float
 ) -> Sequence[Tensor]:
-    rest = list(inputs)
-    sharer_key, sharer_value = (rest.pop(0), rest.pop(0)) if has_sharer else (None, None)
-    receiver_key, receiver_value = rest.pop(0), rest.pop(0)
-    message = rest.pop(0) if has_message else None
-    weights = dict(zip(PROJECTION_WEIGHTS, rest))
+    sharer, receiver, message, weights = _projection_inputs(inputs, has_sharer, has_message)
+    sharer_key, sharer_value = (None, None) if sharer is None else sharer
+    receiver_key, receiver_value = receiver
     return (
         reference.joint_projection(
             sharer_key,
@@ -160,6 +169,28 @@ def joint_projection_backward(
     has_message: bool,
     norm_eps: float,
 ) -> list[Tensor]:
+    sharer, receiver, message, weights = _projection_inputs(inputs, has_sharer, has_message)
+    key, width, hidden = receiver[0], weights["down_weight"].shape[0], weights["ffn_in_weight"].shape[1]
+    if resolve(key.device, key.dtype, width, hidden) == "triton":
+        from .kernels import fusion_backward
+
+        caches = 2 * has_sharer
+        found = fusion_backward.joint_projection_backward(
+            grad,
+            None if sharer is None else (unit_rows(sharer[0]), unit_rows(sharer[1])),
+            (unit_rows(receiver[0]), unit_rows(receiver[1])),
+            weights,
+            index=index,
+            message=None if message is None else message.float().contiguous(),
+            norm_eps=norm_eps,
+            wants_sharer=any(needed[:caches]),
+            wants_receiver=any(needed[caches : caches + 2]),
+        )
+        flat: list[Any] = [*found.sharer[0]] if found.sharer is not None else [None] * caches
+        flat += [*found.receiver[0]] if found.receiver is not None else [None, None]
+        flat += [found.message] * has_message + [found.weights[name] for name in PROJECTION_WEIGHTS]
+        return [gradient.to(x.dtype) for gradient, x, need in zip(flat, inputs, needed) if need]
+
     def formula(leaves: Sequence[Any]) -> Sequence[Tensor]:
         return _projection_formula(leaves, index, has_sharer, has_message, norm_eps)
 
@@ -280,6 +311,15 @@ def _(
 def gated_injection_backward(
     grads: Sequence[Tensor], inputs: Sequence[Tensor], needed: Sequence[bool], edit_mask: Tensor | None
 ) -> list[Tensor]:
+    receiver_key, latent = inputs[0], inputs[2]
+    if resolve(receiver_key.device, receiver_key.dtype, latent.shape[2]) == "triton":
+        from .kernels import fusion_backward
+
+        named = dict(zip(INJECTION_WEIGHTS, inputs[3:]))
+        dlatent, found = fusion_backward.gated_injection_backward(*grads, latent, named, edit_mask=edit_mask)
+        flat = [grad.clone() for grad in grads] + [dlatent] + [found[name] for name in INJECTION_WEIGHTS]
+        return [gradient.to(x.dtype).contiguous() for gradient, x, need in zip(flat, inputs, needed) if need]
+
     def formula(leaves: Sequence[Any]) -> Sequence[Tensor]:
         key, value, latent, *weights = leaves
         named = dict(zip(INJECTION_WEIGHTS, weights))

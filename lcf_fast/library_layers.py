@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import eager, reference
 from .backends import resolve
-from .library import WEIGHTS, like_needed, pairs_of, recompute_gradients, spread, unit_rows
+from .library import WEIGHTS, Pair, like_needed, pairs_of, recompute_gradients, spread, unit_rows
 from .noise import TrainingNoise
 
 #: A training pass's noise as it crosses the boundary: seed, temperature, dropout. A negative seed: no noise.
@@ -167,24 +167,76 @@ def fuse_layers_backward(
     temperature: float,
     dropout: float,
 ) -> list[Tensor]:
+    noise = _noise(seed, temperature, dropout)
+    key, down, ffn_in = inputs[0], inputs[2 * layers], inputs[2 * layers + 3]
+    if resolve(key.device, key.dtype, down.shape[1], ffn_in.shape[2]) == "triton":
+        return _kernel_gradients(grad, inputs, needed, layers, live, index, has_message, (first, last), norm_eps, noise)
+
     def formula(leaves: Sequence[Any]) -> Sequence[Tensor]:
-        rest = list(leaves)
-        receiver, rest = pairs_of(rest[: 2 * layers]), rest[2 * layers :]
-        weights, rest = dict(zip(WEIGHTS, rest)), rest[len(WEIGHTS) :]
+        receiver, weights, sharer, message = _split(leaves, layers, has_message)
         fused = reference.fuse_layers(
-            None if has_message else pairs_of(rest),
+            sharer,
             receiver,
             weights,
             sharer_index=None if has_message else index,
-            message=rest[0] if has_message else None,
+            message=message,
             edit_mask=index >= 0 if has_message and index is not None else None,
             positions=(first, last),
             norm_eps=norm_eps,
-            noise=_noise(seed, temperature, dropout),
+            noise=noise,
         )
         return [tensor for tensor, is_open in zip((t for pair in fused for t in pair), live) if is_open]
 
     return recompute_gradients(formula, inputs, needed, list(grad.unbind(0)))
+
+
+def _split(
+    tensors: Sequence[Any], layers: int, has_message: bool
+) -> tuple[list[Pair], dict[str, Any], list[Pair] | None, Any]:
+    """What `_fuse_setup` saved: receiver, weights, sharer, message."""
+    receiver, rest = pairs_of(tensors[: 2 * layers]), tensors[2 * layers :]
+    weights, rest = dict(zip(WEIGHTS, rest)), rest[len(WEIGHTS) :]
+    return receiver, weights, None if has_message else pairs_of(rest), rest[0] if has_message else None
+
+
+def _kernel_gradients(
+    grad: Tensor,
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+    layers: int,
+    live: Sequence[bool],
+    index: Tensor | None,
+    has_message: bool,
+    positions: tuple[int, int],
+    norm_eps: float,
+    noise: TrainingNoise | None,
+) -> list[Tensor]:
+    from .kernels.fusion_backward import fuse_layers_backward
+
+    rows = [unit_rows(tensor) for tensor in inputs[: 2 * layers]]
+    receiver, weights, sharer, message = _split([*rows, *inputs[2 * layers :]], layers, has_message)
+    first_sharer = 2 * layers + len(WEIGHTS)
+    found = fuse_layers_backward(
+        grad,
+        None if sharer is None else [(unit_rows(key), unit_rows(value)) for key, value in sharer],
+        receiver,
+        weights,
+        live=list(zip(live[0::2], live[1::2])),
+        index=index,
+        message=None if message is None else message.float().contiguous(),
+        positions=positions,
+        norm_eps=norm_eps,
+        noise=None if noise is None else noise.arguments,
+        wants_sharer=not has_message and any(needed[first_sharer:]),
+        wants_receiver=any(needed[: 2 * layers]),
+    )
+    nothing: list[Any] = [None] * (2 * layers)
+    flat = [t for pair in found.receiver for t in pair] if found.receiver is not None else list(nothing)
+    flat += [found.weights[name] for name in WEIGHTS]
+    flat += [found.message] if has_message else list(nothing)
+    if found.sharer is not None:
+        flat[first_sharer:] = [t for pair in found.sharer for t in pair]
+    return [gradient.to(x.dtype) for gradient, x, need in zip(flat, inputs, needed) if need]
 
 
 @fuse_layers_backward.register_fake

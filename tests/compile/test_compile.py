@@ -5,19 +5,23 @@ Run without the interpreter: ``TRITON_INTERPRET=0 pytest tests/compile``.
 
 from __future__ import annotations
 
+import backward_cases
 import pooling_cases
 import pytest
 import tile_cases
 from case import Case
 from resources import SHARED_LIMIT, TARGETS, compile_case
 
-#: Spills inside a loop that are known and left. Here ptxas aims at 128 registers, of 255.
-KNOWN_LOOP_SPILLS = {("sm_100", "project-128-bf16-128-128"): 2}
+#: Spills inside a loop that are known and left. On sm_100 ptxas aims at 128 registers, of 255.
+KNOWN_LOOP_SPILLS = {("sm_100", "project-128-bf16-128-128"): 2, ("sm_90", "ffn-weights-512-bf16"): 18}
+
+#: Kernels that read no cache, and some whose tile is too small for 16 bytes a thread.
+EXEMPT = ("merge", "fold", "spans", "across", "down-weights-256", "down-weights-512")
 
 MATRIX = [
     pytest.param(chip, case, id=f"{chip}-{case.name}")
     for chip in TARGETS
-    for case in (*tile_cases.cases(chip), *pooling_cases.CASES)
+    for case in (*tile_cases.cases(chip), *backward_cases.cases(chip), *pooling_cases.CASES)
 ]
 
 
@@ -30,12 +34,13 @@ def test_resources(chip: str, case: Case) -> None:
     # Element by element, addresses crowd the registers: a slow path for odd addresses, which need only be right.
     if is_aligned:
         assert used.loop_spills <= KNOWN_LOOP_SPILLS.get((chip, case.name), 0), used
-    assert used.spills <= 64, used
+    # Random numbers take registers, once a program.
+    assert used.spills <= (128 if "noise" in case.name else 64), used
     if case.expect_mma:
         assert used.mma, "no tensor instruction"
         if chip == "sm_90" and "-128-bf16-128" in case.name:
             assert "HGMMA" in used.mma, f"the slow path: {used.mma}"
-    if is_aligned and not any(word in case.name for word in ("merge", "fold", "spans", "across")):
+    if is_aligned and not any(word in case.name for word in EXEMPT):
         assert used.wide_loads, "no 16-byte load of a cache"
         # A launch table whose alignment hint is lost narrows every access to one element: hundreds. Biases are a few.
         assert "fp32" in case.name or used.narrow <= 8, used

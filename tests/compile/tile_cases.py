@@ -9,7 +9,7 @@ from case import Case, make
 
 from lcf_fast.kernels import fusion, injection, projection
 from lcf_fast.kernels.common import TABLE_STEP, head_chunk, heads_block
-from lcf_fast.kernels.policy import TileConfig, tile_options
+from lcf_fast.kernels.policy import TileConfig, backward_config, tile_options
 
 FLOATS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 #: Qwen2.5-0.5B informs Qwen3-0.6B: 28 layers, tables padded to 32.
@@ -149,7 +149,7 @@ def cases(chip: str) -> list[Case]:
             built += [fusion_case(width, "bf16", config) for config in tile_options(width, 2, chip)[1:]]
         built.append(fusion_case(128, "bf16", largest, inplace=False, index=True))
         built.append(fusion_case(128, "bf16", largest, aligned=False))
-        built.append(fusion_case(128, "bf16", largest, inplace=False, noise=True))
+        built.append(fusion_case(128, "bf16", backward_config(128, 2, chip), inplace=False, noise=True))
         built.append(fusion_case(128, "bf16", largest, receiver=(5, 80)))
         built.append(fusion_case(128, "bf16", largest, receiver=(2, 256)))
         built.append(fusion_case(128, "fp16", largest))

@@ -1,0 +1,455 @@
+"""Gradients of the adapter's matrices, summed over all rows of the batch.
+
+A program owns some of a weight and walks over all rows in a fixed order: no atomics, so that every run gives the same
+bits. ``states`` and ``dstates (blocks + 1, G, B, N, d)`` are those of `projection_backward`.
+
+Cost a token and layer for two blocks: ``2·C·d + 64·d²`` FLOPs for the projection, ``2·Cr·d`` for both up-projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    TRITON_DTYPE,
+    address_tables,
+    cast,
+    device_guard,
+    dot,
+    dot_precision,
+    gelu,
+    gelu_slope,
+    head_chunk,
+    hidden_chunk,
+    needs_wide_offsets,
+    odd,
+    padded,
+    pointer_of,
+    table_entry,
+    target_of,
+)
+from .noise import NO_NOISE, NoiseArguments
+from .policy import backward_config
+from .projection import rms_norm_tile
+from .projection_backward import block_output_gradient, edited_rows
+
+Pair = tuple[Tensor, Tensor]
+
+
+@triton.jit(do_not_specialize=["row", "seed", "threshold", "keep_scale", "first", "span", "tiles", "batch"])
+def ffn_weights_kernel(
+    states,
+    dstates,
+    dffn_in,
+    dffn_out,
+    norm_weight,
+    ffn_in_weight,
+    ffn_out_weight,
+    row,
+    seed,
+    threshold,
+    keep_scale,
+    first,
+    span,
+    tiles,
+    batch,
+    stride_block,
+    HAS_NOISE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    EPS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """BLOCK_F hidden units of one block of one layer: their gradients in both matrices, summed over all rows."""
+    HALF: tl.constexpr = WIDTH // 2
+    CHUNKS: tl.constexpr = HIDDEN // BLOCK_F
+    i_program = tl.program_id(0)
+    i_chunk = i_program % CHUNKS
+    i_block = (i_program // CHUNKS) % BLOCKS
+    i_layer = i_program // (CHUNKS * BLOCKS)
+    o_t = tl.arange(0, BLOCK_T)
+    o_z = tl.arange(0, HALF)
+    o_hidden = i_chunk * BLOCK_F + tl.arange(0, BLOCK_F)
+    i_weight = (i_layer * BLOCKS + i_block).to(tl.int64)
+    p_norm = norm_weight + i_weight * WIDTH
+    o_in = i_weight * (HIDDEN * WIDTH) + o_hidden[None, :] * WIDTH + o_z[:, None]
+    o_out = i_weight * (HIDDEN * WIDTH) + o_z[:, None] * HIDDEN + o_hidden[None, :]
+    in_k = cast(tl.load(ffn_in_weight + o_in), DTYPE)
+    in_v = cast(tl.load(ffn_in_weight + o_in + HALF), DTYPE)
+    out_k = cast(tl.load(ffn_out_weight + o_out), DTYPE)
+    out_v = cast(tl.load(ffn_out_weight + o_out + HALF * HIDDEN), DTYPE)
+    din_k = tl.zeros([HALF, BLOCK_F], dtype=tl.float32)
+    din_v = tl.zeros([HALF, BLOCK_F], dtype=tl.float32)
+    dout_k = tl.zeros([HALF, BLOCK_F], dtype=tl.float32)
+    dout_v = tl.zeros([HALF, BLOCK_F], dtype=tl.float32)
+    for i in range(0, batch * tiles):
+        i_item = i // tiles
+        i_row = (i % tiles) * BLOCK_T
+        m_row = (i_row + o_t < span)[:, None]
+        o_state = ((i_layer.to(tl.int64) * batch + i_item) * span + i_row) * WIDTH + i_block * stride_block
+        o_tile = o_t[:, None] * WIDTH + o_z[None, :]
+        p_state = states + o_state + o_tile
+        p_dstate = dstates + o_state + stride_block + o_tile
+        z_k = tl.load(p_state, mask=m_row, other=0.0)
+        z_v = tl.load(p_state + HALF, mask=m_row, other=0.0)
+        n_k, n_v, _ = rms_norm_tile(z_k, z_v, p_norm, WIDTH, EPS, DTYPE)
+        u_k, u_v = block_output_gradient(
+            tl.load(p_dstate, mask=m_row, other=0.0), tl.load(p_dstate + HALF, mask=m_row, other=0.0),
+            i_block, seed, threshold, keep_scale, first + i_row + o_t, i_item, row + i_layer, WIDTH, HAS_NOISE, DTYPE,
+        )  # fmt: skip
+        hidden = tl.zeros([BLOCK_T, BLOCK_F], dtype=tl.float32)
+        hidden = dot(n_k, in_k, hidden, PRECISION)
+        hidden = dot(n_v, in_v, hidden, PRECISION)
+        d_hidden = tl.zeros([BLOCK_T, BLOCK_F], dtype=tl.float32)
+        d_hidden = dot(u_k, out_k, d_hidden, PRECISION)
+        d_hidden = dot(u_v, out_v, d_hidden, PRECISION)
+        d_hidden = cast(d_hidden * gelu_slope(hidden, DTYPE), DTYPE)
+        hidden = cast(gelu(hidden, DTYPE), DTYPE)
+        din_k = dot(tl.trans(n_k), d_hidden, din_k, PRECISION)
+        din_v = dot(tl.trans(n_v), d_hidden, din_v, PRECISION)
+        dout_k = dot(tl.trans(u_k), hidden, dout_k, PRECISION)
+        dout_v = dot(tl.trans(u_v), hidden, dout_v, PRECISION)
+    tl.store(dffn_in + o_in, din_k)
+    tl.store(dffn_in + o_in + HALF, din_v)
+    tl.store(dffn_out + o_out, dout_k)
+    tl.store(dffn_out + o_out + HALF * HIDDEN, dout_v)
+
+
+@triton.jit(do_not_specialize=["tokens", "sharer_tokens", "first", "last", "tiles", "batch", "column"])
+def down_weight_kernel(
+    keys,
+    values,
+    dlatent,
+    ddown,
+    index,
+    tokens,
+    sharer_tokens,
+    first,
+    last,
+    tiles,
+    batch,
+    column,
+    columns,
+    stride_key_batch,
+    stride_key_head,
+    stride_key_token,
+    stride_value_batch,
+    stride_value_head,
+    stride_value_token,
+    LAYERS: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_SHARER: tl.constexpr,
+    IS_SHARER: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CACHE_DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """BLOCK_C channels of one head of one model's keys or values: their columns of W_down's gradient, over all rows.
+
+    ``column``: where this model's keys begin in W_down, which has ``columns``; the values follow the keys.
+    """
+    HALF: tl.constexpr = WIDTH // 2
+    CHUNKS: tl.constexpr = (HEAD_DIM + BLOCK_C - 1) // BLOCK_C
+    i_program = tl.program_id(0)
+    i_chunk = i_program % CHUNKS
+    i_head = (i_program // CHUNKS) % HEADS
+    i_kv = (i_program // (CHUNKS * HEADS)) % 2
+    i_layer = i_program // (2 * CHUNKS * HEADS)
+    o_t = tl.arange(0, BLOCK_T)
+    o_z = tl.arange(0, HALF)
+    o_channel = i_chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_channel = o_channel < HEAD_DIM
+    if i_kv == 0:
+        p_cache = pointer_of(keys, i_layer, LAYERS, CACHE_DTYPE, IS_ALIGNED)
+        stride_batch = tl.cast(stride_key_batch, tl.int64)
+        stride_head = tl.cast(stride_key_head, tl.int64)
+        stride_token = tl.cast(stride_key_token, tl.int64)
+    else:
+        p_cache = pointer_of(values, i_layer, LAYERS, CACHE_DTYPE, IS_ALIGNED)
+        stride_batch = tl.cast(stride_value_batch, tl.int64)
+        stride_head = tl.cast(stride_value_head, tl.int64)
+        stride_token = tl.cast(stride_value_token, tl.int64)
+    p_cache += i_head * stride_head
+    step = stride_token
+    if not IS_WIDE:
+        step = stride_token.to(tl.int32)
+    span = last - first
+    d_k = tl.zeros([HALF, BLOCK_C], dtype=tl.float32)
+    d_v = tl.zeros([HALF, BLOCK_C], dtype=tl.float32)
+    for i in range(0, batch * tiles):
+        i_item = (i // tiles).to(tl.int64)
+        i_row = (i % tiles) * BLOCK_T
+        i_start = (first + i_row).to(tl.int64)
+        m_row, o_row = edited_rows(
+            index, i_item, i_start, o_t, last, tokens, sharer_tokens, HAS_INDEX, HAS_SHARER
+        )  # fmt: skip
+        if not IS_SHARER:
+            o_row = o_t
+        i_base = i_start
+        if IS_SHARER and HAS_INDEX:
+            i_base = i_start * 0
+        p_x = (p_cache + i_item * stride_batch + i_base * stride_token) + (o_row * step)[:, None] + o_channel[None, :]
+        x = cast(tl.load(p_x, mask=m_row[:, None] & m_channel[None, :], other=0.0), DTYPE)
+        p_z = dlatent + ((i_layer.to(tl.int64) * batch + i_item) * span + i_row) * WIDTH
+        p_z += o_t[:, None] * WIDTH + o_z[None, :]
+        z_k = cast(tl.load(p_z, mask=m_row[:, None], other=0.0), DTYPE)
+        z_v = cast(tl.load(p_z + HALF, mask=m_row[:, None], other=0.0), DTYPE)
+        d_k = dot(tl.trans(z_k), x, d_k, PRECISION)
+        d_v = dot(tl.trans(z_v), x, d_v, PRECISION)
+    p_w = ddown + i_layer.to(tl.int64) * columns * WIDTH + column + (i_kv * HEADS + i_head) * HEAD_DIM
+    p_w += o_z[:, None] * columns + o_channel[None, :]
+    tl.store(p_w, d_k, mask=m_channel[None, :])
+    tl.store(p_w + HALF * columns, d_v, mask=m_channel[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens", "sharer_tokens", "first", "last", "tiles", "batch"])
+def up_weight_kernel(
+    codes,
+    grad,
+    latent,
+    scale,
+    dup,
+    dbias,
+    index,
+    tokens,
+    sharer_tokens,
+    first,
+    last,
+    tiles,
+    batch,
+    LAYERS: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_SHARER: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """BLOCK_C channels of one head of the key or the value: their rows of W_up's gradient and of b_up's, over all rows.
+
+    ``grad (open gates, B, H, tokens, D)``, whose slots the codes know (`fusion.layer_code`); ``scale (G, B, N, 2, H)``
+    float32, what each head's edit was multiplied with.
+    """
+    HALF: tl.constexpr = WIDTH // 2
+    CHUNKS: tl.constexpr = (HEAD_DIM + BLOCK_C - 1) // BLOCK_C
+    i_program = tl.program_id(0)
+    i_chunk = i_program % CHUNKS
+    i_head = (i_program // CHUNKS) % HEADS
+    i_kv = (i_program // (CHUNKS * HEADS)) % 2
+    i_layer = i_program // (2 * CHUNKS * HEADS)
+    code = table_entry(codes, i_layer, LAYERS, True)
+    slot = (code >> (12 + 12 * i_kv)) & 0xFFF
+    is_open = ((code >> (36 + i_kv)) & 1) != 0
+    o_t = tl.arange(0, BLOCK_T)
+    o_z = tl.arange(0, HALF)
+    o_channel = i_chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_channel = o_channel < HEAD_DIM
+    span = last - first
+    d_up = tl.zeros([BLOCK_C, HALF], dtype=tl.float32)
+    d_bias = tl.zeros([BLOCK_C], dtype=tl.float32)
+    rounds = batch * tiles
+    if not is_open:
+        rounds = rounds * 0
+    for i in range(0, rounds):
+        i_item = (i // tiles).to(tl.int64)
+        i_row = (i % tiles) * BLOCK_T
+        i_start = (first + i_row).to(tl.int64)
+        m_row, _ = edited_rows(index, i_item, i_start, o_t, last, tokens, sharer_tokens, HAS_INDEX, HAS_SHARER)
+        p_grad = grad + (((slot * batch + i_item) * HEADS + i_head) * tokens + i_start) * HEAD_DIM
+        p_grad += o_t[:, None] * HEAD_DIM + o_channel[None, :]
+        b_grad = tl.load(p_grad, mask=m_row[:, None] & m_channel[None, :], other=0.0).to(tl.float32)
+        i_state = (i_layer.to(tl.int64) * batch + i_item) * span + i_row
+        b_scale = tl.load(scale + (i_state + o_t) * (2 * HEADS) + i_kv * HEADS + i_head, mask=m_row, other=0.0)
+        b_grad *= b_scale[:, None]
+        p_z = latent + i_state * WIDTH + i_kv * HALF + o_t[:, None] * WIDTH + o_z[None, :]
+        z_half = cast(tl.load(p_z, mask=m_row[:, None], other=0.0), DTYPE)
+        d_up = dot(tl.trans(cast(b_grad, DTYPE)), z_half, d_up, PRECISION)
+        d_bias += tl.sum(b_grad, 0)
+    o_row = ((i_layer.to(tl.int64) * 2 + i_kv) * HEADS + i_head) * HEAD_DIM + o_channel
+    tl.store(dup + o_row[:, None] * HALF + o_z[None, :], d_up, mask=m_channel[:, None])
+    tl.store(dbias + o_row, d_bias, mask=m_channel)
+
+
+def ffn_gradients(
+    states: Tensor,
+    dstates: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    first: int,
+    dtype: torch.dtype,
+    norm_eps: float,
+    noise: NoiseArguments | None,
+    row: int,
+) -> dict[str, Tensor]:
+    """Gradients of ``ffn_in_weight`` and ``ffn_out_weight``, stacked over ``G`` layers, float32."""
+    layers, batch, span, width = states.shape[1:]
+    blocks, hidden = weights["ffn_in_weight"].shape[1:3]
+    config = backward_config(width, dtype.itemsize, target_of(states))
+    tiles = triton.cdiv(span, config.block_tokens)
+    chunk = hidden_chunk(hidden, config.block_hidden)
+    names = ("ffn_in_weight", "ffn_out_weight")
+    found = {name: torch.empty_like(weights[name], dtype=torch.float32) for name in names}
+    with device_guard(states):
+        ffn_weights_kernel[(layers * blocks * (hidden // chunk),)](
+            states,
+            dstates,
+            *found.values(),
+            *(weights[name] for name in ("norm_weight", *names)),
+            row,
+            *(NO_NOISE if noise is None else noise)[:3],
+            first,
+            span,
+            tiles,
+            batch,
+            states.stride(0),
+            HAS_NOISE=noise is not None,
+            WIDTH=width,
+            HIDDEN=hidden,
+            BLOCKS=blocks,
+            BLOCK_T=config.block_tokens,
+            BLOCK_F=chunk,
+            EPS=norm_eps,
+            DTYPE=TRITON_DTYPE[dtype],
+            PRECISION=dot_precision(dtype),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return found
+
+
+def down_gradient(
+    sharer: Sequence[Pair] | None,
+    receiver: Sequence[Pair],
+    dlatent: Tensor,
+    columns: int,
+    *,
+    index: Tensor | None,
+    positions: tuple[int, int],
+) -> Tensor:
+    """Gradient of ``down_weight``, ``(G, d, columns)`` float32; without a sharer its columns are zero.
+
+    ``dlatent (G, B, N, d)``: of the latent before the first block, ``dstates[0]``.
+    """
+    key, _ = receiver[0]
+    own = 2 * key.shape[1] * key.shape[3]
+    width = dlatent.shape[3]
+    ddown = dlatent.new_empty((len(receiver), width, columns))
+    if sharer is None:
+        ddown[:, :, : columns - own].zero_()
+    config = backward_config(width, key.element_size(), target_of(key))
+    tiles = triton.cdiv(positions[1] - positions[0], config.block_tokens)
+    for caches, column in ((sharer, 0), (receiver, columns - own)):
+        if caches is None:
+            continue
+        key, value = caches[0]
+        batch, heads, _, head_dim = key.shape
+        chunk = head_chunk(head_dim, config.block_channels)
+        tables, is_aligned = address_tables(*zip(*caches))
+        is_sharer = caches is sharer
+        rows = key.shape[2] if is_sharer and index is not None else config.block_tokens
+        with device_guard(key):
+            down_weight_kernel[(len(caches) * 2 * heads * triton.cdiv(head_dim, chunk),)](
+                *tables,
+                dlatent,
+                ddown,
+                index if index is not None else dlatent,
+                receiver[0][0].shape[2],
+                0 if sharer is None else sharer[0][0].shape[2],
+                *positions,
+                tiles,
+                batch,
+                column,
+                columns,
+                *key.stride()[:3],
+                *value.stride()[:3],
+                LAYERS=len(tables[0]),
+                HAS_INDEX=index is not None,
+                HAS_SHARER=sharer is not None,
+                IS_SHARER=is_sharer,
+                IS_WIDE=needs_wide_offsets(rows, key, value),
+                IS_ALIGNED=is_aligned,
+                HEADS=heads,
+                HEAD_DIM=head_dim,
+                WIDTH=width,
+                BLOCK_T=config.block_tokens,
+                BLOCK_C=chunk,
+                CACHE_DTYPE=TRITON_DTYPE[key.dtype],
+                DTYPE=TRITON_DTYPE[receiver[0][0].dtype],
+                PRECISION=dot_precision(receiver[0][0].dtype),
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+    return ddown
+
+
+def up_gradients(
+    grad: Tensor,
+    codes: Sequence[int],
+    latent: Tensor,
+    scale: Tensor,
+    *,
+    index: Tensor | None,
+    sharer_tokens: int | None,
+    positions: tuple[int, int],
+) -> dict[str, Tensor]:
+    """Gradients of ``up_weight (G, 2, C, d/2)`` and ``up_bias (G, 2, C)``, float32.
+
+    Args:
+        grad: ``(open gates, B, H, tokens, D)``, contiguous.
+        codes: `fusion.layer_code` of each layer.
+        latent, scale: ``(G, B, N, d)`` and ``(G, B, N, 2, H)``, float32.
+    """
+    layers, batch, span, width = latent.shape
+    heads, tokens, head_dim = grad.shape[2:]
+    config = backward_config(width, grad.element_size(), target_of(grad))
+    chunk = head_chunk(head_dim, config.block_channels)
+    dup = latent.new_empty((layers, 2, heads * head_dim, width // 2))
+    dbias = latent.new_empty((layers, 2, heads * head_dim))
+    table = padded(odd(codes))
+    with device_guard(grad):
+        up_weight_kernel[(layers * 2 * heads * triton.cdiv(head_dim, chunk),)](
+            table,
+            grad,
+            latent,
+            scale,
+            dup,
+            dbias,
+            index if index is not None else latent,
+            tokens,
+            0 if sharer_tokens is None else sharer_tokens,
+            *positions,
+            triton.cdiv(span, config.block_tokens),
+            batch,
+            LAYERS=len(table),
+            HAS_INDEX=index is not None,
+            HAS_SHARER=sharer_tokens is not None,
+            HEADS=heads,
+            HEAD_DIM=head_dim,
+            WIDTH=width,
+            BLOCK_T=config.block_tokens,
+            BLOCK_C=chunk,
+            DTYPE=TRITON_DTYPE[grad.dtype],
+            PRECISION=dot_precision(grad.dtype),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return {"up_weight": dup, "up_bias": dbias}

@@ -1,0 +1,68 @@
+"""The backward kernels of projection, injection and weights: cases of the compile gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from case import Case, make
+from tile_cases import FLOATS, LAYERS, WEIGHTS
+
+from lcf_fast.kernels import injection_backward, projection_backward, weight_gradients
+from lcf_fast.kernels.common import head_chunk, heads_block
+from lcf_fast.kernels.policy import backward_config
+
+HEADS, HEAD_DIM = 8, 128
+_FLOATS = ("states", "dstates", "dnorm", "dffn_in", "dffn_out", "ddown", "dlatent", "latent", "dscore", "scale",
+           "dlogit", "dup", "dbias")  # fmt: skip
+
+
+def cases(chip: str) -> list[Case]:
+    """What is compiled for ``chip``: the published width; on sm_90 every width, and float32."""
+    built = backward_cases(chip, 128, "bf16", noise=True)
+    if chip == "sm_90":
+        for width in (64, 256, 512):
+            built += backward_cases(chip, width, "bf16")
+        built += backward_cases(chip, 128, "fp32")
+    return built
+
+
+def backward_cases(chip: str, width: int, dtype: str, *, noise: bool = False) -> list[Case]:
+    """The five kernels, as a backward pass of LCF launches them."""
+    config = backward_config(width, 4 if dtype == "fp32" else 2, chip)
+    types: dict[str, Any] = dict.fromkeys(("sharer_keys", "sharer_values", "receiver_keys"), ("i64",) * LAYERS)
+    types |= dict.fromkeys(("receiver_values", "keys", "values", "codes"), ("i64",) * LAYERS)
+    types |= dict.fromkeys((*WEIGHTS, "start", "grad"), f"*{dtype}") | dict.fromkeys(_FLOATS, "*fp32")
+    types |= {"index": "*i32", "keep_scale": "fp32", "inverse_temperature": "fp32"}
+    common = {"WIDTH": width, "BLOCK_T": config.block_tokens, "DTYPE": FLOATS[dtype], "PRECISION": "ieee"}
+    rows = {"HAS_INDEX": True, "HAS_SHARER": True, "LAYERS": LAYERS}
+    ffn = {"HIDDEN": 4 * width, "BLOCKS": 2, "BLOCK_F": config.block_hidden, "EPS": 1e-6, "HAS_NOISE": noise}
+    chunk = head_chunk(HEAD_DIM, config.block_channels)
+    heads = {"HEADS": HEADS, "HEAD_DIM": HEAD_DIM, "BLOCK_C": chunk}
+    states = {
+        "IS_WIDE": False, "IS_SHARER_ALIGNED": True, "IS_RECEIVER_ALIGNED": True, "SHARER_HEADS": 2, "SHARER_DIM": 64,
+        "RECEIVER_HEADS": HEADS, "RECEIVER_DIM": HEAD_DIM, "BLOCK_CS": head_chunk(64, config.block_channels),
+        "BLOCK_CR": chunk, "SHARER_DTYPE": FLOATS[dtype],
+    }  # fmt: skip
+    down = {"IS_SHARER": False, "IS_WIDE": False, "IS_ALIGNED": True, "CACHE_DTYPE": FLOATS[dtype]}
+    gates = {"HAS_NOISE": noise, "READS_GATE": False, "BLOCK_H": heads_block(HEADS)}
+    kernels: dict[str, tuple[Any, dict[str, Any]]] = {
+        "states": (projection_backward.states_kernel, {**rows, **ffn, **states}),
+        "gradients": (projection_backward.gradients_kernel, ffn),
+        "inject-back": (injection_backward.injection_gradients_kernel, {**rows, **heads, **gates}),
+        "ffn-weights": (weight_gradients.ffn_weights_kernel, ffn),
+        "down-weights": (weight_gradients.down_weight_kernel, {**rows, **heads, **down}),
+        "up-weights": (weight_gradients.up_weight_kernel, {**rows, **heads}),
+    }
+    return [
+        make(
+            f"{name}-{width}-{dtype}{'-noise' if noise else ''}",
+            kernel,
+            types,
+            common | constexprs,
+            config.num_warps,
+            config.num_stages,
+            ("codes",),
+            expect_mma=dtype != "fp32",
+        )
+        for name, (kernel, constexprs) in kernels.items()
+    ]
