@@ -18,6 +18,7 @@ from . import __version__
 from .errors import LCFError
 from .training.commands import add_cache_command, add_train_command
 from .training.converters import add_convert_command
+from .training.prune_command import add_prune_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_convert_command(commands)
     add_train_command(commands)
     add_cache_command(commands)
+    add_prune_command(commands)
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)

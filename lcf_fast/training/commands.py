@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .settings import TrainingSettings
     from .trainer import Trainer
 
-__all__ = ["add_cache_command", "add_train_command", "layer_list"]
+__all__ = ["add_cache_command", "add_train_command", "json_object", "layer_list"]
 
 _TRAIN_EXAMPLES = """examples:
   lcf-fast train --sharer Qwen/Qwen2.5-0.5B-Instruct --receiver Qwen/Qwen3-0.6B --data openhermes.jsonl --out run
@@ -78,7 +78,8 @@ def _layer_map(text: str) -> str | tuple[int, ...]:
     return tuple(map(int, text.split(","))) if text.replace(",", "").isdigit() else text
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object as an argument."""
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -164,7 +165,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     )
     data.add_argument(
         "--template-options",
-        type=_json_object,
+        type=json_object,
         metavar="JSON",
         help="""for both chat templates, such as '{"enable_thinking": false}'""",
     )
