@@ -98,6 +98,20 @@ def fuse_layers(shape: Shape) -> Work:
     return Work(both.bytes - latents - reread, both.flops) * shape.layers
 
 
+def train(shape: Shape) -> Work:
+    """LCF, all kept layers, forward and backward with frozen caches.
+
+    Both caches and the result's gradient in once more, each weight read and its gradient written. Weights' gradients
+    are as many products as the forward pass, latents' the same but for the down projection.
+    """
+    config, forward = shape.config, fuse_layers(shape)
+    rows, own = _rows(shape), 2 * config.receiver.channels
+    down = rows * 2 * config.in_channels * config.bottleneck * shape.layers
+    caches = rows * (config.in_channels + own) * shape.itemsize * shape.layers
+    weights = forward.bytes - rows * (config.in_channels + own) * shape.itemsize * shape.layers
+    return Work(forward.bytes + caches + 2 * weights, 3 * forward.flops - down)
+
+
 def attention_pool(shape: Shape) -> Work:
     """One layer: the sharer's cache in, K* and V* out: a score and two weighted sums a token."""
     channels, item = shape.config.sharer.channels, shape.itemsize
@@ -239,6 +253,7 @@ class Group:
 GROUPS = (
     Group("lcf", "LCF: projection to injection, all layers", target=1.2),
     Group("inject", "LCF-X: inject a message, all layers", crossing=True, target=1.6),
+    Group("train", "LCF: forward and backward, all layers"),
     Group("lcf_pruned", "LCF, pruned", pruned=True),
     Group("lcfx", "LCF-X: summarize and inject", crossing=True),
     Group("summarize", "LCF-X: summarize, all layers", crossing=True, prompt=False),
@@ -277,6 +292,14 @@ CASES = (
     Case("adapter.inject", "inject", "all layers", inject),
     Case("fuse_layers(message)", "inject", "all layers", inject),
     Case("adapter.inject (4 messages)", "inject", "all layers", inject_several, interpreted=False),
+    Case(
+        "fuse_layers (train)",
+        "train",
+        "all layers",
+        train,
+        interpreted=False,
+        note="gradients of all parameters, caches frozen, no noise; on a CPU ours is the reference under autograd",
+    ),
     Case("adapter.fuse (pruned)", "lcf_pruned", "kept layers", fuse_layers),
     Case("adapter.summarize+inject", "lcfx", "all layers", summarize_and_inject, checked=True),
     Case("summarize_layers", "summarize", "all layers", summarize_layers),

@@ -17,7 +17,7 @@ from .errors import Judgement, judge
 from .inputs import Caches, Operands, geometry_of, make_config, make_operands, make_weights
 from .rows import add_speedups, add_time, new_row
 from .settings import Settings, dtype_name
-from .variants import OURS, REFERENCE, Variant, baselines, compiled, flatten
+from .variants import OURS, REFERENCE, Variant, baselines, compiled, flatten, saved_mb
 
 #: Samples a variant once `Settings.hurry_after` has passed.
 HURRIED_ROUNDS = 2
@@ -216,6 +216,8 @@ class Job:
         if best is None:
             return row
         add_time(row, best, "cold" if name in cold else "hot", self.bandwidth)
+        if self.group.name == "train" and not one.is_graph:
+            row["saved_mb"] = saved_mb(one.variant.run, self.operands)
         if name in cold and name in hot:
             row["time_hot"] = hot[name].to_dict()
         if self.settings.on_gpu:

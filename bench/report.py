@@ -185,6 +185,9 @@ def closing(results: dict[str, Any]) -> list[tuple[str, str]]:
     for row in results["rows"]:
         if row["time"] is None and row["reason"]:
             reasons.setdefault(row["reason"], []).append(f"{row['variant']} ({row['group']}, N = {row['tokens']})")
+        if row["saved_mb"] is not None:
+            text = f"{row['variant']}, N = {row['tokens']}: {number(row['saved_mb'])} MB kept between the passes"
+            lines.append((text, "dim"))
         if row["note"] and row["time"]:
             text = f"{row['variant']}, N = {row['tokens']}: {row['note']}"
             extrapolated = _extrapolated(row, results["rows"])

@@ -55,7 +55,7 @@ def new_row(
         "time": None,
         "time_hot": None,
         "reason": reason or None,
-        **dict.fromkeys(("gb_s", "copy_share", "tflop_s", "kernels", "peak_mb", "host_us")),
+        **dict.fromkeys(("gb_s", "copy_share", "tflop_s", "kernels", "peak_mb", "saved_mb", "host_us")),
         **dict.fromkeys(("speedup", "against", "speedup_reference")),
     }
 

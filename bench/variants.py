@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -85,12 +86,50 @@ def _summarize_and_inject(o: Operands) -> Any:
     return o.adapter.inject(o.receiver_cache, o.adapter.summarize(o.sharer_cache, o.spans))
 
 
+#: The parameters whose gradients are long vectors; the others' are judged as one.
+_MATRICES = ("down_weight", "ffn_in_weight", "ffn_out_weight", "up_weight")
+_VECTORS = ("down_bias", "norm_weight", "up_bias", "head_gate_weight", "head_gate_bias")
+
+
+def _train(fuse: Callable[..., Sequence[Pair]], o: Operands) -> list[Tensor]:
+    """Gradients of the adapter's parameters; the result's own gradient is the receiver's cache, numbers of order 1."""
+    with torch.enable_grad():
+        weights = {name: tensor.detach().requires_grad_(name != "gate_logit") for name, tensor in o.weights.items()}
+        fused = [tensor for pair in fuse(o.sharer, o.receiver, weights) for tensor in pair]
+        given = [tensor for pair in o.receiver for tensor in pair]
+        found = torch.autograd.grad(fused, [weights[name] for name in _MATRICES + _VECTORS], given)
+    matrices, vectors = found[: len(_MATRICES)], found[len(_MATRICES) :]
+    return [*matrices, torch.cat([vector.flatten() for vector in vectors])]
+
+
+def saved_mb(run: Run, o: Operands) -> float:
+    """What autograd keeps from the forward to the backward pass, beside the operands, in MB of 1e6 bytes."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in _tensors(o)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run(o)
+    return sum(kept.values()) / 1e6
+
+
+def _tensors(o: Operands) -> list[Tensor]:
+    caches = [tensor for pair in (*o.sharer_layers, *o.receiver_layers) for tensor in pair]
+    return [*caches, *o.weights.values()]
+
+
 #: By case name.
 OURS: dict[str, Run] = {
     "joint_projection": lambda o: _projection(ops, o),
     "gated_injection": lambda o: _injection(ops, o),
     "attention_pool": lambda o: _pool_with(ops.attention_pool, o, o.spans),
     "fuse_layers": lambda o: ops.fuse_layers(o.sharer, o.receiver, o.weights, live=_live(o)),
+    "fuse_layers (train)": lambda o: _train(partial(ops.fuse_layers, live=_live(o)), o),
     "fuse_layers(message)": lambda o: ops.fuse_layers(None, o.receiver, o.weights, live=_live(o), message=o.message),
     "summarize_layers": lambda o: ops.summarize_layers(o.sharer, o.weights, o.spans),
     "summarize_layers (windows)": lambda o: ops.summarize_layers(o.sharer, o.weights, o.spans),
@@ -122,6 +161,7 @@ REFERENCE: dict[str, Run] = {
     "injection": lambda o: _injection(reference, o),
     "pool": lambda o: _pool_with(reference.attention_pool, o, o.spans_host),
     "lcf": lambda o: reference.fuse_layers(o.sharer, o.receiver, o.weights),
+    "train": lambda o: _train(reference.fuse_layers, o),
     "lcf_pruned": lambda o: reference.fuse_layers(o.sharer, o.receiver, o.weights),
     "inject": lambda o: reference.fuse_layers(None, o.receiver, o.weights, message=o.message),
     "summarize": _reference_summary,
@@ -188,8 +228,16 @@ def compiled(group: str, mode: str | None) -> Run:
         layers = zip(o.receiver, o.layer_weights, latents)
         return [edit(None, None, *receiver, weights, latent) for receiver, weights, latent in layers]
 
+    def train(o: Operands) -> list[Tensor]:
+        def fuse_sliced(sharer: list[Pair], receiver: list[Pair], weights: dict[str, Tensor]) -> list[Pair]:
+            rows = [{name: tensor[row] for name, tensor in weights.items()} for row in range(len(receiver))]
+            return [edit(*s, *r, one, None) for s, r, one in zip(sharer, receiver, rows)]
+
+        return _train(fuse_sliced, o)
+
     runs: dict[str, Run] = {
         "lcf": fuse,
+        "train": train,
         "lcf_pruned": fuse,
         "inject": inject,
         **dict.fromkeys(("summarize", "windows", "merge"), summarize),

@@ -69,9 +69,9 @@ def fuse_layers_backward(
     grad = grad.contiguous()
     sharer_tokens = None if sharer is None else sharer[0][0].shape[2]
     slots = [at for _, _, at in _slots(receiver, live)]
-    width, blocks = stacked["norm_weight"].shape[2], stacked["norm_weight"].shape[1]
-    a_layer = 8 * (blocks + 1) * batch * (last - first) * width
-    for rows in _pieces(sharer, receiver, live, max(1, WORKSPACE // a_layer)):
+    blocks, width = stacked["norm_weight"].shape[1:]
+    most = layers_at_a_time(batch * (last - first), blocks, width)
+    for rows in _pieces(sharer, receiver, live, most):
         some = {name: tensor[rows] for name, tensor in stacked.items()}
         own, other = receiver[rows], None if sharer is None else sharer[rows]
         states = project_states(
@@ -95,6 +95,11 @@ def fuse_layers_backward(
             found[name][rows] = part
         _add_to_caches(result, rows, dstates[0], some["down_weight"], sharer, receiver, index, positions)
     return result
+
+
+def layers_at_a_time(rows: int, blocks: int, width: int) -> int:
+    """Layers whose latents and their gradients fit into `WORKSPACE`, for ``rows`` edited tokens in all items."""
+    return max(1, WORKSPACE // (2 * 4 * (blocks + 1) * rows * width))
 
 
 def joint_projection_backward(

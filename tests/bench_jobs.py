@@ -20,7 +20,7 @@ BY_NAME = {group.name: group for group in cases.GROUPS}
 ROW = {
     "group", "title", "op", "variant", "kind", "tokens", "context", "spans", "layers", "bottleneck", "dtype", "sharer",
     "receiver", "bytes", "flops", "within", "error", "note", "time", "time_hot", "reason", "gb_s", "copy_share",
-    "tflop_s", "kernels", "peak_mb", "host_us", "speedup", "against", "speedup_reference",
+    "tflop_s", "kernels", "peak_mb", "saved_mb", "host_us", "speedup", "against", "speedup_reference",
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from bench.__main__ import main
 from bench.rows import add_speedups
 from bench.settings import default_settings
 from helpers import Geometry, make_cache
-from lcf_fast import CacheGeometry, LCFConfig, ops
+from lcf_fast import CacheGeometry, LCFConfig, ops, reference
 from lcf_fast.config import c2c_parameters_per_layer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,6 +176,27 @@ def test_every_case_is_judged_and_timed(group: str) -> None:
             assert row["kind"] == "other" or row["within"] is True, row
     assert all(row["speedup"] > 0 and row["copy_share"] > 0 for row in ours)
     json.dumps(rows, allow_nan=False)
+
+
+def test_training_is_judged_by_every_gradient_and_says_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {row["variant"]: row for row in small_job("train").rows()}
+    ours, eager = rows["fuse_layers (train)"], rows["reference (eager)"]
+    assert ours["within"] and ours["time"]
+    assert ours["saved_mb"] == eager["saved_mb"] > 0  # on a CPU both are the reference under autograd
+    right = reference.rms_norm
+    monkeypatch.setattr(variants.ops, "fuse_layers", lambda *a, live: _doubled(right, monkeypatch, *a))
+    assert small_job("train").rows()[0]["within"] is False
+
+
+def _doubled(right: Any, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> Any:
+    """A forward pass that is right and whose norms' gradient is twice what it should be."""
+
+    def norm(z: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
+        return right(z, 2 * scale - scale.detach(), eps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "rms_norm", norm)
+        return reference.fuse_layers(*arguments)
 
 
 @pytest.mark.parametrize("group", ["lcf", "pool", "injection", "summarize", "merge"])

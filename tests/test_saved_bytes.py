@@ -1,0 +1,58 @@
+"""What is kept from the forward to the backward pass, at the published sizes: counted on tensors without data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from helpers import PUBLISHED_RECEIVER, PUBLISHED_SHARER, Pair, make_cache, make_weights
+from lcf_fast import ops, reference, use_backend
+from lcf_fast.kernels.fusion_backward import layers_at_a_time
+from lcf_fast.noise import TrainingNoise
+
+TOKENS, WIDTH, BLOCKS = 2048, 128, 2
+OPEN = [(True, True)] * PUBLISHED_RECEIVER.layers
+
+
+def kept_bytes(dtype: torch.dtype, fuse: Callable[..., Sequence[Pair]], noise: TrainingNoise | None) -> int:
+    """Bytes that autograd holds on to beside the operands; all of the result still takes part in the graph."""
+    sharer = PUBLISHED_SHARER._replace(layers=PUBLISHED_RECEIVER.layers)
+    weights = make_weights(PUBLISHED_SHARER, PUBLISHED_RECEIVER, WIDTH, dtype=torch.float32)
+    leaves = {name: tensor.requires_grad_() for name, tensor in weights.items()}
+    own, other = (make_cache(geometry, 1, TOKENS, dtype=dtype) for geometry in (PUBLISHED_RECEIVER, sharer))
+    given = {id(t.untyped_storage()) for t in leaves.values()}
+    given |= {id(t.untyped_storage()) for pair in (*own, *other) for t in pair}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # an id is free again when its owner is gone
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        alive.append(tensor)
+        if id(storage) not in given:
+            kept[id(storage)] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        fused = fuse(other, own, leaves, noise=noise)
+    assert all(tensor.requires_grad for pair in fused for tensor in pair)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("noise", [None, TrainingNoise(3)])
+def test_the_kernels_keep_nothing_and_work_in_a_tenth_of_what_autograd_keeps(
+    dtype: torch.dtype, noise: TrainingNoise | None
+) -> None:
+    with FakeTensorMode():
+        eager = kept_bytes(dtype, reference.fuse_layers, noise)
+        with use_backend("triton"):
+            assert kept_bytes(dtype, partial(ops.fuse_layers, live=OPEN), noise) == 0
+    layers = layers_at_a_time(TOKENS, BLOCKS, WIDTH)
+    latents = 2 * 4 * (BLOCKS + 1) * layers * TOKENS * WIDTH
+    scores = 2 * 4 * 2 * PUBLISHED_RECEIVER.kv_heads * layers * TOKENS
+    assert latents + scores <= eager / 10, f"{latents + scores:,} of {eager:,} bytes"
