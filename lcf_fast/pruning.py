@@ -120,8 +120,8 @@ def audit_gates(adapter: LatentCacheFlow) -> PruningReport:
 def closed_gates(adapter: LatentCacheFlow, layers: Iterable[int]) -> Iterator[LatentCacheFlow]:
     """Within the block these receiver layers make no edit in eval mode, as if they had been pruned.
 
-    No weight is copied but the gates'. ``gate_logit`` is another parameter within the block, and itself again behind
-    it, also after an error; so optimizers and the digests of messages see no change.
+    No weight is copied but the gates'. ``gate_logit`` is another parameter within the block, and the very same as before
+    behind it, also after an error: optimizers, and the digests that messages are known by, see no change.
 
     Raises:
         IndexRangeError: a layer that the adapter does not hold.
@@ -263,14 +263,14 @@ def write_plot(report: PruningReport, path: str | os.PathLike[str], kept: Iterab
     if report.metric is not None:
         heights = [layer.importance or 0.0 for layer in report.layers]
         axes[1].bar(places, heights, color=[_COLOURS[layer.verdict] for layer in report.layers])
-        worse = "lost" if report.higher_is_better else "more"
-        axes[1].set_ylabel(f"importance ({report.metric} {worse} without it)")
+        change = "fall" if report.higher_is_better else "rise"
+        axes[1].set_ylabel(f"importance ({change} of the {report.metric} without it)")
         shown = dict.fromkeys(layer.verdict for layer in report.layers)
         axes[1].legend(handles=[Patch(color=_COLOURS[verdict], label=verdict) for verdict in shown], fontsize=7)
     marked = set(kept)
     labels = [f"{layer.receiver_layer}{'*' * (layer.receiver_layer in marked)}" for layer in report.layers]
     axes[-1].set_xticks(places, labels, fontsize=7)
-    axes[-1].set_xlabel("receiver layer (* kept)" if marked else "receiver layer")
+    axes[-1].set_xlabel("receiver layer (* kept)" if marked else "receiver layer", fontsize=7)
     for each in axes:
         each.axhline(0, color="black", linewidth=0.8)
         each.tick_params(axis="y", labelsize=7)
