@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .demo.command import add_demo_command
 from .errors import LCFError
 from .training.commands import add_cache_command, add_train_command
 from .training.converters import add_convert_command
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_train_command(commands)
     add_cache_command(commands)
     add_prune_command(commands)
+    add_demo_command(commands)
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)

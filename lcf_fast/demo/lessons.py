@@ -1,0 +1,100 @@
+"""Training the demo's adapters, by the package's own `Trainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from ..adapter import LatentCacheFlow
+from ..config import CacheGeometry, LCFConfig
+from ..training.batches import Batch
+from ..training.settings import TrainingSettings
+from ..training.trainer import Trainer
+from .tasks import KEYS
+
+__all__ = ["Lessons", "Sample", "Stage", "make_adapter", "train_adapter"]
+
+BOTTLENECK = 64
+LEARNING_RATE, ITEMS = 3e-3, 64  # items a step
+#: The training gate's logit to begin with: open in nearly all draws, and for good.
+GATE = 3.0
+
+#: Random items: (how many, generator) -> the batch.
+Sample = Callable[[int, torch.Generator], Batch]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """So many steps, on facts of the first ``keys`` keys (cross context)."""
+
+    steps: int
+    keys: int = KEYS
+
+
+class Lessons:
+    """An endless supply of items as the trainer's `Data`: those of a step depend on the seed and the step alone."""
+
+    def __init__(self, sample: Sample, seed: int) -> None:
+        self.sample, self.seed = sample, seed
+
+    def ids(self, step: int) -> Sequence[str]:
+        return [f"{step}-{i}" for i in range(ITEMS)]
+
+    def batch(self, step: int, index: int) -> Batch:
+        if index:
+            raise IndexError("a step of the demo is one micro-batch")
+        return self.sample(ITEMS, torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+
+
+def make_adapter(sharer: Any, receiver: Any, *, cross_context: bool, seed: int) -> LatentCacheFlow:
+    """A fresh one, without dropout: what it reads never repeats, or hardly."""
+    config = LCFConfig(
+        CacheGeometry.of(sharer),
+        CacheGeometry.of(receiver),
+        bottleneck=BOTTLENECK,
+        cross_context=cross_context,
+        dropout=0.0,
+        gate_init=GATE,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LatentCacheFlow(config)
+
+
+def train_adapter(
+    adapter: LatentCacheFlow,
+    sharer: Any,
+    receiver: Any,
+    stages: Sequence[tuple[Stage, Sample]],
+    *,
+    seed: int,
+    progress: bool,
+) -> None:
+    """Train in place, one stage after the other, each a run of its own whose files are thrown away."""
+    for number, (stage, sample) in enumerate(stages):
+        settings = TrainingSettings(
+            steps=stage.steps,
+            batch_size=ITEMS,
+            micro_batch_size=ITEMS,
+            learning_rate=LEARNING_RATE,
+            seed=seed + number,
+            precision="fp32",
+            device="cpu",
+        )
+        data = Lessons(sample, seed + number)
+        with TemporaryDirectory(prefix="lcf-demo-") as folder:
+            Trainer(
+                adapter,
+                receiver,
+                data,
+                Path(folder) / "run",
+                settings=settings,
+                sharer=sharer,
+                save_every=stage.steps,
+                progress=progress,
+            ).run()
