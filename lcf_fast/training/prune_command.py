@@ -39,8 +39,8 @@ def add_prune_command(commands: Any) -> None:
     parser = commands.add_parser(
         "prune",
         help="keep the layers of an adapter that matter",
-        description="Rank an adapter's layers by their gates and by what the receiver's loss is without each; save an"
-        " adapter of the best of them. Nothing is trained.",
+        description="Rank an adapter's layers by their gates and by what the receiver's loss is without each;"
+        "\nsave an adapter of the best of them. Nothing is trained.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -98,26 +98,27 @@ class _Measured:
 
 def _prune(arguments: argparse.Namespace) -> None:
     from ..pruning import PruningError, audit_gates, check_matplotlib
+    from .failures import RunError
 
     if arguments.plot is not None:
         check_matplotlib()
+        if not arguments.plot.absolute().parent.is_dir():
+            raise RunError("--plot", expected="a file in a folder that is there", got=str(arguments.plot))
     adapter = _load_adapter(arguments)
     parameters = adapter.parameter_count()
     report, measured = audit_gates(adapter), None
-    if arguments.layers is not None:
-        kept = tuple(sorted(arguments.layers))
-    elif arguments.audit_only:
-        kept = report.keep()
-    else:
+    by_name = arguments.layers is not None
+    if not (arguments.audit_only or by_name):
         measured = _measure(arguments, adapter, report)
         report = _rank(adapter, measured)
-        try:
-            kept = report.keep(arguments.keep)
-        except PruningError:  # what was measured is shown all the same
+    try:
+        kept = tuple(sorted(arguments.layers)) if by_name else report.keep(arguments.keep)
+        adapter.prune(kept)
+        adapter.save_pretrained(arguments.out)
+    except (PruningError, OSError):
+        if measured is not None:  # that work is not lost
             _show(arguments, report, (), None)
-            raise
-    adapter.prune(kept)
-    adapter.save_pretrained(arguments.out)
+        raise
     after = None if measured is None else _loss(adapter, measured)
     _show(arguments, report, kept, after)
     if not arguments.json:
@@ -259,13 +260,13 @@ def _loss(adapter: LatentCacheFlow, measured: _Measured) -> HeldOutLoss:
 def _show(arguments: argparse.Namespace, report: PruningReport, kept: Sequence[int], after: HeldOutLoss | None) -> None:
     from ..pruning import write_plot
 
-    if arguments.plot is not None:
-        write_plot(report, arguments.plot, kept)
     if arguments.json:
         found = {**report.to_dict(), "kept": list(kept), "pruned": None if after is None else after.edited}
         print(json.dumps(found, indent=1))
     else:
         _print_table(report, kept)
+    if arguments.plot is not None:
+        write_plot(report, arguments.plot, kept)
 
 
 def _print_table(report: PruningReport, kept: Sequence[int]) -> None:

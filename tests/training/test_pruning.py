@@ -193,7 +193,7 @@ def test_the_loss_without_each_layer_is_that_with_its_gates_closed(kind: str) ->
     sharer, receiver = tiny_model("qwen2", 1), tiny_model("qwen3", 2)
     adapter = tiny_adapter(sharer, receiver, cross_context=kind == "cross")
     with torch.no_grad():
-        adapter.up_bias[1] += 3.0  # an edit that no loss can miss
+        adapter.get_parameter("up_bias")[1] += 3.0  # an edit that no loss can miss
     data = RandomData(tiny_settings(), **KINDS[kind])
     batches = [data.batch(0, index) for index in range(3)]
     prefiller = CountedPrefills(OnlinePrefills(sharer, receiver))
