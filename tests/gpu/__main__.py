@@ -64,12 +64,17 @@ def steps(out: Path) -> list[Step]:
     bare = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     sanitize = [sanitizer, "--error-exitcode", "9", "--target-processes", "all"]
     script = [python, str(HERE / "sanitize.py")]
+    # The trainer's loop, data and demo have nothing of a device about them, and take minutes.
+    elsewhere = [f"--ignore={ROOT / 'tests' / name}" for name in ("training", "demo", "test_guide.py")]
+    chosen = "not gpu and not slow"
     return [
         Step("gpu", [*pytest, str(HERE), "-m", "gpu"], 150, on_gpu),
         Step("bench", [python, "-m", "bench", "--quick", "--out", str(out / "bench")], 150),
         Step("memcheck", [*sanitize, "--tool", "memcheck", *script], 60, bare, "sanitizer", absent),
         Step("racecheck", [*sanitize, "--tool", "racecheck", *script], 60, bare, "sanitizer", absent),
-        Step("numerics", [*pytest, *workers, str(ROOT / "tests"), "-m", "not gpu and not slow"], 240, on_gpu),
+        Step(
+            "numerics", [*pytest, *workers, str(ROOT / "tests"), *elsewhere, "-m", "not gpu and not slow"], 240, on_gpu
+        ),
     ]
 
 

@@ -25,6 +25,15 @@ def make_adapter(
     return LatentCacheFlow(config).to("cuda", dtype).eval().requires_grad_(False)
 
 
+@torch.enable_grad()
+def train(adapter: LatentCacheFlow, sharer: list[Pair], receiver: list[Pair]) -> None:
+    """Forward and backward with noise, of some positions; the caches' gradients too."""
+    adapter.train().requires_grad_(True)
+    leaves = [(key.clone().requires_grad_(), value.clone().requires_grad_()) for key, value in receiver]
+    edited = adapter.fuse(sharer, leaves, positions=(1, 66))
+    torch.stack([tensor.float().square().sum() for pair in edited for tensor in pair]).sum().backward()
+
+
 def main() -> None:
     sharer, receiver = CacheGeometry(2, 2, 64), CacheGeometry(2, 3, 80)
     for width, dtype in ((64, torch.bfloat16), (128, torch.float32)):
@@ -36,6 +45,7 @@ def main() -> None:
         spans = torch.tensor([[0, 100, 100, 333], [5, 6, 300, 330]], dtype=torch.int32)
         message = crosser.summarize(make_cache(sharer, 2, 333, dtype), spans)
         crosser.inject_(prompt, message)
+        train(fuser, make_cache(sharer, 2, 67, dtype), prompt)
     torch.cuda.synchronize()
     print("every kernel ran")
 
