@@ -10,10 +10,10 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 PYTEST := $(BIN)/pytest -q -n 2 -m "not gpu and not slow"
 
-.PHONY: help test bench gpu lint clean
+.PHONY: help test test-slow bench gpu lint clean
 
 help: ## this list
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)$$/make \1\t\2/p' Makefile
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)$$/make \1\t\2/p' Makefile
 	@echo "variables: PYTHON=$(PYTHON) (makes the environment; for gpu: runs it), VENV=$(VENV), OUT=$(OUT), ARGS"
 
 # Torch goes first and alone, so that nothing can pull in another build of it.
@@ -29,6 +29,9 @@ test: lint ## everything that needs no GPU: lint, types, numerics in the interpr
 	@TRITON_INTERPRET=1 $(PYTEST) tests
 	@echo "-- tests (Triton kernels compiled for other chips)"
 	@TRITON_INTERPRET=0 $(PYTEST) tests/compile
+
+test-slow: $(READY) ## the long tests: fuzzing, kills at every moment, whole training runs (about 15 minutes)
+	@TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 -m "slow and not gpu" tests
 
 bench: $(READY) ## the main job: errors and times of every op on real caches (ARGS=--quick ends within two minutes)
 	@$(BIN)/python -m bench $(ARGS)

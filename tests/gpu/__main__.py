@@ -72,9 +72,7 @@ def steps(out: Path) -> list[Step]:
         Step("bench", [python, "-m", "bench", "--quick", "--out", str(out / "bench")], 150),
         Step("memcheck", [*sanitize, "--tool", "memcheck", *script], 60, bare, "sanitizer", absent),
         Step("racecheck", [*sanitize, "--tool", "racecheck", *script], 60, bare, "sanitizer", absent),
-        Step(
-            "numerics", [*pytest, *workers, str(ROOT / "tests"), *elsewhere, "-m", "not gpu and not slow"], 240, on_gpu
-        ),
+        Step("numerics", [*pytest, *workers, *elsewhere, str(ROOT / "tests"), "-m", chosen], 240, on_gpu),
     ]
 
 
