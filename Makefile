@@ -30,7 +30,7 @@ test: lint ## everything that needs no GPU: lint, types, numerics in the interpr
 	@echo "-- tests (Triton kernels compiled for other chips)"
 	@TRITON_INTERPRET=0 $(PYTEST) tests/compile
 
-test-slow: $(READY) ## the long tests: fuzzing, kills at every moment, whole training runs (about 15 minutes)
+test-slow: $(READY) ## the long tests: fuzzing, kills at every moment, whole training runs
 	@TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 -m "slow and not gpu" tests
 
 bench: $(READY) ## the main job: errors and times of every op on real caches (ARGS=--quick ends within two minutes)
