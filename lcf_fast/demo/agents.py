@@ -8,7 +8,7 @@ four, eight, all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LCFError
+from .jobs import Watch
 from .tasks import KEYS, NOTHING, VOCABULARY, SecretTable, echo_lines, recall_lines
 
 __all__ = [
@@ -40,9 +41,6 @@ TABLE_LEARNED = 0.94  # before the last steps, which bring the rest
 SETTLING = 75  # steps in which the rate then falls to zero
 PATIENCE = 500  # steps at one number of keys; then it starts anew
 ATTEMPTS = 3
-
-#: Told after each step: what is being learned, and how well, in words.
-Watch = Callable[[str], None]
 
 
 class PlateauError(LCFError, RuntimeError):

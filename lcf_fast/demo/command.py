@@ -31,7 +31,7 @@ def add_demo_command(commands: Any) -> None:
     parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path("out/demo"), help="default: out/demo")
     parser.add_argument("--seed", type=int, default=0, help="of weights, table and items; default: 0")
     parser.add_argument("--facts", type=int, nargs="+", default=None, metavar="N", help="1 to 4; default: 1 2 4")
-    parser.add_argument("--threads", type=int, default=2, help="of torch; default: 2")
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each; default: 2")
     parser.add_argument("--quick", action="store_true", help="seconds: everything is done, nothing learned")
     parser.set_defaults(run=run)
 
@@ -45,8 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
     facts = arguments.facts or ([1] if arguments.quick else [1, 2, 4])
     for name, values, least, limit in (
         ("--facts", facts, 1, most),
-        ("--seed", [arguments.seed], 0, 2**31),
-        ("--threads", [arguments.threads], 1, 1024),
+        ("--seed", [arguments.seed], 0, 10**9),
+        ("--workers", [arguments.workers], 1, 64),
     ):
         for value in values:
             if not least <= value <= limit:
@@ -59,20 +59,12 @@ def run(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
 
-    import torch
     from rich.console import Console
 
-    from .progress import Stages
     from .run import FULL, QUICK, run_demo
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(arguments.threads)
-    try:
-        with Stages() as stages:
-            plan = QUICK if arguments.quick else FULL
-            results = run_demo(plan, facts=sorted(set(facts)), seed=arguments.seed, out=out, watch=stages.show)
-    finally:
-        torch.set_num_threads(threads)
+    plan = QUICK if arguments.quick else FULL
+    results = run_demo(plan, facts=sorted(set(facts)), seed=arguments.seed, out=out, workers=arguments.workers)
     write_json(results, out / "demo.json")
     write_png(results, out / "demo.png")
     # Into a file or a pipe nothing is to be cut off at the width of a terminal.

@@ -15,6 +15,7 @@ from ..config import CacheGeometry, LCFConfig
 from ..training.batches import Batch
 from ..training.settings import TrainingSettings
 from ..training.trainer import Trainer
+from .jobs import Watch
 from .tasks import KEYS
 
 __all__ = ["Lessons", "Sample", "Stage", "make_adapter", "train_adapter"]
@@ -37,10 +38,13 @@ class Stage:
 
 
 class Lessons:
-    """An endless supply of items as the trainer's `Data`: those of a step depend on the seed and the step alone."""
+    """An endless supply of items as the trainer's `Data`: those of a step depend on the seed and the step alone.
 
-    def __init__(self, sample: Sample, seed: int) -> None:
-        self.sample, self.seed = sample, seed
+    ``watch`` is told the step, 0-based, when it reads.
+    """
+
+    def __init__(self, sample: Sample, seed: int, watch: Callable[[int], None]) -> None:
+        self.sample, self.seed, self.watch = sample, seed, watch
 
     def ids(self, step: int) -> Sequence[str]:
         return [f"{step}-{i}" for i in range(ITEMS)]
@@ -48,6 +52,7 @@ class Lessons:
     def batch(self, step: int, index: int) -> Batch:
         if index:
             raise IndexError("a step of the demo is one micro-batch")
+        self.watch(step)
         return self.sample(ITEMS, torch.Generator().manual_seed(self.seed * 1_000_003 + step))
 
 
@@ -73,9 +78,15 @@ def train_adapter(
     stages: Sequence[tuple[Stage, Sample]],
     *,
     seed: int,
-    progress: bool,
+    watch: Watch,
 ) -> None:
     """Train in place, one stage after the other, each a run of its own whose files are thrown away."""
+    steps, before = sum(stage.steps for stage, _ in stages), 0
+
+    def tell(step: int) -> None:
+        if (before + step) % 10 == 0:
+            watch(f"step {before + step} of {steps}")
+
     for number, (stage, sample) in enumerate(stages):
         settings = TrainingSettings(
             steps=stage.steps,
@@ -86,7 +97,7 @@ def train_adapter(
             precision="fp32",
             device="cpu",
         )
-        data = Lessons(sample, seed + number)
+        data = Lessons(sample, seed + number, tell)
         with TemporaryDirectory(prefix="lcf-demo-") as folder:
             Trainer(
                 adapter,
@@ -96,5 +107,6 @@ def train_adapter(
                 settings=settings,
                 sharer=sharer,
                 save_every=stage.steps,
-                progress=progress,
+                progress=False,
             ).run()
+        before += stage.steps

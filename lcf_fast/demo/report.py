@@ -35,7 +35,7 @@ def print_results(console: Console, results: Results) -> None:
                 str(agent.size.width),
                 f"{agent.parameters:,}",
                 *(f"{share:.1%}" for share in agent.recall.values()),
-                "-" if agent.table is None else f"{agent.table:.1%}",
+                f"{agent.table:.1%}",
             )
             for agent in results.agents
         ],
@@ -68,9 +68,10 @@ def summary(results: Results) -> list[str]:
         lines.append(f"Facts as short as these take fewer bytes as text than as a message: {'; '.join(dearer)}.")
     if results.quick:
         lines.append("A quick run: nothing has been trained long enough to mean anything.")
+    processes = "1 process" if results.workers == 1 else f"{results.workers} processes"
     lines.append(
-        f"Took {results.wall:.0f} s, {results.cpu:.0f} s of CPU time with {results.threads} threads"
-        f" ({results.cpu / 2:.0f} s on two idle cores), on {results.machine}; seed {results.seed}."
+        f"Took {results.wall:.0f} s, {results.cpu:.0f} s of CPU time in {processes} of one thread"
+        f", on {results.machine}; seed {results.seed}."
     )
     return lines
 

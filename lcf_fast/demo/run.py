@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,12 +14,23 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..adapter import LatentCacheFlow
-from .agents import AgentSize, recall_accuracy, table_accuracy, teach_recall, teach_table
-from .channels import CHANNELS, MATCHED, MISMATCHED, CrossChannels, SharedChannels, first_token_times
-from .lessons import Sample, Stage, make_adapter, train_adapter
+from .agents import AgentSize, recall_accuracy, table_accuracy
+from .channels import CHANNELS, MATCHED, MISMATCHED, first_token_times
+from .experiments import (
+    Agents,
+    Findings,
+    Study,
+    adapter_of,
+    carry_out,
+    channels_of,
+    items_of,
+    learn_receiver,
+    learn_sharer,
+)
+from .jobs import Display, Job, Workers
+from .lessons import Stage
 from .statistics import Accuracy, Verdict, accuracy, verdict
-from .tasks import CHANCE, CrossItems, SecretTable, SharedItems, cross_items, others
+from .tasks import CHANCE, SecretTable
 
 __all__ = ["FULL", "QUICK", "Agent", "Channel", "Experiment", "Plan", "Results", "run_demo"]
 
@@ -56,7 +67,7 @@ class Agent:
     size: AgentSize
     parameters: int
     recall: dict[int, float]
-    table: float | None
+    table: float
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,7 @@ class Results:
 
     seed: int
     quick: bool
-    threads: int
+    workers: int
     machine: str
     versions: dict[str, str]
     chance: float
@@ -102,9 +113,6 @@ class Results:
     cpu: float
     wall: float
 
-
-#: Told what is being done, and how it goes: (stage, detail).
-Watch = Callable[[str, str], None]
 
 _FULL_RECEIVER = AgentSize(layers=4, width=128, heads=4, kv_heads=4)
 _FULL_SHARER = AgentSize(layers=5, width=96, heads=3, kv_heads=3)
@@ -132,164 +140,93 @@ QUICK = Plan(
 )
 
 
-def run_demo(plan: Plan, *, facts: Sequence[int], seed: int, out: Path, watch: Watch, progress: bool = True) -> Results:
+def run_demo(plan: Plan, *, facts: Sequence[int], seed: int, out: Path, workers: int) -> Results:
     """Train both agents and an adapter for each experiment, and measure every channel.
 
     Args:
         facts: numbers of facts that the sharer holds, one LCF-X experiment each.
         seed: of everything random: weights, table, items.
         out: each adapter is saved to ``out/adapters/<name>``.
-        watch: told what goes on. progress: whether adapters' training shows a bar.
+        workers: processes, of one thread each.
 
     Raises:
         PlateauError: an agent does not learn its task.
     """
-    began, cpu = time.perf_counter(), time.process_time()
-    seeds = _Seeds(seed)
-    table = SecretTable(seeds.generator())
-    receiver, sharer = _agents(plan, table, seeds, watch)
-    generator = seeds.generator()
-    agents = tuple(
-        Agent(
-            role,
-            size,
-            sum(parameter.numel() for parameter in model.parameters()),
-            {n: recall_accuracy(model, n, generator, lines=plan.items) for n in (1, 2, 4, plan.most_facts)},
-            table_accuracy(model, table),
+    began, cpu = time.perf_counter(), _cpu_seconds()
+    seeds = range(100_000 * seed, 100_000 * (seed + 1), 1000)
+    most, steps = plan.most_facts, plan.agent_steps
+    with Workers(workers, Display()) as pool:
+        sharer_data, receiver_data = pool.run(
+            [  # the longer one first
+                Job("sharer", learn_sharer, (plan.sharer, seeds[1], most, steps, seeds[0])),
+                Job("receiver", learn_receiver, (plan.receiver, seeds[11], most, steps)),
+            ]
         )
+        agents = Agents(plan.sharer, plan.receiver, sharer_data, receiver_data, seeds[0])
+        studies = [
+            Study("LCF-X", n, plan.cross[max(m for m in plan.cross if m <= n)], plan.items, seeds[20 + n])
+            for n in facts
+        ]
+        studies.append(Study("LCF", 1, plan.shared, plan.items, seeds[20]))
+        longest_first = sorted(studies, key=lambda study: -sum(stage.steps for stage in study.stages))
+        found = pool.run([Job(study.name, carry_out, (study, agents)) for study in longest_first])
+    findings = {study.name: each for study, each in zip(longest_first, found)}
+    sharer, receiver = agents.load()
+    experiments = [_experiment(study, findings[study.name], agents, sharer, receiver, plan, out) for study in studies]
+    generator = torch.Generator().manual_seed(seeds[31])
+    described = [
+        _described(role, model, size, plan, agents.table(), generator)
         for role, model, size in (("sharer", sharer, plan.sharer), ("receiver", receiver, plan.receiver))
-    )
-    pair = _Pair(plan, sharer, receiver, seeds, out, watch, progress)
-    experiments = [pair.cross(n) for n in facts]
-    experiments.append(pair.shared(table))
+    ]
     return Results(
         seed=seed,
-        quick=plan.agent_steps is not None,
-        threads=torch.get_num_threads(),
+        quick=steps is not None,
+        workers=workers,
         machine=_machine(),
         versions=_versions(),
         chance=CHANCE,
-        agents=agents,
+        agents=tuple(described),
         experiments=tuple(experiments),
-        cpu=time.process_time() - cpu,
+        cpu=_cpu_seconds() - cpu,
         wall=time.perf_counter() - began,
     )
 
 
-class _Seeds:
-    """Seeds that differ from one another and from those of any other run's, in the order in which they are taken."""
-
-    def __init__(self, seed: int) -> None:
-        self._next = seed * 10_000
-
-    def take(self) -> int:
-        self._next += 10
-        return self._next
-
-    def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.take())
-
-
-def _agents(plan: Plan, table: SecretTable, seeds: _Seeds, watch: Watch) -> tuple[Any, Any]:
-    """The receiver and the sharer, which alone knows the table."""
-    steps = plan.agent_steps
-
-    def recaller(role: str, size: AgentSize) -> Any:
-        def say(said: str) -> None:
-            watch(f"training the {role}", said)
-
-        return teach_recall(size, seeds.take(), most_facts=plan.most_facts, watch=say, most_steps=steps)
-
-    receiver, sharer = recaller("receiver", plan.receiver), recaller("sharer", plan.sharer)
-    teach_table(
-        sharer,
-        table,
-        seeds.take(),
-        most_facts=plan.most_facts,
-        watch=lambda said: watch("training the sharer", said),
-        most_steps=steps,
+def _experiment(
+    study: Study, findings: Findings, agents: Agents, sharer: Any, receiver: Any, plan: Plan, out: Path
+) -> Experiment:
+    """Bytes and times are measured here, when nothing else of the demo runs."""
+    adapter = adapter_of(study, findings, sharer, receiver)
+    adapter.save_pretrained(out / "adapters" / study.name.lower().replace(", ", "-").replace(" ", "-"))
+    channels = channels_of(study, adapter, sharer, receiver)
+    items = items_of(study, agents.table(), torch.Generator().manual_seed(study.seed + 3))
+    sent = channels.sent(items[:1])
+    times = first_token_times(channels.ways(items[:1], items[1:2]), plan.rounds)
+    right = findings.right
+    return Experiment(
+        name=study.name,
+        method=study.method,
+        facts=study.facts,
+        spans=study.facts if study.method == "LCF-X" else 0,
+        parameters=adapter.parameter_count(),
+        training_steps=sum(stage.steps for stage in study.stages),
+        training_cpu=findings.training_cpu,
+        channels=tuple(Channel(c, accuracy(right[c]), sent[c], times[c]) for c in CHANNELS),
+        verdict=verdict(right[MATCHED], right[MISMATCHED]),
     )
-    return receiver, sharer
 
 
-@dataclass(frozen=True)
-class _Pair:
-    plan: Plan
-    sharer: Any
-    receiver: Any
-    seeds: _Seeds
-    out: Path
-    watch: Watch
-    progress: bool
-
-    def cross(self, facts: int) -> Experiment:
-        """LCF-X, one span a fact."""
-        stages = self.plan.cross[max(n for n in self.plan.cross if n <= facts)]
-        lessons = [(stage, _cross_sample(facts, max(stage.keys, facts))) for stage in stages]
-        adapter = make_adapter(self.sharer, self.receiver, cross_context=True, seed=self.seeds.take())
-        name = f"LCF-X, {facts} fact{'s' if facts > 1 else ''}"
-        cpu = self._train(name, adapter, lessons)
-        generator = self.seeds.generator()
-        channels = CrossChannels(adapter, self.sharer, self.receiver)
-        items = cross_items(self.plan.items, facts, generator)
-        return self._measure(name, "LCF-X", facts, facts, adapter, cpu, stages, channels, items, generator)
-
-    def shared(self, table: SecretTable) -> Experiment:
-        """LCF, on the pairs that the adapter was not trained on."""
-        stages = self.plan.shared
-        lessons = [(stage, _shared_sample(table)) for stage in stages]
-        adapter = make_adapter(self.sharer, self.receiver, cross_context=False, seed=self.seeds.take())
-        name = "LCF, secret table"
-        cpu = self._train(name, adapter, lessons)
-        channels = SharedChannels(adapter, self.sharer, self.receiver)
-        generator = self.seeds.generator()
-        return self._measure(name, "LCF", 1, 0, adapter, cpu, stages, channels, table.held_out, generator)
-
-    def _train(self, name: str, adapter: LatentCacheFlow, lessons: Sequence[tuple[Stage, Sample]]) -> float:
-        self.watch(f"training the adapter: {name}", f"{sum(stage.steps for stage, _ in lessons)} steps")
-        began = time.process_time()
-        train_adapter(adapter, self.sharer, self.receiver, lessons, seed=self.seeds.take(), progress=self.progress)
-        adapter.eval().save_pretrained(self.out / "adapters" / name.lower().replace(", ", "-").replace(" ", "-"))
-        return time.process_time() - began
-
-    def _measure(
-        self,
-        name: str,
-        method: str,
-        facts: int,
-        spans: int,
-        adapter: LatentCacheFlow,
-        cpu: float,
-        stages: Sequence[Stage],
-        channels: Any,
-        items: CrossItems | SharedItems,
-        generator: torch.Generator,
-    ) -> Experiment:
-        self.watch(f"measuring: {name}", f"{len(items)} items, {len(CHANNELS)} channels")
-        answers = channels.answers(items, others(items, generator))
-        right = {channel: (answers[channel] == items.answers).tolist() for channel in CHANNELS}
-        first, second = items[:1], items[1:2]
-        sent = channels.sent(first)
-        times = first_token_times(channels.ways(first, second), self.plan.rounds)
-        return Experiment(
-            name=name,
-            method=method,
-            facts=facts,
-            spans=spans,
-            parameters=adapter.parameter_count(),
-            training_steps=sum(stage.steps for stage in stages),
-            training_cpu=cpu,
-            channels=tuple(Channel(c, accuracy(right[c]), sent[c], times[c]) for c in CHANNELS),
-            verdict=verdict(right[MATCHED], right[MISMATCHED]),
-        )
+def _described(
+    role: str, model: Any, size: AgentSize, plan: Plan, table: SecretTable, generator: torch.Generator
+) -> Agent:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    recall = {n: recall_accuracy(model, n, generator, lines=plan.items) for n in (1, 2, 4, plan.most_facts)}
+    return Agent(role, size, parameters, recall, table_accuracy(model, table))
 
 
-def _cross_sample(facts: int, keys: int) -> Sample:
-    return lambda items, generator: cross_items(items, facts, generator, keys=keys).batch()
-
-
-def _shared_sample(table: SecretTable) -> Sample:
-    return lambda items, generator: table.sample(items, generator).batch()
+def _cpu_seconds() -> float:
+    """Of this process and of those that it started and that have ended."""
+    return sum(os.times()[:4])
 
 
 def _machine() -> str:
