@@ -1,0 +1,83 @@
+"""A model with its tokenizer: how it reads a batch of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..caches import Pair
+from ..errors import ShapeError
+from ..training.chat import ChatReader
+from ..training.step import prefill
+
+__all__ = ["Agent", "padded_left"]
+
+Offsets = list[tuple[int, int]]
+
+
+class Agent:
+    """A causal LM of transformers, in eval mode, with the tokenizer that goes with it.
+
+    Args:
+        name: how requests and errors call it.
+        model: any causal LM that `generate` works with; nothing of it is changed.
+        tokenizer: of transformers; a fast one where spans or alignment need offsets.
+        template_options: for the chat template, such as ``{"enable_thinking": False}``.
+    """
+
+    def __init__(
+        self, name: str, model: Any, tokenizer: Any, *, template_options: Mapping[str, Any] | None = None
+    ) -> None:
+        self.name, self.model = name, model
+        self.reader = ChatReader(name, tokenizer, template_options)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.reader.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    def prompts(self, chats: Sequence[list[tuple[str, str]]], room: int = 0) -> list[list[int]]:
+        """Token ids of each chat, rendered for an answer.
+
+        Raises:
+            ShapeError: a prompt of fewer than two tokens, or one that with ``room`` new ones is over the model's limit.
+        """
+        rows = [self.reader.prompt(self.reader.render(chat))[0] for chat in chats]
+        for row in rows:
+            self.check_length(len(row), room)
+        return rows
+
+    def check_length(self, tokens: int, room: int = 0) -> None:
+        """Refuse what the model cannot read."""
+        if tokens < 2:
+            raise ShapeError(self.name, expected="a prompt of two tokens or more", got=str(tokens))
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and tokens + room > limit:
+            expected = f"{limit} tokens at most, as the model's max_position_embeddings (shorten the context)"
+            raise ShapeError(self.name, expected=expected, got=f"{tokens} and {room} to come")
+
+    def read(self, ids: Tensor, mask: Tensor) -> list[Pair]:
+        """The cache of ``ids (B, N)``, padded on the left where ``mask`` is zero."""
+        return prefill(self.model, ids, mask)
+
+    def padding(self) -> int:
+        """A token to pad with: never attended to, so that any will do."""
+        return self.tokenizer.pad_token_id or 0
+
+
+def padded_left(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``(B, N)`` ids and mask of ragged rows."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), fill, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :] = torch.tensor(row, dtype=torch.int64)
+        mask[i, longest - len(row) :] = 1
+    return ids.to(device), mask.to(device)

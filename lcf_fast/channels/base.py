@@ -1,0 +1,175 @@
+"""What all channels share: a batch of requests in, answers with times and bytes out, by `generate` of transformers.
+
+A channel says what the receiver goes on from (`Channel.prepare`): a prompt, and the cache of all of it but the last
+token, edited or not. The rest is the receiver's own `generate`: sampling, streaming and stopping criteria work as they
+do there. Nothing of a model is patched.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..caches import Pair
+from ..errors import GeometryError
+from .agent import Agent
+from .request import Answer, Request, Timings
+
+__all__ = ["Channel", "Clock", "Prepared"]
+
+
+@dataclass
+class Prepared:
+    """What the receiver goes on from.
+
+    Attributes:
+        ids, mask: ``(B, N)`` prompts, padded on the left.
+        cache: ``(B, H, N - 1, D)`` a layer, of all but the last token.
+        sent: bytes that crossed, for each request.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    cache: list[Pair]
+    sent: list[int]
+
+
+class Clock:
+    """Seconds of the parts of a call. On a GPU a part ends when the device has done it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._parts = {"sharer": 0.0, "communication": 0.0, "receiver": 0.0}
+        self._began = self._now()
+        self.first_token: float | None = None
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        """Count the block as a part: ``sharer``, ``communication`` or ``receiver``."""
+        began = self._now()
+        yield
+        self._parts[part] += self._now() - began
+
+    def token(self) -> None:
+        """The receiver has a new token."""
+        if self.first_token is None:
+            self.first_token = self._now() - self._began
+
+    def timings(self) -> Timings:
+        """All of it; the call has ended."""
+        end = self._now() - self._began
+        return Timings(**self._parts, first_token=end if self.first_token is None else self.first_token, end=end)
+
+
+class Channel(ABC):
+    """One way for models to help the receiver.
+
+    Attributes:
+        name: as reports call it.
+        receiver: who answers.
+    """
+
+    name: str
+
+    def __init__(self, receiver: Agent) -> None:
+        self.receiver = receiver
+
+    @abstractmethod
+    def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
+        """Read, communicate, and leave the last token of each prompt to the receiver.
+
+        ``room``: new tokens that must fit behind the prompt.
+        """
+
+    @torch.no_grad()
+    def answer(self, requests: Sequence[Request], *, max_new_tokens: int = 32, **options: Any) -> list[Answer]:
+        """The receiver's answers to a batch of requests.
+
+        Args:
+            max_new_tokens, options: for ``generate``: ``do_sample``, ``streamer``, ``stopping_criteria`` and so on.
+
+        Raises:
+            GeometryError: no request; a sharer that the channel does not have. ShapeError: too long for a model. And
+                as the channel's own parts raise.
+        """
+        check_requests(requests)
+        from transformers import DynamicCache, StoppingCriteriaList
+
+        clock = Clock(self.receiver.device)
+        prepared = self.prepare(requests, clock, max_new_tokens)
+        cache = DynamicCache()
+        for layer, (key, value) in enumerate(prepared.cache):
+            cache.update(key, value, layer)
+        criteria = [_Watch(clock), *options.pop("stopping_criteria", ())]
+        options.setdefault("pad_token_id", self.receiver.padding())
+        out = self.receiver.model.generate(
+            prepared.ids,
+            attention_mask=prepared.mask,
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            stopping_criteria=StoppingCriteriaList(criteria),
+            **options,
+        )
+        timings = clock.timings()
+        new = (out if isinstance(out, Tensor) else out.sequences)[:, prepared.ids.shape[1] :].cpu()
+        repeats = new.shape[0] // len(requests)  # num_return_sequences
+        ended = [self._until_the_end(row) for row in new]
+        texts = self.receiver.tokenizer.batch_decode(ended, skip_special_tokens=True)
+        sent = [size for size in prepared.sent for _ in range(repeats)]
+        return [Answer(text, ids, size, timings) for text, ids, size in zip(texts, ended, sent)]
+
+    @torch.no_grad()
+    def next_logits(self, requests: Sequence[Request]) -> tuple[Tensor, list[int], Timings]:
+        """``(B, V)`` logits of each answer's first token, float32, with the bytes sent and the times."""
+        check_requests(requests)
+        from transformers import DynamicCache
+
+        clock = Clock(self.receiver.device)
+        prepared = self.prepare(requests, clock, 1)
+        cache = DynamicCache()
+        for layer, (key, value) in enumerate(prepared.cache):
+            cache.update(key, value, layer)
+        logits = self.receiver.model(
+            input_ids=prepared.ids[:, -1:],
+            attention_mask=prepared.mask,
+            position_ids=prepared.mask.sum(1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+        clock.token()
+        return logits.float(), prepared.sent, clock.timings()
+
+    def _until_the_end(self, ids: Tensor) -> Tensor:
+        """Up to and with the first token that ends an answer; what follows in a batch is padding."""
+        ends = self.receiver.model.generation_config.eos_token_id
+        ends = torch.tensor([] if ends is None else ends).flatten()
+        at = torch.isin(ids, ends).nonzero()
+        return ids[: int(at[0]) + 1] if len(at) else ids
+
+
+def check_requests(requests: Sequence[Request]) -> None:
+    if not requests:
+        raise GeometryError("requests", expected="one request or more", got="none")
+
+
+class _Watch:
+    """A stopping criterion that never stops: it sees when the first token is there."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self._clock.token()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

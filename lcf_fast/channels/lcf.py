@@ -1,0 +1,251 @@
+"""Latent Cache Flow as channels: LCF, where the models read one prompt, and LCF-X, where they read different things."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..adapter import LatentCacheFlow
+from ..config import CacheGeometry
+from ..errors import GeometryError
+from ..message import Message
+from ..span_text import Bounds
+from ..spans import Spans, from_characters
+from ..training.alignment import align, shared_pieces
+from .agent import Agent, padded_left
+from .base import Channel, Clock, Prepared
+from .request import Request
+from .routing import replace_rows, rows_of, take_rows
+
+__all__ = ["Fuser", "LCFChannel", "LCFXChannel", "Sharer"]
+
+
+class Fuser(Protocol):
+    """What edits a cache with another of the same prompt: `LatentCacheFlow`, or another method's."""
+
+    def fuse(
+        self,
+        sharer_cache: Any,
+        receiver_cache: Any,
+        *,
+        sharer_index: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        sharer_attention_mask: Tensor | None = None,
+    ) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Sharer:
+    """A sharer and what turns its cache into an edit of the receiver's.
+
+    Attributes:
+        agent: who reads.
+        adapter: LCF: a `Fuser`. LCF-X: the adapter, or the sharer's half of one that the channel's adapter accepts.
+    """
+
+    agent: Agent
+    adapter: Any
+
+
+class LCFChannel(Channel):
+    """Shared context: sharers read the receiver's chat, in their own template and tokens, and edit its cache.
+
+    Where a sharer's tokenizer gives the receiver's rendering the same ids, both read the same; else positions align by
+    the characters of the messages' contents, and what a template adds is left as it is. Of several sharers for one
+    request each edits what the one before has left.
+
+    Args:
+        sharers: with `Fuser` adapters, in eval mode.
+        name: as reports call it.
+
+    Raises:
+        GeometryError: an adapter for other models.
+    """
+
+    def __init__(self, receiver: Agent, sharers: Sequence[Sharer], *, name: str = "lcf") -> None:
+        super().__init__(receiver)
+        self.name = name
+        self.sharers = _by_name(receiver, sharers)
+
+    def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
+        receiver, batch = self.receiver, len(requests)
+        chats = [request.asked() for request in requests]
+        prompts = receiver.prompts(chats, room)
+        ids, mask = padded_left(prompts, receiver.padding(), receiver.device)
+        with clock.of("receiver"):
+            cache = receiver.read(ids[:, :-1], mask[:, :-1])
+        sent = [0] * batch
+        for name, sharer in self.sharers.items():
+            rows = rows_of(requests, name, self.sharers)
+            if not rows:
+                continue
+            read = [self._read(sharer.agent, chats[row], prompts[row]) for row in rows]
+            agent = sharer.agent
+            their_ids, their_mask = padded_left([tokens for tokens, _ in read], agent.padding(), agent.device)
+            index = _index(read, their_ids.shape[1], ids.shape[1] - 1).to(receiver.device)
+            with clock.of("sharer"):
+                theirs = agent.read(their_ids, their_mask)
+            with clock.of("communication"):
+                theirs = [(key.to(receiver.device), value.to(receiver.device)) for key, value in theirs]
+                part = sharer.adapter.fuse(
+                    theirs,
+                    take_rows(cache, rows, batch),
+                    sharer_index=index,
+                    attention_mask=mask[rows, :-1],
+                    sharer_attention_mask=their_mask.to(receiver.device),
+                )
+                cache = replace_rows(cache, rows, part, batch)
+            layers = {layer: theirs[layer] for layer in sharer.adapter.config.sharer_layers}
+            a_token = sum(t.element_size() * t.shape[1] * t.shape[3] for pair in layers.values() for t in pair)
+            for row, (tokens, _) in zip(rows, read):
+                sent[row] += a_token * len(tokens)
+        return Prepared(ids, mask, cache, sent)
+
+    def _read(self, sharer: Agent, chat: list[tuple[str, str]], prompt: list[int]) -> tuple[list[int], list[int]]:
+        """What the sharer reads, and for each token of the prompt but the last its row there, -1: none."""
+        text = self.receiver.reader.render(chat)
+        same = sharer.tokenizer is self.receiver.tokenizer or sharer.reader.prompt(text)[0] == prompt
+        if same:
+            tokens = prompt[:-1]  # the last is not edited
+            sharer.check_length(len(tokens) + 1)
+            return tokens, list(range(len(tokens)))
+        their_text = sharer.reader.render(chat)
+        tokens, theirs = sharer.reader.prompt(their_text)
+        _, mine = self.receiver.reader.prompt(text)
+        for agent, offsets in ((self.receiver, mine), (sharer, theirs)):
+            if offsets is None:
+                raise agent.reader.slow()
+        sharer.check_length(len(tokens))
+        pieces = shared_pieces(
+            [content for _, content in chat],
+            text,
+            self.receiver.reader.content_bounds(chat, text),
+            their_text,
+            sharer.reader.content_bounds(chat, their_text),
+        )
+        aligned: list[int] = align(mine, theirs, pieces).tolist()[:-1]
+        if max(aligned, default=-1) < 0:
+            expected = "a chat of which some token aligns with one of the sharer's"
+            raise GeometryError(sharer.name, expected=expected, got=f"none of {len(prompt)} tokens")
+        return tokens, aligned
+
+
+class LCFXChannel(Channel):
+    """Different contexts: each sharer reads its own and sends a message, as bytes; the receiver reads its prompt.
+
+    Messages of several sharers add up in the latent. A request that a sharer has no context for is not helped by it.
+
+    Args:
+        adapter: the receiver's, LCF-X, in eval mode; it must accept every sharer's half (`accept_sharer`).
+        sharers: with the adapter itself, or a `SharerSide`.
+        dtype: that messages are stored in, as `Message.to_bytes` takes it.
+        spans: how a sharer's context is cut: ``"paragraphs"``, as given, or ``"one"``.
+    """
+
+    name = "lcf_x"
+
+    def __init__(
+        self,
+        receiver: Agent,
+        adapter: LatentCacheFlow,
+        sharers: Sequence[Sharer],
+        *,
+        dtype: str = "bfloat16",
+        spans: str = "paragraphs",
+    ) -> None:
+        super().__init__(receiver)
+        if spans not in ("paragraphs", "one"):
+            raise GeometryError("spans", expected="paragraphs or one", got=repr(spans))
+        self.adapter, self.dtype, self.spans = adapter, dtype, spans
+        self.sharers = _by_name(receiver, sharers)
+
+    def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
+        receiver, batch = self.receiver, len(requests)
+        sent: list[list[bytes]] = [[] for _ in requests]
+        for name, sharer in self.sharers.items():
+            rows = [row for row in rows_of(requests, name, self.sharers) if name in requests[row].sharer_contexts]
+            if rows:
+                written = self._messages(sharer, [requests[row].sharer_contexts[name] for row in rows], clock)
+                for row, data in zip(rows, written):
+                    sent[row].append(data)
+        prompts = receiver.prompts([request.asked() for request in requests], room)
+        ids, mask = padded_left(prompts, receiver.padding(), receiver.device)
+        with clock.of("receiver"):
+            cache = receiver.read(ids[:, :-1], mask[:, :-1])
+        rows = [row for row, messages in enumerate(sent) if messages]
+        if rows:
+            with clock.of("communication"):
+                message = Message.stack([self._received(sent[row]) for row in rows])
+                own = take_rows(cache, rows, batch)
+                part = self.adapter.inject(own, message, attention_mask=mask[rows, :-1])
+                cache = replace_rows(cache, rows, part, batch)
+        return Prepared(ids, mask, cache, [sum(map(len, messages)) for messages in sent])
+
+    def _received(self, messages: Sequence[bytes]) -> Message:
+        """What came over the wire for one request, as one message."""
+        read = [Message.from_bytes(data).to(self.receiver.device) for data in messages]
+        # Also one alone: then messages of different sharers are of one origin, and can be stacked.
+        return self.adapter.combine(read) if len(self.sharers) > 1 else read[0]
+
+    def _messages(self, sharer: Sharer, contexts: Sequence[Sequence[str]], clock: Clock) -> list[bytes]:
+        agent = sharer.agent
+        read = [self._read(agent, paragraphs) for paragraphs in contexts]
+        ids, mask = padded_left([tokens for tokens, _ in read], agent.padding(), agent.device)
+        starts = [ids.shape[1] - len(tokens) for tokens, _ in read]
+        spans = Spans.given(
+            [[(first + start, last + start) for first, last in bounds] for (_, bounds), start in zip(read, starts)]
+        )
+        with clock.of("sharer"):
+            cache = agent.read(ids, mask)
+        with clock.of("communication"):
+            made = sharer.adapter.summarize(cache, spans, attention_mask=mask)
+            return [one.to_bytes(dtype=self.dtype) for one in made.split()]
+
+    def _read(self, agent: Agent, paragraphs: Sequence[str]) -> tuple[list[int], Bounds]:
+        """Tokens of a sharer's context, without a template as it is asked nothing, and its spans."""
+        text, bounds = "", []
+        for paragraph in paragraphs:
+            # A blank line counts to the paragraph before it, as in training.
+            bounds.append((len(text), len(text) + len(paragraph) + 2))
+            text += paragraph + "\n\n"
+        text = text[:-2]
+        bounds[-1] = (bounds[-1][0], len(text))
+        if self.spans == "one":
+            bounds = [(0, len(text))]
+        tokens, offsets = agent.reader.text(text)
+        if offsets is None:
+            raise agent.reader.slow()
+        agent.check_length(max(2, len(tokens)))
+        (spans,) = from_characters([bounds], [offsets], texts=[text]).bounds()
+        return tokens, spans
+
+
+def _by_name(receiver: Agent, sharers: Sequence[Sharer]) -> dict[str, Sharer]:
+    """Sharers by name, each checked against its adapter."""
+    found: dict[str, Sharer] = {}
+    for sharer in sharers:
+        name = sharer.agent.name
+        if name in found:
+            raise GeometryError("sharers", expected="names of their own", got=f"{name!r} twice")
+        adapter = sharer.adapter
+        pairs = [("sharer", sharer.agent, adapter.sharer_geometry), ("receiver", receiver, adapter.receiver_geometry)]
+        for role, agent, wanted in pairs:
+            if (is_geometry := CacheGeometry.of(agent.model)) != wanted:
+                expected = f"an adapter for the {role} {agent.name!r}, {is_geometry}"
+                raise GeometryError(f"adapter of {name!r}", expected=expected, got=f"one for {wanted}")
+        found[name] = sharer
+    return found
+
+
+def _index(read: Sequence[tuple[list[int], list[int]]], their_width: int, width: int) -> Tensor:
+    """``(B, width)``: rows of the sharer's padded cache for the receiver's padded prompt but its last token."""
+    index = torch.full((len(read), width), -1)
+    for i, (tokens, aligned) in enumerate(read):
+        rows = torch.tensor(aligned)
+        start = their_width - len(tokens)
+        index[i, width - len(aligned) :] = torch.where(rows < 0, rows, rows + start)
+    return index

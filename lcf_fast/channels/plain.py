@@ -1,0 +1,49 @@
+"""The two ends of the scale: the receiver alone, and the receiver with everything to read itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .agent import padded_left
+from .base import Channel, Clock, Prepared
+from .request import Request
+
+__all__ = ["FullContextChannel", "NoneChannel"]
+
+
+class NoneChannel(Channel):
+    """The receiver answers from what it has read itself."""
+
+    name = "none"
+
+    def chat(self, request: Request) -> list[tuple[str, str]]:
+        """What the receiver reads."""
+        return request.asked()
+
+    def crossed(self, request: Request) -> int:
+        """Bytes that cross for it."""
+        return 0
+
+    def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
+        receiver = self.receiver
+        rows = receiver.prompts([self.chat(request) for request in requests], room)
+        ids, mask = padded_left(rows, receiver.padding(), receiver.device)
+        with clock.of("receiver"):
+            cache = receiver.read(ids[:, :-1], mask[:, :-1])
+        return Prepared(ids, mask, cache, [self.crossed(request) for request in requests])
+
+
+class FullContextChannel(NoneChannel):
+    """The receiver reads the sharers' contexts itself, before its own: the ceiling, and the cost to be saved."""
+
+    name = "full_context"
+
+    def chat(self, request: Request) -> list[tuple[str, str]]:
+        return request.asked(*self._texts(request))
+
+    def crossed(self, request: Request) -> int:
+        return len("\n\n".join(self._texts(request)).encode())
+
+    def _texts(self, request: Request) -> list[str]:
+        chosen = request.sharer_contexts if request.sharers is None else request.sharers
+        return ["\n\n".join(request.sharer_contexts[name]) for name in chosen if name in request.sharer_contexts]

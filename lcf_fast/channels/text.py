@@ -1,0 +1,71 @@
+"""Text: each sharer writes a note of at most k tokens, which is put into the receiver's prompt (T2T)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import GeometryError
+from .agent import Agent, padded_left
+from .base import Channel, Clock, Prepared
+from .request import Request
+from .routing import rows_of
+
+__all__ = ["TextChannel"]
+
+#: What a sharer is asked; it reads its own context before it and the question behind it.
+INSTRUCTION = "Write down what in the text above helps to answer the following question. Be brief."
+
+
+class TextChannel(Channel):
+    """Sharers write, the receiver reads: before its own context, one note after the other.
+
+    Args:
+        sharers: by name.
+        most_tokens: k: the longest note, in the sharer's tokens.
+        instruction: what sharers are asked to do.
+    """
+
+    def __init__(
+        self, receiver: Agent, sharers: Sequence[Agent], *, most_tokens: int = 200, instruction: str = INSTRUCTION
+    ) -> None:
+        super().__init__(receiver)
+        if most_tokens < 1:
+            raise GeometryError("most_tokens", expected="1 or more", got=str(most_tokens))
+        self.sharers = {sharer.name: sharer for sharer in sharers}
+        self.most_tokens, self.instruction = most_tokens, instruction
+        self.name = f"text_{most_tokens}"
+
+    def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
+        notes: list[list[str]] = [[] for _ in requests]
+        for sharer in self.sharers.values():
+            rows = rows_of(requests, sharer.name, self.sharers)
+            if rows:
+                with clock.of("sharer"):
+                    written = self._write(sharer, [requests[row] for row in rows])
+                for row, note in zip(rows, written):
+                    notes[row].append(note)
+        receiver = self.receiver
+        chats = [request.asked(*note) for request, note in zip(requests, notes)]
+        ids, mask = padded_left(receiver.prompts(chats, room), receiver.padding(), receiver.device)
+        with clock.of("receiver"):
+            cache = receiver.read(ids[:, :-1], mask[:, :-1])
+        return Prepared(ids, mask, cache, [sum(len(part.encode()) for part in note) for note in notes])
+
+    def _write(self, sharer: Agent, requests: Sequence[Request]) -> list[str]:
+        """Greedy: what is compared with it does not draw either."""
+        chats = []
+        for request in requests:
+            read = "\n\n".join(request.sharer_contexts.get(sharer.name, ())) or request.context
+            parts = [part for part in (read, self.instruction, request.question) if part.strip()]
+            chats.append([("user", "\n\n".join(parts))])
+        rows = sharer.prompts(chats, self.most_tokens)
+        ids, mask = padded_left(rows, sharer.padding(), sharer.device)
+        out = sharer.model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=self.most_tokens,
+            do_sample=False,
+            pad_token_id=sharer.padding(),
+        )
+        found: list[str] = sharer.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in found]
