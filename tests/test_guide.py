@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 from tiny_folders import save_tiny_model
 
-from lcf_fast import LatentCacheFlow
+from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig
+from lcf_fast.adapter import parameter_shapes
 from lcf_fast.cli import main
 from lcf_fast.training.data import parse_example
+from lcf_fast.training.settings import TrainingSettings
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
@@ -129,14 +132,10 @@ def test_what_is_refused_is_what_the_package_says() -> None:
     assert len(said) > 18
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "lcf_fast").rglob("*.py"))
     for fragment in said:
-        words = fragment.removeprefix("settings: expected steps").strip()
-        assert words in source, fragment
+        assert fragment in source, fragment
 
 
 def test_the_defaults_are_the_ones_in_the_table() -> None:
-    from lcf_fast import CacheGeometry, LCFConfig
-    from lcf_fast.training.settings import TrainingSettings
-
     mine, crossing = TrainingSettings(), TrainingSettings.cross_context()
     config, cross = (
         LCFConfig(CacheGeometry(1, 1, 8), CacheGeometry(1, 1, 8), cross_context=crosses) for crosses in (False, True)
@@ -156,6 +155,27 @@ def test_the_defaults_are_the_ones_in_the_table() -> None:
     }
     rows = dict(re.findall(r"^\| (`--.*?) \| (.*?) \|", GUIDE, re.MULTILINE))
     assert {name: rows.get(name) for name in expected} == expected
+
+
+def test_the_figures_follow_from_the_formulas() -> None:
+    sharer, receiver = CacheGeometry(24, 2, 64), CacheGeometry(28, 8, 128)
+    config = LCFConfig(sharer, receiver)
+    parameters = sum(math.prod(shape) for shape in parameter_shapes(config, receiver.layers).values())
+    assert f"({parameters:,} for the pair above" in GUIDE
+    theirs, mine = (2 * model.layers * model.channels * 2 for model in (sharer, receiver))
+    assert f"`2 × 24 × 128 × 2 = {theirs:,}` bytes of the sharer and `2 × 28 × 1024 × 2 = {mine:,}` of the" in GUIDE
+    read = TrainingSettings().steps * TrainingSettings().batch_size
+    told = " ".join(GUIDE.split())
+    terabytes = f"{read * 300 * (theirs + mine) / 1e12:.1f} TB, or {read * 300 * theirs / 1e12:.1f} TB"
+    assert f"{read:,} examples: at 300 tokens a prompt, say, {terabytes}" in told
+    for row, amount in (
+        ("16 P", f"{16 * parameters / 1e6:.0f} MB"),
+        ("12 P", f"{12 * parameters / 1e6:.0f} MB"),
+        ("and the gradient", f"{(theirs + 4 * mine) / 1e3:.0f} KB × b × N"),
+        ("several times over in the backward", f"{4 * 151936 / 1e3:.0f} KB × b × R"),
+        ("halves it", f"{4 * parameters / 1e6:.0f} MB"),
+    ):
+        assert f"{row} | {amount} |" in GUIDE
 
 
 @pytest.mark.slow

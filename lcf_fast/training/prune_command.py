@@ -280,8 +280,8 @@ def _print_table(report: PruningReport, kept: Sequence[int]) -> None:
     for layer in report.layers:
         table.add_row(
             str(layer.receiver_layer),
-            f"{layer.key_gate:+.3f}",
-            f"{layer.value_gate:+.3f}",
+            f"{layer.key_gate:+.2e}",
+            f"{layer.value_gate:+.2e}",
             layer.verdict,
             "-" if layer.metric_without is None else f"{layer.metric_without:.4f}",
             "-" if layer.importance is None else f"{layer.importance:+.2e}",
