@@ -120,8 +120,8 @@ def audit_gates(adapter: LatentCacheFlow) -> PruningReport:
 def closed_gates(adapter: LatentCacheFlow, layers: Iterable[int]) -> Iterator[LatentCacheFlow]:
     """Within the block these receiver layers make no edit in eval mode, as if they had been pruned.
 
-    No weight is copied but the gates'. ``gate_logit`` is another parameter within the block, and the very same as before
-    behind it, also after an error: optimizers, and the digests that messages are known by, see no change.
+    No weight is copied but the gates'. ``gate_logit`` is another parameter within the block, and the very same as
+    before behind it, also after an error: optimizers, and the digests that messages are known by, see no change.
 
     Raises:
         IndexRangeError: a layer that the adapter does not hold.
