@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 PYTEST := $(BIN)/pytest -q -n 2 -m "not gpu and not slow"
 
-.PHONY: help test test-slow bench gpu lint clean
+.PHONY: help test test-slow bench demo gpu lint clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)$$/make \1\t\2/p' Makefile
@@ -35,6 +35,9 @@ test-slow: $(READY) ## the long tests: fuzzing, kills at every moment, whole tra
 
 bench: $(READY) ## the main job: errors and times of every op on real caches (ARGS=--quick ends within two minutes)
 	@$(BIN)/python -m bench $(ARGS)
+
+demo: $(READY) ## two small agents trained on the spot, and what crosses between them (ARGS=--quick: nothing is learned)
+	@$(BIN)/lcf-fast demo $(ARGS)
 
 gpu: ## what needs a CUDA GPU, with PYTHON as it is (installs nothing); results go to OUT
 	@$(PYTHON) tests/gpu --out '$(OUT)'

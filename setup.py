@@ -18,16 +18,16 @@ def version() -> str:
 
 
 HF = ["transformers>=5,<6"]
-PLOT = ["matplotlib>=3.8"]
+PLOT = ["matplotlib>=3.8", "scipy>=1.11"]  # scipy: the demo's intervals and tests
 TRAIN = ["datasets>=4", "tensorboard>=2.16"]
+EVAL = ["scipy>=1.15", "datasets>=4", *PLOT]
 BENCH = ["pytest>=8", "pytest-benchmark>=5", *PLOT]
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",
     "pytest-benchmark>=5",
-    *PLOT,
-    "datasets>=4",
+    *EVAL,
     "ruff",
     "mypy",
     "build>=1.2",
@@ -63,6 +63,7 @@ setup(
         "flash": ["flash-attn"],
         "plot": PLOT,
         "train": [*TRAIN, *HF],
+        "eval": [*EVAL, *HF],
         "test": TEST,
     },
     entry_points={"console_scripts": ["lcf-fast = lcf_fast.cli:main"]},
