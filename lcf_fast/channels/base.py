@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +112,8 @@ class Channel(ABC):
         cache = DynamicCache()
         for layer, (key, value) in enumerate(prepared.cache):
             cache.update(key, value, layer)
+        if (times := self._rows_a_request(options)) > 1:  # generate() expands all that it is given but the cache
+            cache.batch_repeat_interleave(times)
         criteria = [_Watch(clock), *options.pop("stopping_criteria", ())]
         options.setdefault("pad_token_id", self.receiver.padding())
         out = self.receiver.model.generate(
@@ -150,6 +152,12 @@ class Channel(ABC):
         ).logits[:, -1]
         clock.token()
         return logits.float(), prepared.sent, clock.timings()
+
+    def _rows_a_request(self, options: Mapping[str, Any]) -> int:
+        """How many rows ``generate`` makes of one: its beams, or the answers asked for."""
+        config = options.get("generation_config") or self.receiver.model.generation_config
+        names = ("num_beams", "num_return_sequences")
+        return max(int(options.get(name) or getattr(config, name, None) or 1) for name in names)
 
     def _until_the_end(self, ids: Tensor) -> Tensor:
         """Up to and with the first token that ends an answer; what follows in a batch is padding."""

@@ -1,0 +1,322 @@
+"""Channels over `generate()`: what is read, what is edited, what crosses; a row's answer is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny_tokenizers import CHATML, CHATML_SYSTEM, tiny_tokenizer
+from torch import Tensor
+
+from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig
+from lcf_fast.channels import (
+    Agent,
+    Channel,
+    FullContextChannel,
+    LCFChannel,
+    LCFXChannel,
+    NoneChannel,
+    Request,
+    Sharer,
+    TextChannel,
+)
+from lcf_fast.errors import GeometryError, LCFError, MessageError, ShapeError
+from lcf_fast.sharer import SharerSide
+
+FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma")
+REQUESTS = [
+    Request("Where is it?", "The cat sat.", {"a": ("One two three.", "Four five!")}),
+    Request("Who?", "Six seven. Eight nine ten eleven.", {"a": ("Paris is a city.",)}),
+    Request("What is the capital of France?", "", {"a": ("Twelve.", "You are a user.", "Nine.")}),
+]
+
+
+def tiny_model(family: str, seed: int, *, layers: int = 2, limit: int = 512) -> Any:
+    import transformers as t
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 640,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": limit,
+        "eos_token_id": 4,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+    }
+    kinds = {
+        "qwen2": (t.Qwen2Config, t.Qwen2ForCausalLM),
+        "qwen3": (t.Qwen3Config, t.Qwen3ForCausalLM),
+        "llama": (t.LlamaConfig, t.LlamaForCausalLM),
+        "mistral": (t.MistralConfig, t.MistralForCausalLM),
+        "gemma": (t.GemmaConfig, t.GemmaForCausalLM),
+    }
+    config, model = kinds[family]
+    torch.manual_seed(seed)
+    made = model(config(**sizes)).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(3.0)  # answers that depend on what is read
+    return made
+
+
+def agent(name: str, family: str, seed: int, *, template: str | None = CHATML, **sizes: Any) -> Agent:
+    kind = "bytes" if seed % 2 else "metaspace"
+    return Agent(name, tiny_model(family, seed, **sizes), tiny_tokenizer(kind, template=template))
+
+
+def adapter_of(sharer: Agent, receiver: Agent, *, cross_context: bool) -> LatentCacheFlow:
+    torch.manual_seed(8)
+    sides = CacheGeometry.of(sharer.model), CacheGeometry.of(receiver.model)
+    config = LCFConfig(*sides, bottleneck=64, cross_context=cross_context, gate_init=1.0)
+    made = LatentCacheFlow(config).eval()
+    with torch.no_grad():
+        made.up_weight.mul_(20.0)  # type: ignore[operator]
+    return made
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Agent:
+    return agent("me", "qwen3", 1)
+
+
+def channels_of(receiver: Agent, name: str, family: str = "qwen2") -> Channel:
+    """A channel by name, with one sharer ``a`` of another family and another tokenizer."""
+    if name == "none":
+        return NoneChannel(receiver)
+    if name == "full_context":
+        return FullContextChannel(receiver)
+    sharer = agent("a", family, 2, template=CHATML_SYSTEM)
+    if name == "text":
+        return TextChannel(receiver, [sharer], most_tokens=5)
+    made = adapter_of(sharer, receiver, cross_context=name == "lcf_x")
+    return LCFXChannel(receiver, made, [Sharer(sharer, made)]) if name == "lcf_x" else LCFChannel(
+        receiver, [Sharer(sharer, made)])  # fmt: skip
+
+
+NAMES = ("none", "full_context", "text", "lcf", "lcf_x")
+
+
+def texts(channel: Channel, requests: Sequence[Request], **options: Any) -> list[str]:
+    return [answer.text for answer in channel.answer(requests, max_new_tokens=8, do_sample=False, **options)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_does_not_depend_on_the_rest_of_the_batch(name: str, receiver: Agent) -> None:
+    """Permuted, dropped, padded by a longer one: the same logits, to rounding, and the same answer."""
+    channel = channels_of(receiver, name)
+    whole, sent, _ = channel.next_logits(REQUESTS)
+    alone = [channel.next_logits([request]) for request in REQUESTS]
+    for row, (logits, size, _) in enumerate(alone):
+        torch.testing.assert_close(whole[row], logits[0], rtol=1e-4, atol=1e-4)
+        assert sent[row] == size[0]
+    turned, _, _ = channel.next_logits(REQUESTS[::-1])
+    torch.testing.assert_close(turned.flip(0), whole, rtol=1e-4, atol=1e-4)
+    assert texts(channel, REQUESTS) == [texts(channel, [request])[0] for request in REQUESTS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_of_models_serves_on_both_sides(family: str) -> None:
+    receiver = agent("me", family, 1)
+    plain, _, _ = NoneChannel(receiver).next_logits(REQUESTS)
+    for name in ("lcf", "lcf_x"):
+        channel = channels_of(receiver, name, family)
+        logits, sent, timings = channel.next_logits(REQUESTS)
+        assert float((logits - plain).abs().max()) > 1e-2, "no edit"
+        assert min(sent) > 0
+        assert 0 < timings.sharer + timings.communication + timings.receiver <= timings.first_token <= timings.end
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_no_channel_is_what_generate_says_by_itself(attention: str, receiver: Agent) -> None:
+    receiver.model.set_attn_implementation(attention)
+    request = REQUESTS[0]
+    ids = receiver.prompts([request.asked()])[0]
+    out = receiver.model.generate(
+        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=8, do_sample=False
+    )
+    (answer,) = NoneChannel(receiver).answer([request], max_new_tokens=8, do_sample=False)
+    assert answer.ids.tolist() == out[0, len(ids) :].tolist()
+    assert answer.sent == 0
+    receiver.model.set_attn_implementation("sdpa")
+
+
+def test_full_context_reads_what_the_sharers_read(receiver: Agent) -> None:
+    (answer,) = FullContextChannel(receiver).answer(REQUESTS[:1], max_new_tokens=8, do_sample=False)
+    told = Request(REQUESTS[0].question, "One two three.\n\nFour five!\n\nThe cat sat.")
+    (same,) = NoneChannel(receiver).answer([told], max_new_tokens=8, do_sample=False)
+    assert answer.ids.tolist() == same.ids.tolist()
+    assert answer.sent == len("One two three.\n\nFour five!")
+
+
+def test_text_is_what_the_sharer_writes(receiver: Agent) -> None:
+    channel = channels_of(receiver, "text")
+    assert isinstance(channel, TextChannel)
+    sharer = channel.sharers["a"]
+    (answer,) = channel.answer(REQUESTS[:1], max_new_tokens=8, do_sample=False)
+    asked = "\n\n".join(("One two three.\n\nFour five!", channel.instruction, REQUESTS[0].question))
+    ids = sharer.prompts([[("user", asked)]])[0]
+    out = sharer.model.generate(
+        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=5, do_sample=False
+    )
+    note = sharer.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
+    told = replace(REQUESTS[0], context=f"{note}\n\n{REQUESTS[0].context}" if note else REQUESTS[0].context)
+    assert texts(NoneChannel(receiver), [told]) == [answer.text]
+    assert answer.sent == len(note.encode())
+
+
+def test_lcf_edits_with_the_same_tokens_what_fuse_edits(receiver: Agent) -> None:
+    """One tokenizer: the edit is that of `fuse` on both caches of the prompt but its last token."""
+    sharer = Agent("a", tiny_model("qwen2", 4), receiver.tokenizer)
+    adapter = adapter_of(sharer, receiver, cross_context=False)
+    logits, sent, _ = LCFChannel(receiver, [Sharer(sharer, adapter)]).next_logits(REQUESTS[:1])
+    ids = torch.tensor(receiver.prompts([REQUESTS[0].asked()]))
+    with torch.no_grad():
+        caches = [one.model(ids[:, :-1], use_cache=True).past_key_values for one in (sharer, receiver)]
+        expected = receiver.model(ids[:, -1:], past_key_values=adapter.fuse(*caches)).logits[:, -1]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert sent == [(ids.shape[1] - 1) * 2 * 2 * 16 * 4]  # layers x (key, value) x channels x float32
+
+
+def test_lcf_x_sends_what_to_bytes_makes(receiver: Agent) -> None:
+    channel = channels_of(receiver, "lcf_x")
+    assert isinstance(channel, LCFXChannel)
+    short, long = (Request("Who?", "", {"a": ("One two.",) * n}) for n in (1, 20))
+    (a, b), (c, _) = (channel.next_logits([one])[1:3] for one in (short, long)), (0, 0)
+    sizes = [channel.next_logits([one])[1][0] for one in (short, long)]
+    assert a is not None and b is not None and c == 0
+    assert abs(sizes[0] - sizes[1]) < 64, "a message grows with what was read"
+    latent = 2 * 64 * 2  # layers x width x bfloat16
+    assert latent < sizes[0] < latent + 1024 + 64
+
+
+def test_several_sharers_add_up_and_requests_choose(receiver: Agent) -> None:
+    first, second = agent("a", "qwen2", 2), agent("b", "llama", 4)
+    adapter = adapter_of(first, receiver, cross_context=True)
+    torch.manual_seed(9)
+    side = SharerSide.for_receiver(adapter, CacheGeometry.of(second.model))
+    adapter.accept_sharer(side)
+    channel = LCFXChannel(receiver, adapter, [Sharer(first, adapter), Sharer(second, side)])
+    told = {"a": ("One two three.",), "b": ("Paris is a city.",)}
+    requests = [Request("Who?", "Six.", told, sharers=names) for names in (None, ("a",), ("b",), ())]
+    logits, sent, _ = channel.next_logits(requests)
+    for i in range(4):
+        for j in range(i):
+            assert float((logits[i] - logits[j]).abs().max()) > 1e-3, (i, j)
+    alone = torch.cat([channel.next_logits([request])[0] for request in requests])
+    torch.testing.assert_close(alone, logits, rtol=1e-4, atol=1e-4)
+    nobody, _, _ = NoneChannel(receiver).next_logits([Request("Who?", "Six.")])
+    torch.testing.assert_close(logits[3], nobody[0], rtol=1e-4, atol=1e-4)
+    assert sent[0] == sent[1] + sent[2]
+    assert sent[3] == 0
+
+
+def test_rows_of_a_shared_context_batch_choose_their_sharers(receiver: Agent) -> None:
+    sharers = [agent("a", "qwen2", 2), agent("b", "llama", 4)]
+    channel = LCFChannel(receiver, [Sharer(one, adapter_of(one, receiver, cross_context=False)) for one in sharers])
+    requests = [Request("Who?", "Six seven.", sharers=names) for names in (("a",), (), ("b",), None)]
+    logits, sent, _ = channel.next_logits(requests)
+    alone = torch.cat([channel.next_logits([request])[0] for request in requests])
+    torch.testing.assert_close(alone, logits, rtol=1e-4, atol=1e-4)
+    assert sent[1] == 0
+    assert sent[3] == sent[0] + sent[2]
+
+
+def test_generates_options_reach_it(receiver: Agent) -> None:
+    from transformers import StoppingCriteria
+    from transformers.generation.streamers import BaseStreamer
+
+    channel = channels_of(receiver, "lcf_x")
+
+    class AfterThree(StoppingCriteria):  # type: ignore[misc]
+        start: int | None = None
+
+        def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            self.start = input_ids.shape[1] - 1 if self.start is None else self.start
+            return torch.full((len(input_ids),), input_ids.shape[1] - self.start >= 3)
+
+    class Counter(BaseStreamer):  # type: ignore[misc]
+        puts = 0
+
+        def put(self, value: Tensor) -> None:
+            self.puts += 1
+
+        def end(self) -> None: ...
+
+    counter = Counter()
+    (answer,) = channel.answer(REQUESTS[:1], max_new_tokens=8, stopping_criteria=[AfterThree()], streamer=counter)
+    assert len(answer.ids) <= 3
+    assert counter.puts >= len(answer.ids)
+    torch.manual_seed(0)
+    sampled = channel.answer(REQUESTS[:1], max_new_tokens=8, do_sample=True, num_return_sequences=3, top_k=0)
+    assert len(sampled) == 3
+    assert len({tuple(one.ids.tolist()) for one in sampled}) > 1
+    beams = channel.answer(REQUESTS[:2], max_new_tokens=4, num_beams=3, do_sample=False)
+    assert len(beams) == 2
+
+
+def other_pair(receiver: Agent) -> Channel:
+    sharer = agent("a", "qwen2", 2)
+    wrong = adapter_of(sharer, agent("other", "qwen3", 3, layers=3), cross_context=False)
+    return LCFChannel(receiver, [Sharer(sharer, wrong)])
+
+
+def unknown_sharer(receiver: Agent) -> Any:
+    return channels_of(receiver, "lcf").answer([Request("Who?", sharers=("nobody",))])
+
+
+def too_long(receiver: Agent) -> Any:
+    return NoneChannel(agent("short", "qwen3", 1, limit=16)).answer([Request("Who? " * 10)])
+
+
+def stranger(receiver: Agent) -> Any:
+    """A sharer's half that the receiver's adapter does not know."""
+    sharer = agent("a", "qwen2", 2)
+    adapter = adapter_of(sharer, receiver, cross_context=True)
+    torch.manual_seed(77)
+    foreign = SharerSide.of(LatentCacheFlow(adapter.config))
+    return LCFXChannel(receiver, adapter, [Sharer(sharer, foreign)]).answer(REQUESTS[:1])
+
+
+@pytest.mark.parametrize(
+    ("act", "error", "match"),
+    [
+        (lambda r: Request("  "), GeometryError, "question"),
+        (lambda r: Request("Who?", "", {"a": ()}), GeometryError, "paragraph"),
+        (lambda r: Request("Who?", "", {"a": ("x", " ")}), GeometryError, "paragraph"),
+        (lambda r: NoneChannel(r).answer([]), GeometryError, "requests"),
+        (other_pair, GeometryError, "adapter"),
+        (unknown_sharer, GeometryError, "nobody"),
+        (too_long, ShapeError, "max_position_embeddings"),
+        (stranger, MessageError, "message"),
+        (lambda r: TextChannel(r, [], most_tokens=0), GeometryError, "most_tokens"),
+    ],
+)
+def test_bad_input(act: Any, error: type[LCFError], match: str, receiver: Agent) -> None:
+    with pytest.raises(error, match=match):
+        act(receiver)
+
+
+def test_a_tokenizer_without_offsets_is_refused_where_they_are_needed(receiver: Agent) -> None:
+    sharer = agent("a", "qwen2", 2)
+    adapter = adapter_of(sharer, receiver, cross_context=True)
+
+    class Slow:
+        is_fast = False
+        chat_template, bos_token_id, eos_token_id, pad_token_id = None, None, 4, 0
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [5] * len(text)}
+
+        def apply_chat_template(self, *_: Any, **__: Any) -> str:
+            return ""
+
+    slow = Agent("a", sharer.model, Slow())
+    with pytest.raises(LCFError, match="fast tokenizer"):
+        LCFXChannel(receiver, adapter, [Sharer(slow, adapter)]).answer(REQUESTS[:1])
