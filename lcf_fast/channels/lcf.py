@@ -18,6 +18,7 @@ from ..spans import Spans, from_characters
 from ..training.alignment import align, shared_pieces
 from .agent import Agent, padded_left
 from .base import Channel, Clock, Prepared
+from .controls import check_control, controlled_cache, controlled_message, sent_for
 from .request import Request
 from .routing import replace_rows, rows_of, take_rows
 
@@ -61,19 +62,32 @@ class LCFChannel(Channel):
     Args:
         sharers: with `Fuser` adapters, in eval mode.
         name: as reports call it.
+        control: what is sent (`lcf_fast.channels.controls`). A mismatched sharer has read its decoy's chat, and token n
+            of the prompt gets its token n.
+        seed: of the random control.
 
     Raises:
         GeometryError: an adapter for other models.
     """
 
-    def __init__(self, receiver: Agent, sharers: Sequence[Sharer], *, name: str = "lcf") -> None:
+    def __init__(
+        self,
+        receiver: Agent,
+        sharers: Sequence[Sharer],
+        *,
+        name: str = "lcf",
+        control: str = "matched",
+        seed: int = 0,
+    ) -> None:
         super().__init__(receiver)
-        self.name = name
+        self.name, self.control, self.seed = name, check_control(control), seed
         self.sharers = _by_name(receiver, sharers)
 
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         receiver, batch = self.receiver, len(requests)
         chats = [request.asked() for request in requests]
+        told = [request.asked() for request in sent_for(requests, self.control)]
+        generator = torch.Generator().manual_seed(self.seed)
         prompts = receiver.prompts(chats, room)
         ids, mask = padded_left(prompts, receiver.padding(), receiver.device)
         with clock.of("receiver"):
@@ -83,7 +97,7 @@ class LCFChannel(Channel):
             rows = rows_of(requests, name, self.sharers)
             if not rows:
                 continue
-            read = [self._read(sharer.agent, chats[row], prompts[row]) for row in rows]
+            read = [self._read(sharer.agent, told[row], len(prompts[row]) - 1) for row in rows]
             agent = sharer.agent
             their_ids, their_mask = padded_left([tokens for tokens, _ in read], agent.padding(), agent.device)
             index = _index(read, their_ids.shape[1], ids.shape[1] - 1).to(receiver.device)
@@ -91,6 +105,7 @@ class LCFChannel(Channel):
                 theirs = agent.read(their_ids, their_mask)
             with clock.of("communication"):
                 theirs = [(key.to(receiver.device), value.to(receiver.device)) for key, value in theirs]
+                theirs = controlled_cache(theirs, their_mask.to(receiver.device), self.control, generator)
                 part = sharer.adapter.fuse(
                     theirs,
                     take_rows(cache, rows, batch),
@@ -105,14 +120,14 @@ class LCFChannel(Channel):
                 sent[row] += a_token * len(tokens)
         return Prepared(ids, mask, cache, sent)
 
-    def _read(self, sharer: Agent, chat: list[tuple[str, str]], prompt: list[int]) -> tuple[list[int], list[int]]:
-        """What the sharer reads, and for each token of the prompt but the last its row there, -1: none."""
+    def _read(self, sharer: Agent, chat: list[tuple[str, str]], length: int) -> tuple[list[int], list[int]]:
+        """What the sharer reads, and for each of the first ``length`` tokens of the prompt its row there, -1: none."""
         text = self.receiver.reader.render(chat)
-        same = sharer.tokenizer is self.receiver.tokenizer or sharer.reader.prompt(text)[0] == prompt
-        if same:
+        prompt = self.receiver.reader.prompt(text)[0]
+        if sharer.tokenizer is self.receiver.tokenizer or sharer.reader.prompt(text)[0] == prompt:
             tokens = prompt[:-1]  # the last is not edited
             sharer.check_length(len(tokens) + 1)
-            return tokens, list(range(len(tokens)))
+            return tokens, [n if n < len(tokens) else -1 for n in range(length)]
         their_text = sharer.reader.render(chat)
         tokens, theirs = sharer.reader.prompt(their_text)
         _, mine = self.receiver.reader.prompt(text)
@@ -128,6 +143,8 @@ class LCFChannel(Channel):
             sharer.reader.content_bounds(chat, their_text),
         )
         aligned: list[int] = align(mine, theirs, pieces).tolist()[:-1]
+        if self.control == "mismatched":  # the two prompts have no characters in common
+            aligned = [n if n < len(tokens) else -1 for n in range(length)]
         if max(aligned, default=-1) < 0:
             expected = "a chat of which some token aligns with one of the sharer's"
             raise GeometryError(sharer.name, expected=expected, got=f"none of {len(prompt)} tokens")
@@ -143,6 +160,7 @@ class LCFXChannel(Channel):
         adapter: the receiver's, LCF-X, in eval mode; it must accept every sharer's half (`accept_sharer`).
         sharers: with the adapter itself, or a `SharerSide`.
         dtype: that messages are stored in, as `Message.to_bytes` takes it.
+        control, seed: as `LCFChannel`'s.
         spans: how a sharer's context is cut: ``"paragraphs"``, as given, or ``"one"``.
     """
 
@@ -156,20 +174,25 @@ class LCFXChannel(Channel):
         *,
         dtype: str = "bfloat16",
         spans: str = "paragraphs",
+        control: str = "matched",
+        seed: int = 0,
     ) -> None:
         super().__init__(receiver)
         if spans not in ("paragraphs", "one"):
             raise GeometryError("spans", expected="paragraphs or one", got=repr(spans))
         self.adapter, self.dtype, self.spans = adapter, dtype, spans
+        self.control, self.seed = check_control(control), seed
         self.sharers = _by_name(receiver, sharers)
 
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         receiver, batch = self.receiver, len(requests)
         sent: list[list[bytes]] = [[] for _ in requests]
+        told = sent_for(requests, self.control)
+        generator = torch.Generator().manual_seed(self.seed)
         for name, sharer in self.sharers.items():
-            rows = [row for row in rows_of(requests, name, self.sharers) if name in requests[row].sharer_contexts]
+            rows = [row for row in rows_of(told, name, self.sharers) if name in told[row].sharer_contexts]
             if rows:
-                written = self._messages(sharer, [requests[row].sharer_contexts[name] for row in rows], clock)
+                written = self._messages(sharer, [told[row].sharer_contexts[name] for row in rows], clock, generator)
                 for row, data in zip(rows, written):
                     sent[row].append(data)
         prompts = receiver.prompts([request.asked() for request in requests], room)
@@ -191,7 +214,9 @@ class LCFXChannel(Channel):
         # Also one alone: then messages of different sharers are of one origin, and can be stacked.
         return self.adapter.combine(read) if len(self.sharers) > 1 else read[0]
 
-    def _messages(self, sharer: Sharer, contexts: Sequence[Sequence[str]], clock: Clock) -> list[bytes]:
+    def _messages(
+        self, sharer: Sharer, contexts: Sequence[Sequence[str]], clock: Clock, generator: torch.Generator
+    ) -> list[bytes]:
         agent = sharer.agent
         read = [self._read(agent, paragraphs) for paragraphs in contexts]
         ids, mask = padded_left([tokens for tokens, _ in read], agent.padding(), agent.device)
@@ -203,6 +228,7 @@ class LCFXChannel(Channel):
             cache = agent.read(ids, mask)
         with clock.of("communication"):
             made = sharer.adapter.summarize(cache, spans, attention_mask=mask)
+            made = controlled_message(made, self.control, generator)
             return [one.to_bytes(dtype=self.dtype) for one in made.split()]
 
     def _read(self, agent: Agent, paragraphs: Sequence[str]) -> tuple[list[int], Bounds]:

@@ -21,6 +21,7 @@ class Request:
         context: what the receiver has read; in the shared-context channels the sharer reads it, too.
         sharer_contexts: by the sharer's name the paragraphs that it alone has read, each one span.
         sharers: who may help with this one; None: all that the channel has. ``()``: nobody.
+        decoy: another request, whose message is sent in this one's place under the mismatched control.
 
     Raises:
         GeometryError: an empty question, or a sharer's context without text.
@@ -30,6 +31,7 @@ class Request:
     context: str = ""
     sharer_contexts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sharers: tuple[str, ...] | None = None
+    decoy: Request | None = None
 
     def __post_init__(self) -> None:
         if not self.question.strip():

@@ -23,6 +23,7 @@ from lcf_fast.channels import (
     Sharer,
     TextChannel,
 )
+from lcf_fast.channels.controls import CONTROLS, controlled_cache
 from lcf_fast.errors import GeometryError, LCFError, MessageError, ShapeError
 from lcf_fast.sharer import SharerSide
 
@@ -259,6 +260,51 @@ def test_generates_options_reach_it(receiver: Agent) -> None:
     assert len({tuple(one.ids.tolist()) for one in sampled}) > 1
     beams = channel.answer(REQUESTS[:2], max_new_tokens=4, num_beams=3, do_sample=False)
     assert len(beams) == 2
+    assert beams[0].text == channel.answer(REQUESTS[:1], max_new_tokens=4, num_beams=3, do_sample=False)[0].text
+
+
+@pytest.mark.parametrize("name", ["lcf", "lcf_x"])
+@pytest.mark.parametrize("same_tokens", [False, True])
+def test_controls_send_something_else(name: str, same_tokens: bool, receiver: Agent) -> None:
+    sharer = agent("a", "qwen2", 2, template=CHATML_SYSTEM)
+    if same_tokens:
+        sharer = Agent("a", sharer.model, receiver.tokenizer)
+    adapter = adapter_of(sharer, receiver, cross_context=name == "lcf_x")
+
+    def logits(control: str, requests: Sequence[Request]) -> Tensor:
+        one = [Sharer(sharer, adapter)]
+        channel = LCFXChannel(receiver, adapter, one, control=control) if name == "lcf_x" else LCFChannel(
+            receiver, one, control=control)  # fmt: skip
+        return channel.next_logits(requests)[0]
+
+    requests = [replace(one, decoy=other) for one, other in zip(REQUESTS, REQUESTS[1:] + REQUESTS[:1])]
+    found = {control: logits(control, requests) for control in CONTROLS}
+    for i, one in enumerate(CONTROLS):
+        for other in CONTROLS[:i]:
+            assert float((found[one] - found[other]).abs().amax(1).min()) > 1e-3, (one, other)
+    assert torch.equal(logits("random", requests), found["random"])
+    assert torch.equal(logits("matched", REQUESTS), found["matched"])
+    if name == "lcf_x":  # what the decoys' message does is what it does when it is sent openly
+        told = [replace(one, sharer_contexts=one.decoy.sharer_contexts) for one in requests if one.decoy]
+        assert torch.equal(logits("matched", told), found["mismatched"])
+    with pytest.raises(GeometryError, match="decoy"):
+        logits("mismatched", REQUESTS)
+    with pytest.raises(GeometryError, match="decoy"):
+        logits("mismatched", [replace(REQUESTS[0], decoy=REQUESTS[0])])
+    with pytest.raises(GeometryError, match="control"):
+        logits("silence", REQUESTS)
+
+
+def test_random_numbers_have_the_moments_of_what_they_replace() -> None:
+    generator = torch.Generator().manual_seed(0)
+    cache = [(3 + 2 * torch.randn(2, 1, 400, 4), torch.randn(2, 1, 400, 4) - 5)]
+    mask = torch.ones(2, 400)
+    mask[0, :100] = 0
+    cache[0][0][0, :, :100] = 1e6  # padding counts for nothing
+    ((key, value),) = controlled_cache(cache, mask, "random", generator)
+    for made, mean, deviation in ((key, 3.0, 2.0), (value, -5.0, 1.0)):
+        assert float((made.mean(2) - mean).abs().max()) < 0.6
+        assert float((made.std(2) - deviation).abs().max()) < 0.5
 
 
 def other_pair(receiver: Agent) -> Channel:
