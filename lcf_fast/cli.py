@@ -119,8 +119,8 @@ def _print_adapter(console: Console, report: AdapterReport) -> None:
             (
                 str(layer.receiver_layer),
                 str(layer.sharer_layer),
-                f"{layer.key_gate:+.3f} {'open' if layer.key_open else 'shut'}",
-                f"{layer.value_gate:+.3f} {'open' if layer.value_open else 'shut'}",
+                f"{layer.key_gate:+.3g} {'open' if layer.key_open else 'shut'}",
+                f"{layer.value_gate:+.3g} {'open' if layer.value_open else 'shut'}",
                 f"{layer.down_sharer_norm:.4g}",
                 f"{layer.down_receiver_norm:.4g}",
                 f"{layer.up_key_norm:.4g}",

@@ -152,8 +152,8 @@ def test_tables_of_an_adapter(adapter_folder: Path, capsys: pytest.CaptureFixtur
     out, err = capsys.readouterr()
     assert err == ""
     assert f"LCF-X adapter {adapter_folder}" in out and "3 of 5" in out and "3 of 6" in out
-    (row,) = [line for line in out.splitlines() if "+0.700" in line]
-    assert row.replace("│", " ").split()[:6] == ["3", "1", "-1.000", "shut", "+0.700", "open"]
+    (row,) = [line for line in out.splitlines() if "+0.7 " in line]
+    assert row.replace("│", " ").split()[:6] == ["3", "1", "-1", "shut", "+0.7", "open"]
 
 
 def test_tables_of_a_message(message_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
