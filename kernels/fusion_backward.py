@@ -2,7 +2,7 @@
 the latent, and of the caches that ask for them.
 
 Between the passes nothing is kept but the forward pass's inputs. The backward pass makes the latents again, some
-layers at a time, in a workspace of at most `WORKSPACE` bytes (or one layer's): six launches each.
+layers at a time, six launches each: as many as fit into `WORKSPACE` bytes, or a quarter of all, whichever is more.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from .noise import NoiseArguments
 from .projection_backward import project_gradients, project_states
 from .weight_gradients import down_gradient, ffn_gradients
 
-#: Bytes of latents and their gradients at a time.
+#: Bytes of latents and their gradients at a time, where that is more than a quarter of all layers'.
 WORKSPACE = 48 << 20
+#: A quarter of all layers' is a twenty-fifth of what autograd would keep, and fills a GPU in every launch.
+PIECES = 4
 
 
 @dataclass
@@ -70,7 +72,7 @@ def fuse_layers_backward(
     sharer_tokens = None if sharer is None else sharer[0][0].shape[2]
     slots = [at for _, _, at in _slots(receiver, live)]
     blocks, width = stacked["norm_weight"].shape[1:]
-    most = layers_at_a_time(batch * (last - first), blocks, width)
+    most = layers_at_a_time(len(receiver), batch * (last - first), blocks, width)
     for rows in _pieces(sharer, receiver, live, most):
         some = {name: tensor[rows] for name, tensor in stacked.items()}
         own, other = receiver[rows], None if sharer is None else sharer[rows]
@@ -97,9 +99,9 @@ def fuse_layers_backward(
     return result
 
 
-def layers_at_a_time(rows: int, blocks: int, width: int) -> int:
-    """Layers whose latents and their gradients fit into `WORKSPACE`, for ``rows`` edited tokens in all items."""
-    return max(1, WORKSPACE // (2 * 4 * (blocks + 1) * rows * width))
+def layers_at_a_time(layers: int, rows: int, blocks: int, width: int) -> int:
+    """Of ``layers``, those whose latents and their gradients exist at once; ``rows``: edited tokens in all items."""
+    return max(-(-layers // PIECES), WORKSPACE // (2 * 4 * (blocks + 1) * rows * width))
 
 
 def joint_projection_backward(

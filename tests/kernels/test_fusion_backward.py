@@ -227,7 +227,8 @@ def test_gradients_are_the_same_bits_run_to_run_and_however_layers_are_cut(
     leaves = leaves_of(other, own, weights, None, True)
     with use_backend("triton"):
         first = gradients(ops.fuse_layers, leaves, 3, noise=NOISE)
-        monkeypatch.setattr(fusion_backward, "WORKSPACE", 2 * (8 * 3 * 66 * 64))
+        monkeypatch.setattr(fusion_backward, "WORKSPACE", 0)
+        monkeypatch.setattr(fusion_backward, "PIECES", 2)
         second = gradients(ops.fuse_layers, leaves, 3, noise=NOISE)
     for name, gradient in first.items():
         assert torch.equal(gradient, second[name]), name
