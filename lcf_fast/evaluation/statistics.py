@@ -1,0 +1,251 @@
+"""Paired statistics of channels on the same questions: tests, intervals, equivalence, correction. SciPy does them.
+
+Scores are of one question each, from 0 to 1: right or not, exact match, F1. ``first[i]`` and ``second[i]`` are of the
+same question. SciPy is imported when something is computed; without it, BackendError.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from ..errors import BackendError, ShapeError
+from .failures import EvaluationError
+
+__all__ = ["Accuracy", "Equivalence", "Interval", "McNemar", "Wilcoxon", "accuracy", "check_scipy", "equivalence"]
+__all__ += ["holm", "is_binary", "mcnemar", "mean_interval", "paired_interval", "wilcoxon"]
+
+#: Of a score: what a causal audit takes for no difference that matters, 2.8 points.
+MARGIN = 0.028
+RESAMPLES = 9_999
+# Resampled values held at once: 2 million float64 are 16 MB.
+_BATCH_VALUES = 2_000_000
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Right answers of ``items``, and the 95% interval of their share (Wilson)."""
+
+    right: int
+    items: int
+    share: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean, or a mean difference, between the ends of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Items right in the first alone (``gained``), in the second alone (``lost``), and the exact one-sided p."""
+
+    gained: int
+    lost: int
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Wilcoxon:
+    """Items with the higher score in the first (``gained``), in the second (``lost``), and the one-sided p."""
+
+    gained: int
+    lost: int
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Two one-sided tests (TOST): whether the mean difference lies within the margin, both ways.
+
+    Attributes:
+        difference: first minus second, with the interval of ``1 - 2 * alpha``.
+        equivalent: p_value below alpha.
+    """
+
+    difference: Interval
+    margin: float
+    p_value: float
+    equivalent: bool
+
+
+def accuracy(right: Sequence[bool]) -> Accuracy:
+    """Of one channel's answers, right or not."""
+    if not len(right):
+        raise ShapeError("right", expected="at least one answer", got="none")
+    count = sum(map(bool, right))
+    interval = _stats().binomtest(count, len(right)).proportion_ci(method="wilson")
+    return Accuracy(count, len(right), count / len(right), float(interval.low), float(interval.high))
+
+
+def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
+    """Exact: is the first right more often? p of as many gained items or more, were gained and lost as likely.
+
+    Raises:
+        ShapeError: not the same number of items, or none. EvaluationError: a score other than 0 and 1.
+    """
+    one, two = _pair(first, second)
+    if not (is_binary(one) and is_binary(two)):
+        expected = "answers that are right or not (of shares such as F1: wilcoxon)"
+        raise EvaluationError("first, second", expected=expected, got="scores between 0 and 1")
+    gained, lost = int((one > two).sum()), int((one < two).sum())
+    p_value = _stats().binomtest(gained, gained + lost, alternative="greater").pvalue if gained + lost else 1.0
+    return McNemar(gained, lost, float(p_value))
+
+
+def wilcoxon(first: Sequence[float], second: Sequence[float]) -> Wilcoxon:
+    """The signed-rank test: does the first score higher? Items of equal scores are left out, as Wilcoxon did.
+
+    Raises: as `paired_interval`.
+    """
+    one, two = _pair(first, second)
+    # (0.3 - 0.2) and (0.4 - 0.3) are one rank, not two that rounding tells apart.
+    differences = np.round(one - two, 12)
+    gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
+    p_value = _stats().wilcoxon(differences, alternative="greater").pvalue if gained + lost else 1.0
+    return Wilcoxon(gained, lost, float(p_value))
+
+
+def mean_interval(scores: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> Interval:
+    """The mean score with its bootstrap interval (BCa, items drawn again).
+
+    Raises:
+        ShapeError: no score. EvaluationError: a score outside 0 to 1.
+    """
+    return _bootstrap(_scores("scores", scores), confidence, seed)
+
+
+def paired_interval(
+    first: Sequence[float], second: Sequence[float], *, confidence: float = 0.95, seed: int = 0
+) -> Interval:
+    """The mean of first minus second with its paired bootstrap interval (BCa): items are drawn with both scores.
+
+    Raises:
+        ShapeError: not the same number of items, or none. EvaluationError: a score outside 0 to 1.
+    """
+    one, two = _pair(first, second)
+    return _bootstrap(one - two, confidence, seed)
+
+
+def equivalence(
+    first: Sequence[float], second: Sequence[float], *, margin: float = MARGIN, alpha: float = 0.05
+) -> Equivalence:
+    """Paired TOST by t tests: p is the larger of those against a difference of ``margin`` and of ``-margin``.
+
+    Where all differences are the same the t tests know no error at all. Then p is the chance to see that, were the
+    mean difference as large as the margin: at least ``(margin - |d|) / (1 - |d|)`` of all items then differ otherwise.
+
+    Raises:
+        ShapeError: not the same number of items, or fewer than 2. EvaluationError: a score outside 0 to 1, a margin
+            or an alpha outside 0 to 1.
+    """
+    one, two = _pair(first, second)
+    if not 0 < margin < 1:
+        raise EvaluationError("margin", expected="between 0 and 1 (0.028 is 2.8 points)", got=str(margin))
+    if not 0 < alpha < 0.5:
+        raise EvaluationError("alpha", expected="between 0 and 0.5", got=str(alpha))
+    differences = one - two
+    if len(differences) < 2:
+        raise ShapeError("first", expected="2 items or more", got="1")
+    mean = float(differences.mean())
+    if np.ptp(differences) <= 1e-12:
+        off = min(abs(mean), margin)
+        p_value = ((1 - margin) / (1 - off)) ** len(differences)
+        interval = Interval(mean, mean, mean)
+    else:
+        stats = _stats()
+        above = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
+        below = stats.ttest_1samp(differences, margin, alternative="less").pvalue
+        p_value = float(max(above, below))
+        found = stats.ttest_1samp(differences, 0.0).confidence_interval(1 - 2 * alpha)
+        interval = Interval(mean, float(found.low), float(found.high))
+    return Equivalence(interval, margin, p_value, p_value < alpha)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values adjusted for their number (Holm's step-down), in their order.
+
+    SciPy has corrections of the false discovery rate alone; statsmodels would come with pandas and patsy for these
+    lines. Its tests hold them against the definition: closed testing with Bonferroni's test of every subset.
+
+    Raises:
+        EvaluationError: a p value outside 0 to 1.
+    """
+    if not all(0 <= p <= 1 for p in p_values):
+        raise EvaluationError("p_values", expected="numbers from 0 to 1", got=str(list(p_values))[:80])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, at in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[at]))
+        adjusted[at] = largest
+    return adjusted
+
+
+def is_binary(scores: Any) -> bool:
+    """Whether every score is 0 or 1."""
+    values = np.asarray(scores, dtype=np.float64)
+    return bool(((values == 0) | (values == 1)).all())
+
+
+def check_scipy() -> None:
+    """Refuse before any work where nothing could be decided at its end."""
+    _stats()
+
+
+def _bootstrap(values: np.ndarray[Any, Any], confidence: float, seed: int) -> Interval:
+    if not 0 < confidence < 1:
+        raise EvaluationError("confidence", expected="between 0 and 1", got=str(confidence))
+    mean = float(values.mean())
+    if np.ptp(values) <= 1e-12:  # every resample is the same: BCa would divide by zero
+        return Interval(mean, mean, mean)
+    stats = _stats()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        found = stats.bootstrap(
+            (values,),
+            np.mean,
+            n_resamples=RESAMPLES,
+            batch=max(1, _BATCH_VALUES // len(values)),
+            confidence_level=confidence,
+            method="BCa",
+            rng=np.random.default_rng(seed),
+        )
+    low, high = map(float, found.confidence_interval)
+    if math.isnan(low) or math.isnan(high):  # BCa knows none for so few items: the percentiles
+        low, high = map(float, np.quantile(found.bootstrap_distribution, [(1 - confidence) / 2, (1 + confidence) / 2]))
+    return Interval(mean, low, high)
+
+
+def _pair(first: Sequence[float], second: Sequence[float]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    one, two = _scores("first", first), _scores("second", second)
+    if len(one) != len(two):
+        raise ShapeError("second", expected=f"{len(one)} scores, of the same items", got=str(len(two)))
+    return one, two
+
+
+def _scores(name: str, scores: Sequence[float]) -> np.ndarray[Any, Any]:
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1 or not len(values):
+        raise ShapeError(name, expected="a sequence of one score or more", got=f"shape {values.shape}")
+    if not ((values >= 0) & (values <= 1)).all():  # NaN is neither
+        raise EvaluationError(name, expected="scores from 0 to 1", got="others")
+    return values
+
+
+def _stats() -> Any:
+    try:
+        return import_module("scipy.stats")
+    except ImportError:
+        expected = "SciPy, which pip install 'lcf-fast[eval]' brings"
+        raise BackendError("statistics", expected=expected, got="an environment without it") from None

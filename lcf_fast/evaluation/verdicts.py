@@ -1,0 +1,134 @@
+"""Whether content crossed: what a channel's matching message does that another item's message does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .failures import EvaluationError
+from .statistics import Interval, holm, is_binary, mcnemar, paired_interval, wilcoxon
+
+__all__ = ["ALPHA", "NO_CONTENT", "Scores", "Verdict", "verdict", "verdicts"]
+
+#: A difference that chance alone makes more often than this is not shown.
+ALPHA = 0.001
+NO_CONTENT = "no content shown"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One channel's scores of the same items, each from 0 to 1.
+
+    Attributes:
+        matched: with the matching message.
+        mismatched: with another item's message.
+        none: of the receiver without any message; None where that was not run.
+    """
+
+    matched: Sequence[float]
+    mismatched: Sequence[float]
+    none: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the answers depend on what the message says.
+
+    Attributes:
+        content: matched minus mismatched, the mean and its paired bootstrap interval (95%).
+        crossed: that is above 0 by more than chance explains: ``p_adjusted`` below alpha.
+        gained, lost: items with the higher score with the matching message, and with the other item's.
+        test: what ``p_value`` (one-sided) is of.
+        p_adjusted: after Holm's correction for the channels judged together; of one channel ``p_value``.
+        gain: matched minus no message. surviving: mismatched minus no message: what is left of the gain when the
+            content is another's. None without scores of no message.
+        sentence: the same in words.
+    """
+
+    content: Interval
+    crossed: bool
+    gained: int
+    lost: int
+    test: str
+    p_value: float
+    p_adjusted: float
+    gain: Interval | None
+    surviving: Interval | None
+    sentence: str
+
+
+def verdict(
+    matched: Sequence[float],
+    mismatched: Sequence[float],
+    none: Sequence[float] | None = None,
+    *,
+    alpha: float = ALPHA,
+    seed: int = 0,
+) -> Verdict:
+    """Of one channel. Arguments as in `Scores`; ``seed`` is the bootstrap's.
+
+    Answers that are right or not are judged by exact McNemar, shares such as F1 by Wilcoxon's signed ranks.
+
+    Raises:
+        ShapeError: scores of different numbers of items, or of none. EvaluationError: a score or alpha outside 0 to 1.
+    """
+    return verdicts({"": Scores(matched, mismatched, none)}, alpha=alpha, seed=seed)[""]
+
+
+def verdicts(channels: Mapping[str, Scores], *, alpha: float = ALPHA, seed: int = 0) -> dict[str, Verdict]:
+    """Of several channels together, their p values adjusted for their number (Holm). Raises as `verdict`."""
+    if not 0 < alpha < 1:
+        raise EvaluationError("alpha", expected="between 0 and 1", got=str(alpha))
+    tests = {}
+    for name, scores in channels.items():
+        exact = is_binary(scores.matched) and is_binary(scores.mismatched)
+        test = mcnemar if exact else wilcoxon
+        tests[name] = ("exact McNemar" if exact else "Wilcoxon", test(scores.matched, scores.mismatched))
+    adjusted = holm([found.p_value for _, found in tests.values()])
+    made = {}
+    for (name, scores), (test_name, found), p_adjusted in zip(channels.items(), tests.values(), adjusted):
+        content = paired_interval(scores.matched, scores.mismatched, seed=seed)
+        gain = surviving = None
+        gains = False
+        if scores.none is not None:
+            gain = paired_interval(scores.matched, scores.none, seed=seed)
+            surviving = paired_interval(scores.mismatched, scores.none, seed=seed)
+            exact = is_binary(scores.matched) and is_binary(scores.none)
+            gains = (mcnemar if exact else wilcoxon)(scores.matched, scores.none).p_value < alpha
+        crossed = p_adjusted < alpha
+        p_text = f"{test_name}, p {_small(p_adjusted)}" + (", Holm" if len(channels) > 1 else "")
+        made[name] = Verdict(
+            content,
+            crossed,
+            found.gained,
+            found.lost,
+            test_name,
+            found.p_value,
+            p_adjusted,
+            gain,
+            surviving,
+            _sentence(content, gain, surviving, p_text, crossed, gains),
+        )
+    return made
+
+
+def _sentence(
+    content: Interval, gain: Interval | None, surviving: Interval | None, p_text: str, crossed: bool, gains: bool
+) -> str:
+    led = f"matched minus mismatched {_points(content)} ({p_text}): content crossed: {'yes' if crossed else NO_CONTENT}"
+    if gain is None or surviving is None:
+        return led
+    over = f"{100 * gain.value:+.1f} points over no message"
+    if gains and not crossed:
+        return f"{led}; the gain of {over} survives another item's message ({100 * surviving.value:+.1f})"
+    if gains:
+        return f"{led}; a gain of {over}, of which another item's message gives {100 * surviving.value:+.1f}"
+    return f"{led}; no gain is shown ({over})"
+
+
+def _points(interval: Interval) -> str:
+    return f"{100 * interval.value:+.1f} points ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
+
+
+def _small(p_value: float) -> str:
+    return f"= {p_value:.2g}" if p_value >= 1e-12 else "< 1e-12"
