@@ -7,10 +7,8 @@ do there. Nothing of a model is patched.
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor
 from ..caches import Pair
 from ..errors import GeometryError
 from .agent import Agent
+from .clock import Clock, LaunchCount
 from .request import Answer, Request, Timings
 
 __all__ = ["Channel", "Clock", "Prepared"]
@@ -39,38 +38,6 @@ class Prepared:
     mask: Tensor
     cache: list[Pair]
     sent: list[int]
-
-
-class Clock:
-    """Seconds of the parts of a call. On a GPU a part ends when the device has done it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._parts = {"sharer": 0.0, "communication": 0.0, "receiver": 0.0}
-        self._began = self._now()
-        self.first_token: float | None = None
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-    @contextmanager
-    def of(self, part: str) -> Iterator[None]:
-        """Count the block as a part: ``sharer``, ``communication`` or ``receiver``."""
-        began = self._now()
-        yield
-        self._parts[part] += self._now() - began
-
-    def token(self) -> None:
-        """The receiver has a new token."""
-        if self.first_token is None:
-            self.first_token = self._now() - self._began
-
-    def timings(self) -> Timings:
-        """All of it; the call has ended."""
-        end = self._now() - self._began
-        return Timings(**self._parts, first_token=end if self.first_token is None else self.first_token, end=end)
 
 
 class Channel(ABC):
@@ -152,6 +119,16 @@ class Channel(ABC):
         ).logits[:, -1]
         clock.token()
         return logits.float(), prepared.sent, clock.timings()
+
+    @torch.no_grad()
+    def launches(self, requests: Sequence[Request]) -> int | None:
+        """Kernels that the communication of a batch launches on a GPU; None elsewhere. Call it warm."""
+        check_requests(requests)
+        if self.receiver.device.type != "cuda":
+            return None
+        clock = LaunchCount(self.receiver.device)
+        self.prepare(requests, clock, 1)
+        return clock.launches
 
     def _rows_a_request(self, options: Mapping[str, Any]) -> int:
         """How many rows ``generate`` makes of one: its beams, or the answers asked for."""

@@ -143,6 +143,7 @@ def test_no_channel_is_what_generate_says_by_itself(attention: str, receiver: Ag
         torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=8, do_sample=False
     )
     (answer,) = NoneChannel(receiver).answer([request], max_new_tokens=8, do_sample=False)
+    assert NoneChannel(receiver).launches([request]) is None  # there is no GPU to launch on
     assert answer.ids.tolist() == out[0, len(ids) :].tolist()
     assert answer.sent == 0
     receiver.model.set_attn_implementation("sdpa")
