@@ -18,23 +18,31 @@ from ..training.trainer import Trainer
 from .jobs import Watch
 from .tasks import KEYS
 
-__all__ = ["Lessons", "Sample", "Stage", "make_adapter", "train_adapter"]
+__all__ = ["Course", "Lessons", "Sample", "make_adapter", "train_adapter"]
 
 BOTTLENECK = 64
 LEARNING_RATE, ITEMS = 3e-3, 64  # items a step
 #: The training gate's logit to begin with: open in all draws, at any temperature.
 GATE = 8.0
 
-#: Random items: (how many, generator) -> the batch.
-Sample = Callable[[int, torch.Generator], Batch]
+#: Random items: (step, how many, generator) -> the batch.
+Sample = Callable[[int, int, torch.Generator], Batch]
 
 
 @dataclass(frozen=True)
-class Stage:
-    """So many steps, on facts of the first ``keys`` keys (cross context)."""
+class Course:
+    """How an adapter is trained: so many steps, and for cross context, on facts of how many keys from which step on.
+
+    Several facts need few keys to begin with, as recall does: what keeps them apart in one message is of no use until
+    all of it is there.
+    """
 
     steps: int
-    keys: int = KEYS
+    keys: tuple[tuple[int, int], ...] = ((0, KEYS),)
+
+    def keys_at(self, step: int) -> int:
+        """At a step, 0-based."""
+        return [keys for first, keys in self.keys if first <= step][-1]
 
 
 class Lessons:
@@ -53,7 +61,7 @@ class Lessons:
         if index:
             raise IndexError("a step of the demo is one micro-batch")
         self.watch(step)
-        return self.sample(ITEMS, torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+        return self.sample(step, ITEMS, torch.Generator().manual_seed(self.seed * 1_000_003 + step))
 
 
 def make_adapter(sharer: Any, receiver: Any, *, cross_context: bool, seed: int) -> LatentCacheFlow:
@@ -75,38 +83,28 @@ def train_adapter(
     adapter: LatentCacheFlow,
     sharer: Any,
     receiver: Any,
-    stages: Sequence[tuple[Stage, Sample]],
+    steps: int,
+    sample: Sample,
     *,
     seed: int,
     watch: Watch,
 ) -> None:
-    """Train in place, one stage after the other, each a run of its own whose files are thrown away."""
-    steps, before = sum(stage.steps for stage, _ in stages), 0
+    """Train in place. The run's log and checkpoints are thrown away."""
 
     def tell(step: int) -> None:
-        if (before + step) % 10 == 0:
-            watch(f"step {before + step} of {steps}")
+        if step % 10 == 0:
+            watch(f"step {step} of {steps}")
 
-    for number, (stage, sample) in enumerate(stages):
-        settings = TrainingSettings(
-            steps=stage.steps,
-            batch_size=ITEMS,
-            micro_batch_size=ITEMS,
-            learning_rate=LEARNING_RATE,
-            seed=seed + number,
-            precision="fp32",
-            device="cpu",
-        )
-        data = Lessons(sample, seed + number, tell)
-        with TemporaryDirectory(prefix="lcf-demo-") as folder:
-            Trainer(
-                adapter,
-                receiver,
-                data,
-                Path(folder) / "run",
-                settings=settings,
-                sharer=sharer,
-                save_every=stage.steps,
-                progress=False,
-            ).run()
-        before += stage.steps
+    settings = TrainingSettings(
+        steps=steps,
+        batch_size=ITEMS,
+        micro_batch_size=ITEMS,
+        learning_rate=LEARNING_RATE,
+        seed=seed,
+        precision="fp32",
+        device="cpu",
+    )
+    data = Lessons(sample, seed, tell)
+    with TemporaryDirectory(prefix="lcf-demo-") as folder:
+        run = Path(folder) / "run"
+        Trainer(adapter, receiver, data, run, settings=settings, sharer=sharer, save_every=steps, progress=False).run()

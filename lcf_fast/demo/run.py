@@ -28,9 +28,9 @@ from .experiments import (
     learn_sharer,
 )
 from .jobs import Display, Job, Workers
-from .lessons import Stage
+from .lessons import Course
 from .statistics import Accuracy, Verdict, accuracy, verdict
-from .tasks import CHANCE, SecretTable
+from .tasks import CHANCE, KEYS, SecretTable
 
 __all__ = ["FULL", "QUICK", "Agent", "Channel", "Experiment", "Plan", "Results", "run_demo"]
 
@@ -41,8 +41,8 @@ class Plan:
 
     Attributes:
         sharer, receiver: the two models' sizes.
-        cross: stages of LCF-X's training, by number of facts; those of the nearest smaller number serve for others.
-        shared: stages of LCF's training.
+        cross: LCF-X's training, by number of facts; that of the nearest smaller number serves for others.
+        shared: LCF's training.
         most_facts: that an agent learns to recall from its context: its own two and those told in text.
         agent_steps: at which an agent is taken as it is; None: when it has learned its task.
         items: that each accuracy of LCF-X is measured on (LCF: all pairs held out).
@@ -51,8 +51,8 @@ class Plan:
 
     sharer: AgentSize
     receiver: AgentSize
-    cross: dict[int, tuple[Stage, ...]]
-    shared: tuple[Stage, ...]
+    cross: dict[int, Course]
+    shared: Course
     items: int
     rounds: int
     most_facts: int = 6
@@ -120,11 +120,11 @@ FULL = Plan(
     sharer=_FULL_SHARER,
     receiver=_FULL_RECEIVER,
     cross={
-        1: (Stage(steps=350),),
-        2: (Stage(steps=250, keys=2), Stage(steps=900)),
-        4: (Stage(steps=250, keys=4), Stage(steps=900)),
+        1: Course(350),
+        2: Course(1500, ((0, 2), (600, 4), (900, KEYS))),
+        4: Course(1200, ((0, 4), (600, KEYS))),
     },
-    shared=(Stage(steps=350),),
+    shared=Course(350),
     items=1000,
     rounds=30,
 )
@@ -132,8 +132,8 @@ FULL = Plan(
 QUICK = Plan(
     sharer=AgentSize(layers=2, width=64, heads=2, kv_heads=2),
     receiver=AgentSize(layers=2, width=64, heads=2, kv_heads=1),
-    cross={1: (Stage(steps=10),)},
-    shared=(Stage(steps=10),),
+    cross={1: Course(10)},
+    shared=Course(10),
     items=50,
     rounds=3,
     agent_steps=30,
@@ -168,7 +168,7 @@ def run_demo(plan: Plan, *, facts: Sequence[int], seed: int, out: Path, workers:
             for n in facts
         ]
         studies.append(Study("LCF", 1, plan.shared, plan.items, seeds[20]))
-        longest_first = sorted(studies, key=lambda study: -sum(stage.steps for stage in study.stages))
+        longest_first = sorted(studies, key=lambda study: -study.course.steps)
         found = pool.run([Job(study.name, carry_out, (study, agents)) for study in longest_first])
     findings = {study.name: each for study, each in zip(longest_first, found)}
     sharer, receiver = agents.load()
@@ -209,7 +209,7 @@ def _experiment(
         facts=study.facts,
         spans=study.facts if study.method == "LCF-X" else 0,
         parameters=adapter.parameter_count(),
-        training_steps=sum(stage.steps for stage in study.stages),
+        training_steps=study.course.steps,
         training_cpu=findings.training_cpu,
         channels=tuple(Channel(c, accuracy(right[c]), sent[c], times[c]) for c in CHANNELS),
         verdict=verdict(right[MATCHED], right[MISMATCHED]),

@@ -83,5 +83,5 @@ def _scipy_stats() -> Any:
     try:
         return import_module("scipy.stats")
     except ImportError:
-        expected = "SciPy (pip install scipy)"
+        expected = "SciPy, which pip install 'lcf-fast[plot]' brings"
         raise BackendError("statistics", expected=expected, got="an environment without it") from None
