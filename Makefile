@@ -8,7 +8,7 @@ OUT ?= out/gpu
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
-PYTEST := $(BIN)/pytest -q -n 2 -m "not gpu and not slow"
+PYTEST := $(BIN)/pytest -q -n 2 --durations=12 -m "not gpu and not slow"
 
 .PHONY: help test test-slow bench demo gpu lint clean
 
