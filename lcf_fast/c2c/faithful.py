@@ -1,0 +1,111 @@
+"""The fuser as the released code runs it, operation by operation: for timing beside ours, and for nothing else.
+
+Written from the description of what that code does in a prefill (github.com/thu-nics/C2C, 69eb705): both caches are
+cloned whole, the receiver's twice; in each layer four tensors are flattened by a copy and then concatenated by another;
+closed gates are computed and multiplied by zero; the gate is float32, which promotes all that follows; and four
+blocking copies to the host keep what analysis scripts may read. Inference only; no masks and no index, which that code
+does not have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..caches import Pair, cache_layers, rebuild_cache
+from ..errors import DTypeError, LCFError, ShapeError
+from .fuser import C2CFuser
+from .projector import C2CProjector
+
+__all__ = ["Captured", "faithful_fuse"]
+
+#: What one layer leaves on the host: both sides' weights ``(B, Hr, N, 1)`` and gate logits.
+Captured = tuple[Tensor, Tensor, float, float]
+
+
+@torch.no_grad()
+def faithful_fuse(
+    fuser: C2CFuser, sharer_cache: Any, receiver_cache: Any, captured: list[Captured] | None = None
+) -> Any:
+    """What :meth:`C2CFuser.fuse` gives in eval mode, to rounding, at the released code's cost.
+
+    Args:
+        fuser: its parameters must have the caches' dtype.
+        sharer_cache, receiver_cache: caches of one batch size and one length.
+        captured: gets what each layer leaves on the host.
+
+    Returns:
+        A new cache of the receiver's kind.
+
+    Raises:
+        GeometryError, ShapeError, DTypeError: naming the argument.
+    """
+    config, captured = fuser.config, [] if captured is None else captured
+    receiver = cache_layers(receiver_cache, name="receiver_cache", geometry=config.receiver)
+    sharer = cache_layers(sharer_cache, name="sharer_cache", geometry=config.sharer)
+    _check(fuser, sharer, receiver)
+    kept_aside = _clone(receiver)
+    theirs, ours = _clone(sharer), _clone(receiver)
+    for projector, t, s in zip(fuser.projectors, fuser.kept, fuser.reads):
+        assert isinstance(projector, C2CProjector)
+        key, value = _forward(projector, theirs[s], ours[t], captured)
+        ours[t][0][:, :, :] = key
+        ours[t][1][:, :, :] = value
+    del kept_aside  # never read, as there; alive until here, as there
+    return rebuild_cache(receiver_cache, ours)
+
+
+def _check(fuser: C2CFuser, sharer: list[Pair], receiver: list[Pair]) -> None:
+    (own, _), (other, _) = receiver[0], sharer[0]
+    if (own.shape[0], own.shape[2]) != (other.shape[0], other.shape[2]):
+        expected = f"batch size and length {(own.shape[0], own.shape[2])} as the receiver's"
+        raise ShapeError("sharer_cache", expected=expected, got=str((other.shape[0], other.shape[2])))
+    for parameter in fuser.parameters():
+        if not parameter.dtype == own.dtype == other.dtype:
+            got = f"{parameter.dtype}, {own.dtype} and {other.dtype}"
+            raise DTypeError("fuser", expected="one dtype of parameters and both caches", got=got)
+    if fuser.training:
+        raise LCFError("fuser", expected="a fuser in eval mode (fuser.eval())", got="training mode")
+
+
+def _clone(layers: list[Pair]) -> list[Pair]:
+    return [(key.clone(), value.clone()) for key, value in layers]
+
+
+def _flat(cache: Tensor) -> Tensor:
+    batch, heads, length, dim = cache.shape
+    return cache.transpose(1, 2).contiguous().view(batch, length, heads * dim)
+
+
+def _mlp(blocks: nn.Module, h: Tensor) -> Tensor:
+    for block in blocks.blocks:  # type: ignore[union-attr]
+        inner = block.w1(block.norm(h))
+        h = h + block.w2(nn.functional.gelu(inner))
+    return h
+
+
+def _forward(p: C2CProjector, sharer: Pair, receiver: Pair, captured: list[Captured]) -> Pair:
+    modules = dict(p.named_children())
+    batch, heads, length, dim = receiver[0].shape
+    flat = [(_flat(s), _flat(r)) for s, r in zip(sharer, receiver)]
+    joined = [torch.cat(pair, dim=-1) for pair in flat]
+    hidden = [modules[f"{side}_in"](x) for side, x in zip(("key", "value"), joined)]
+    hidden = [_mlp(modules[f"{side}_mlp1"], h) for side, h in zip(("key", "value"), hidden)]
+    updates, weights, edited = [], [], []
+    for side, h in zip(("key", "value"), hidden):
+        update = modules[f"{side}_proj_out"](_mlp(modules[f"{side}_proj_mlp2"], h))
+        updates.append(update.view(batch, length, heads, dim).transpose(1, 2))
+    for side, h in zip(("key", "value"), hidden):
+        scalar = modules[f"{side}_scalar_head"](_mlp(modules[f"{side}_scalar_mlp2"], h))
+        weights.append(scalar.permute(0, 2, 1).unsqueeze(-1))
+    logits = [p.get_parameter(f"{side}_gate_logit") for side in ("key", "value")]
+    gates = [(logit.view(1, 1, 1, 1) > 0).float() for logit in logits]
+    weights = [torch.sigmoid(weight) for weight in weights]
+    for own, gate, weight, update in zip(receiver, gates, weights, updates):
+        edited.append(own + gate * weight * update)
+    on_host = [weight.detach().cpu() for weight in weights]
+    numbers = [float(logit.detach().cpu().item()) for logit in logits]
+    captured.append((on_host[0], on_host[1], numbers[0], numbers[1]))
+    return edited[0], edited[1]
