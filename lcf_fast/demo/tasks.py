@@ -32,6 +32,7 @@ __all__ = [
     "CrossItems",
     "SecretTable",
     "SharedItems",
+    "characters",
     "cross_items",
     "echo_lines",
     "others",
@@ -52,6 +53,11 @@ NOTHING = -100
 HELD_OUT = 0.25
 
 _CHARACTERS = "ABCDEFGHIJKLMNOP" + "abcdefghijklmnop" + "αβγδεζηθικλμνξοπρστυφχψωάέήίόύώϊ" + "?"
+
+
+def characters() -> str:
+    """Of each token, by its id."""
+    return _CHARACTERS
 
 
 def written(ids: Tensor) -> list[str]:

@@ -1,0 +1,54 @@
+"""The demo's agents and items in the forms that everything else reads: model folders with tokenizers, JSON lines.
+
+So what works with published models works with these, without a download: ``lcf-fast train``, `lcf_fast.channels`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..files import write_whole
+from .tasks import CrossItems, characters, written
+
+__all__ = ["agent_tokenizer", "save_agent", "save_items"]
+
+#: A chat is its contents, one after the other: the agents know no roles.
+_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def agent_tokenizer() -> Any:
+    """A fast tokenizer of the agents' language: a token a character; line ends, which join texts, are none.
+
+    A character that is not of the language reads as the blank.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = characters()
+    made = Tokenizer(models.WordLevel({character: i for i, character in enumerate(known)}, unk_token=known[-1]))
+    made.normalizer = normalizers.Replace(Regex(r"\s"), "")
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token=known[-1], pad_token=known[-1])
+    tokenizer.chat_template = _TEMPLATE
+    return tokenizer
+
+
+def save_agent(model: Any, folder: Path) -> None:
+    """A model and its tokenizer, as ``from_pretrained`` of transformers reads them."""
+    model.save_pretrained(folder)
+    agent_tokenizer().save_pretrained(folder)
+
+
+def save_items(items: CrossItems, path: Path) -> None:
+    """JSON lines of cross context: a paragraph a fact, the key as the question, the value as the answer."""
+    sharers = [written(facts) for facts in items.sharer_facts]
+    own, keys, answers = (
+        written(ids) for ids in (items.receiver_facts.flatten(1), items.keys[:, None], items.answers[:, None])
+    )
+    lines = [
+        {"id": str(i), "sharer_context": theirs, "receiver_context": mine, "question": key, "answer": answer}
+        for i, (theirs, mine, key, answer) in enumerate(zip(sharers, own, keys, answers))
+    ]
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
