@@ -21,6 +21,7 @@ from ..training.model_fingerprint import model_sample
 from ..training.step import positions_of
 from .agent import Agent, padded_left
 from .base import Channel, Clock, Prepared, check_requests
+from .controls import Control, check_control, controlled_cache, sent_for
 from .kvcomm_attention import Layout, check_implementation, ragged_attention
 from .kvcomm_selection import LayerSelection, alpha_for, layer_scores, top_layers
 from .request import Answer, Request, Timings
@@ -67,6 +68,8 @@ class KVCommChannel(Channel):
         original_mask: the mask of the original code: in layers that are not shared its columns are the wrong ones, so
             that while the prompt is read its tokens see later ones, too.
         name: as reports call it.
+        control: what is sent (`lcf_fast.channels.controls`).
+        seed: of the random control.
 
     Raises:
         GeometryError: a sharer of other weights, names that are not unique, a ratio or alpha out of range, a model
@@ -84,9 +87,11 @@ class KVCommChannel(Channel):
         alpha: float | None = None,
         original_mask: bool = False,
         name: str = "kvcomm",
+        control: str = "matched",
+        seed: int = 0,
     ) -> None:
         super().__init__(receiver)
-        self.name = name
+        self.name, self.control, self.seed = name, check_control(control), seed
         self.geometry = CacheGeometry.of(receiver.model)
         _check_model(receiver)
         check_implementation(receiver.model)
@@ -127,9 +132,9 @@ class KVCommChannel(Channel):
             GeometryError: a request that no sharer has a context for. And as `answer` does.
         """
         clock = Clock(self.receiver.device)
-        plan = self._plan([request], 0)
+        plan = self._plan([request], [request], 0)
         everything = frozenset(range(self.geometry.layers))
-        shared = self._share(plan, everything, clock)
+        shared = self._share(plan, everything, clock, "matched")
         if shared.layout is None:
             expected = f"a context for a sharer of {', '.join(self.sharers)}"
             raise GeometryError("request", expected=expected, got="none")
@@ -170,8 +175,8 @@ class KVCommChannel(Channel):
         `ragged_attention`, as `answer` and `next_logits` do."""
         check_requests(requests)
         whole = self.whole_layers
-        plan = self._plan(requests, room)
-        shared = self._share(plan, whole, clock)
+        plan = self._plan(requests, sent_for(requests, self.control), room)
+        shared = self._share(plan, whole, clock, self.control)
         ids, mask = self._padded(plan.prompts)
         with ragged_attention(self.receiver.model) as attention, clock.of("receiver"):
             attention.layout = shared.layout
@@ -188,15 +193,16 @@ class KVCommChannel(Channel):
     # --- reading
     # -----------------------------------------------------------------------------------------
 
-    def _plan(self, requests: Sequence[Request], room: int) -> _Plan:
-        """Tokens of everything, checked against the model's limits."""
+    def _plan(self, requests: Sequence[Request], told: Sequence[Request], room: int) -> _Plan:
+        """Tokens of the requests' prompts and of the contexts that go with ``told``, checked against the model's
+        limits."""
         receiver = self.receiver
         prompts = receiver.prompts([request.asked() for request in requests], room)
         contexts: dict[str, dict[int, list[int]]] = {}
         for name, sharer in self.sharers.items():
-            rows = [row for row in rows_of(requests, name, self.sharers) if name in requests[row].sharer_contexts]
+            rows = [row for row in rows_of(told, name, self.sharers) if name in told[row].sharer_contexts]
             if rows:
-                texts = {row: "\n\n".join(requests[row].sharer_contexts[name]) for row in rows}
+                texts = {row: "\n\n".join(told[row].sharer_contexts[name]) for row in rows}
                 contexts[name] = {row: sharer.reader.text(text)[0] for row, text in texts.items()}
         for row, prompt in enumerate(prompts):
             length = sum(len(read[row]) for read in contexts.values() if row in read)
@@ -211,10 +217,11 @@ class KVCommChannel(Channel):
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         return padded_left(prompts, self.receiver.padding(), self.receiver.device)
 
-    def _share(self, plan: _Plan, whole: frozenset[int], clock: Clock) -> _Shared:
+    def _share(self, plan: _Plan, whole: frozenset[int], clock: Clock, control: Control) -> _Shared:
         """Let the sharers read; gather what crosses, a segment of columns for each."""
         device, batch = self.receiver.device, len(plan.prompts)
         lengths, sent, helpers = [0] * batch, [0] * batch, [0] * batch
+        generator = torch.Generator().manual_seed(self.seed)
         segments: list[list[Pair]] = []
         masks = [torch.zeros(batch, 0, dtype=torch.int64, device=device)]
         starts: list[int] = []
@@ -223,6 +230,7 @@ class KVCommChannel(Channel):
             with clock.of("sharer"):
                 mask, cache = _read(self.sharers[name], list(read.values()), [lengths[row] for row in rows])
             with clock.of("communication"):
+                cache = controlled_cache(cache, mask, control, generator)
                 crossing = [
                     pair if layer in whole else (pair[0][:, :, :1], pair[1][:, :, :1])
                     for layer, pair in enumerate(cache)
