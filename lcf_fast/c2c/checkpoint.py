@@ -4,8 +4,6 @@
 strings. Projector ``i`` is ``projector_i.pt``, a state dict, and ``projector_i.json``, its class and widths
 (``{"class": "C2CProjector", "init_args": {...}}``). How many layers the two models have stands in neither, so what is
 written here has ``geometry.json`` beside them, which the released code does not look at.
-
-Files are written under other names and moved into place, ``projector_config.json`` last.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ import json
 import os
 import pickle
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -61,6 +60,18 @@ def save(fuser: C2CFuser, directory: str | os.PathLike[str]) -> None:
     """Write a fuser into ``directory``, which is made if need be; projectors of another one there are removed."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
+    # All files are written before the first is moved, and while they are moved there is no map: what a full disk leaves
+    # is the old fuser, and what a kill leaves is never taken for one.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
+        count = _write(fuser, Path(name))
+        (folder / MAP_FILE).unlink(missing_ok=True)
+        for path in sorted(Path(name).iterdir(), key=lambda path: path.name == MAP_FILE):
+            os.replace(path, folder / path.name)
+    _remove_others(folder, count)
+
+
+def _write(fuser: C2CFuser, folder: Path) -> int:
+    """All files of a fuser; the number of its projectors."""
     config = fuser.config
     index: dict[int, int] = {}  # projectors that layers share are written once
     for projector in fuser.projectors:
@@ -75,13 +86,13 @@ def save(fuser: C2CFuser, directory: str | os.PathLike[str]) -> None:
         for side, names in _SIDES.items():
             arguments |= {theirs: getattr(getattr(config, side), ours) for ours, theirs in names.items()}
         _write_json(folder / f"projector_{i}.json", {"class": CLASS, "init_args": arguments | {"dtype": dtype}})
-    _remove_others(folder, len(index))
     spec = config.layer_map
     sides = {side: _entry(getattr(config, side)) for side in _SIDES}
     described = {"format": FORMAT, "format_version": FORMAT_VERSION, **sides}
     _write_json(folder / GEOMETRY_FILE, described | {"layer_map": spec if isinstance(spec, str) else list(spec)})
     layers = {str(t): [[s, index[id(projector)]]] for t, s, projector in zip(fuser.kept, fuser.reads, fuser.projectors)}
     _write_json(folder / MAP_FILE, {RECEIVER_NAME: {SHARER_NAME: layers}})
+    return len(index)
 
 
 def _entry(geometry: CacheGeometry) -> dict[str, int]:

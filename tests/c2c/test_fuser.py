@@ -337,7 +337,7 @@ def test_no_sync_on_a_gpu(make_fuser: MakeFuser, device: torch.device) -> None:
     """On a CPU: that the same call works; on a GPU it may not wait."""
     fuser = make_fuser(device=device, logits=[(1.0, 1.0)] * 5)
     sharer, receiver = caches(device=device)
-    options = {
+    options: Any = {
         "attention_mask": torch.ones(2, 5, device=device),
         "sharer_index": torch.zeros(2, 5, device=device).long(),
     }
