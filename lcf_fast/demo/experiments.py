@@ -9,11 +9,10 @@ from typing import Any, Literal
 import torch
 
 from ..adapter import LatentCacheFlow
-from ..training.batches import Batch
 from .agents import AgentSize, make_agent, teach_recall, teach_table
 from .channels import CHANNELS, CrossChannels, SharedChannels
 from .jobs import Watch, pack, unpack
-from .lessons import Course, Sample, make_adapter, train_adapter
+from .lessons import Sample, Stage, make_adapter, train_adapter
 from .tasks import CrossItems, SecretTable, SharedItems, cross_items, others
 
 __all__ = [
@@ -58,9 +57,13 @@ class Study:
 
     method: Literal["LCF-X", "LCF"]
     facts: int
-    course: Course
+    stages: tuple[Stage, ...]
     items: int
     seed: int
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
 
     @property
     def name(self) -> str:
@@ -106,8 +109,8 @@ def carry_out(study: Study, agents: Agents, watch: Watch) -> Findings:
     table = agents.table()
     adapter = make_adapter(sharer, receiver, cross_context=study.method == "LCF-X", seed=study.seed)
     began = time.process_time()
-    sample = _sample(study, table)
-    train_adapter(adapter, sharer, receiver, study.course.steps, sample, seed=study.seed + 1, watch=watch)
+    lessons = [(stage, _sample(study, stage, table)) for stage in study.stages]
+    train_adapter(adapter, sharer, receiver, lessons, seed=study.seed + 1, watch=watch)
     spent = time.process_time() - began
     watch("measuring")
     generator = torch.Generator().manual_seed(study.seed + 2)
@@ -135,12 +138,7 @@ def adapter_of(study: Study, findings: Findings, sharer: Any, receiver: Any) -> 
     return adapter.eval()
 
 
-def _sample(study: Study, table: SecretTable) -> Sample:
+def _sample(study: Study, stage: Stage, table: SecretTable) -> Sample:
     if study.method == "LCF":
-        return lambda step, items, generator: table.sample(items, generator).batch()
-
-    def cross(step: int, items: int, generator: torch.Generator) -> Batch:
-        keys = max(study.course.keys_at(step), study.facts)
-        return cross_items(items, study.facts, generator, keys=keys).batch()
-
-    return cross
+        return lambda items, generator: table.sample(items, generator).batch()
+    return lambda items, generator: cross_items(items, study.facts, generator, keys=stage.keys).batch()

@@ -18,31 +18,28 @@ from ..training.trainer import Trainer
 from .jobs import Watch
 from .tasks import KEYS
 
-__all__ = ["Course", "Lessons", "Sample", "make_adapter", "train_adapter"]
+__all__ = ["Lessons", "Sample", "Stage", "make_adapter", "train_adapter"]
 
 BOTTLENECK = 64
 LEARNING_RATE, ITEMS = 3e-3, 64  # items a step
 #: The training gate's logit to begin with: open in all draws, at any temperature.
 GATE = 8.0
 
-#: Random items: (step, how many, generator) -> the batch.
-Sample = Callable[[int, int, torch.Generator], Batch]
+#: Random items: (how many, generator) -> the batch.
+Sample = Callable[[int, torch.Generator], Batch]
 
 
 @dataclass(frozen=True)
-class Course:
-    """How an adapter is trained: so many steps, and for cross context, on facts of how many keys from which step on.
+class Stage:
+    """A run of so many steps; for cross context, on facts of the first ``keys`` keys alone.
 
     Several facts need few keys to begin with, as recall does: what keeps them apart in one message is of no use until
-    all of it is there.
+    all of it is there. A stage has a learning rate of its own, which rises and falls to zero: one run over the same
+    steps did worse.
     """
 
     steps: int
-    keys: tuple[tuple[int, int], ...] = ((0, KEYS),)
-
-    def keys_at(self, step: int) -> int:
-        """At a step, 0-based."""
-        return [keys for first, keys in self.keys if first <= step][-1]
+    keys: int = KEYS
 
 
 class Lessons:
@@ -61,7 +58,7 @@ class Lessons:
         if index:
             raise IndexError("a step of the demo is one micro-batch")
         self.watch(step)
-        return self.sample(step, ITEMS, torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+        return self.sample(ITEMS, torch.Generator().manual_seed(self.seed * 1_000_003 + step))
 
 
 def make_adapter(sharer: Any, receiver: Any, *, cross_context: bool, seed: int) -> LatentCacheFlow:
@@ -83,28 +80,33 @@ def train_adapter(
     adapter: LatentCacheFlow,
     sharer: Any,
     receiver: Any,
-    steps: int,
-    sample: Sample,
+    stages: Sequence[tuple[Stage, Sample]],
     *,
     seed: int,
     watch: Watch,
 ) -> None:
-    """Train in place. The run's log and checkpoints are thrown away."""
+    """Train in place, one stage after the other. The runs' logs and checkpoints are thrown away."""
+    steps, before = sum(stage.steps for stage, _ in stages), 0
 
     def tell(step: int) -> None:
-        if step % 10 == 0:
-            watch(f"step {step} of {steps}")
+        if (before + step) % 10 == 0:
+            watch(f"step {before + step} of {steps}")
 
-    settings = TrainingSettings(
-        steps=steps,
-        batch_size=ITEMS,
-        micro_batch_size=ITEMS,
-        learning_rate=LEARNING_RATE,
-        seed=seed,
-        precision="fp32",
-        device="cpu",
-    )
-    data = Lessons(sample, seed, tell)
-    with TemporaryDirectory(prefix="lcf-demo-") as folder:
-        run = Path(folder) / "run"
-        Trainer(adapter, receiver, data, run, settings=settings, sharer=sharer, save_every=steps, progress=False).run()
+    for number, (stage, sample) in enumerate(stages):
+        settings = TrainingSettings(
+            steps=stage.steps,
+            batch_size=ITEMS,
+            micro_batch_size=ITEMS,
+            learning_rate=LEARNING_RATE,
+            seed=seed + number,
+            precision="fp32",
+            device="cpu",
+        )
+        data = Lessons(sample, seed + number, tell)
+        with TemporaryDirectory(prefix="lcf-demo-") as folder:
+            out = Path(folder) / "run"
+            trainer = Trainer(
+                adapter, receiver, data, out, settings=settings, sharer=sharer, save_every=stage.steps, progress=False
+            )
+            trainer.run()
+        before += stage.steps

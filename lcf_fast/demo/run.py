@@ -28,9 +28,9 @@ from .experiments import (
     learn_sharer,
 )
 from .jobs import Display, Job, Workers
-from .lessons import Course
+from .lessons import Stage
 from .statistics import Accuracy, Verdict, accuracy, verdict
-from .tasks import CHANCE, KEYS, SecretTable
+from .tasks import CHANCE, SecretTable
 
 __all__ = ["FULL", "QUICK", "Agent", "Channel", "Experiment", "Plan", "Results", "run_demo"]
 
@@ -51,8 +51,8 @@ class Plan:
 
     sharer: AgentSize
     receiver: AgentSize
-    cross: dict[int, Course]
-    shared: Course
+    cross: dict[int, tuple[Stage, ...]]
+    shared: tuple[Stage, ...]
     items: int
     rounds: int
     most_facts: int = 6
@@ -120,11 +120,11 @@ FULL = Plan(
     sharer=_FULL_SHARER,
     receiver=_FULL_RECEIVER,
     cross={
-        1: Course(350),
-        2: Course(1500, ((0, 2), (600, 4), (900, KEYS))),
-        4: Course(1200, ((0, 4), (600, KEYS))),
+        1: (Stage(350),),
+        2: (Stage(600, keys=2), Stage(400, keys=4), Stage(500)),
+        3: (Stage(450, keys=4), Stage(450)),
     },
-    shared=Course(350),
+    shared=(Stage(350),),
     items=1000,
     rounds=30,
 )
@@ -132,8 +132,8 @@ FULL = Plan(
 QUICK = Plan(
     sharer=AgentSize(layers=2, width=64, heads=2, kv_heads=2),
     receiver=AgentSize(layers=2, width=64, heads=2, kv_heads=1),
-    cross={1: Course(10)},
-    shared=Course(10),
+    cross={1: (Stage(10),)},
+    shared=(Stage(10),),
     items=50,
     rounds=3,
     agent_steps=30,
@@ -168,7 +168,7 @@ def run_demo(plan: Plan, *, facts: Sequence[int], seed: int, out: Path, workers:
             for n in facts
         ]
         studies.append(Study("LCF", 1, plan.shared, plan.items, seeds[20]))
-        longest_first = sorted(studies, key=lambda study: -study.course.steps)
+        longest_first = sorted(studies, key=lambda study: -study.steps)
         found = pool.run([Job(study.name, carry_out, (study, agents)) for study in longest_first])
     findings = {study.name: each for study, each in zip(longest_first, found)}
     sharer, receiver = agents.load()
@@ -209,7 +209,7 @@ def _experiment(
         facts=study.facts,
         spans=study.facts if study.method == "LCF-X" else 0,
         parameters=adapter.parameter_count(),
-        training_steps=study.course.steps,
+        training_steps=study.steps,
         training_cpu=findings.training_cpu,
         channels=tuple(Channel(c, accuracy(right[c]), sent[c], times[c]) for c in CHANNELS),
         verdict=verdict(right[MATCHED], right[MISMATCHED]),

@@ -116,7 +116,7 @@ def test_an_agent_that_does_not_learn_is_tried_again_and_then_named(monkeypatch:
 
 def test_lessons_depend_on_seed_and_step_alone() -> None:
     def lessons(seed: int) -> Lessons:
-        return Lessons(lambda step, items, generator: cross_items(items, 2, generator).batch(), seed, nobody)
+        return Lessons(lambda items, generator: cross_items(items, 2, generator).batch(), seed, nobody)
 
     first, again, other = lessons(1), lessons(1), lessons(2)
     first.batch(0, 0)
