@@ -112,6 +112,7 @@ def write_png(results: Results, path: Path) -> None:
     accuracies.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.02), frameon=False)
     sizes.set(ylabel="bytes sent")
     sizes.set_yscale("symlog", linthresh=1)
+    sizes.set_ylim(0, 4 * max(c.sent for e in results.experiments for c in e.channels))
     times.set(ylabel="time to first\ntoken, ms")
     times.set_xticks(range(len(names)), names)
     with whole_file(path) as file:
