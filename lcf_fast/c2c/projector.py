@@ -138,12 +138,11 @@ class C2CProjector(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
 
         def linear(name: str, rows: Tensor) -> Tensor:
-            module = self.get_submodule(f"{side}_{name}")
-            weight, bias = (module.get_parameter(part).to(rows.dtype) for part in ("weight", "bias"))
-            return F.linear(rows, weight, bias)
+            module = getattr(self, f"{side}_{name}")
+            return F.linear(rows, module.weight.to(rows.dtype), module.bias.to(rows.dtype))
 
         def blocks(name: str, rows: Tensor) -> Tensor:
-            result: Tensor = self.get_submodule(f"{side}_{name}")(rows, dropout, generator)
+            result: Tensor = getattr(self, f"{side}_{name}")(rows, dropout, generator)
             return result
 
         hidden = blocks("mlp1", linear("in", pack_rows(sharer, receiver, sharer_index, edit_mask)))
@@ -163,12 +162,13 @@ class C2CProjector(nn.Module):
         uniform = torch.rand(like.shape, generator=generator, device=like.device, dtype=dtype)
         # `rand` gives 0 now and then, and never 1.
         gumbel = -(-uniform.clamp_min_(1e-20).log()).log()
-        return ((self.get_parameter(f"{side}_gate_logit") + gumbel) / self.gate_temperature).sigmoid()
+        logit: Tensor = getattr(self, f"{side}_gate_logit")
+        return ((logit + gumbel) / self.gate_temperature).sigmoid()
 
 
 def open_gates(projectors: list[C2CProjector]) -> list[tuple[bool, bool]]:
     """The hard gates on the host, read in one transfer: ``(key open, value open)`` each."""
-    logits = [p.get_parameter(f"{side}_gate_logit").detach() for p in projectors for side in SIDES]
+    logits = [logit.detach() for p in projectors for logit in (p.key_gate_logit, p.value_gate_logit)]
     opened = [logit > 0 for logit in torch.stack(logits).tolist()]
     return list(zip(opened[::2], opened[1::2]))
 
