@@ -31,7 +31,8 @@ def backward_cases(chip: str, width: int, dtype: str, *, noise: bool = False) ->
     config = backward_config(width, 4 if dtype == "fp32" else 2, chip)
     types: dict[str, Any] = dict.fromkeys(("sharer_keys", "sharer_values", "receiver_keys"), ("i64",) * LAYERS)
     types |= dict.fromkeys(("receiver_values", "keys", "values", "codes"), ("i64",) * LAYERS)
-    types |= dict.fromkeys((*WEIGHTS, "start", "grad"), f"*{dtype}") | dict.fromkeys(_FLOATS, "*fp32")
+    # Parameters are float32 in training, whatever the caches are.
+    types |= {"grad": f"*{dtype}"} | dict.fromkeys((*WEIGHTS, "start", *_FLOATS), "*fp32")
     types |= {"index": "*i32", "keep_scale": "fp32", "inverse_temperature": "fp32"}
     common = {"WIDTH": width, "BLOCK_T": config.block_tokens, "DTYPE": FLOATS[dtype], "PRECISION": "ieee"}
     rows = {"HAS_INDEX": True, "HAS_SHARER": True, "LAYERS": LAYERS}

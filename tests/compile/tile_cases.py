@@ -58,6 +58,8 @@ def fusion_case(
     types: dict[str, Any] = dict.fromkeys(tables, ("i64",) * LAYERS)
     types |= dict.fromkeys((*WEIGHTS, "out"), f"*{dtype}")
     types |= {"index": "*i32", "start": "*fp32" if message else f"*{dtype}"}
+    if noise:  # training, whose parameters are float32
+        types |= dict.fromkeys((*WEIGHTS, "start"), "*fp32")
     types |= dict.fromkeys(("keep_scale", "inverse_temperature"), "fp32")
     if message:
         sharer = (1, 1024)  # the launcher gives channels only
