@@ -66,7 +66,7 @@ def test_a_finished_cell_is_known(tmp_path: Path) -> None:
         assert not again.is_finished(other)
     with pytest.raises(EvaluationError, match="not finished"):
         again.append(cell(), made(cell(), [True]))
-    with pytest.raises(EvaluationError, match="limit: 5 instead of 3$") as caught:
+    with pytest.raises(EvaluationError, match=r"limit: 5 instead of 3$") as caught:
         again.is_finished(cell(limit=5))
     assert "another folder" in caught.value.expected
     with pytest.raises(EvaluationError, match="settings"):
@@ -77,7 +77,7 @@ def test_a_finished_cell_is_known(tmp_path: Path) -> None:
 
 
 def test_digests_are_of_the_settings_alone() -> None:
-    text = r'{"limit": 3, "prompt": {"text": "\u00e9"}, "receiver": "r", "sharer": "s"}'  # in every version of this package
+    text = r'{"limit": 3, "prompt": {"text": "\u00e9"}, "receiver": "r", "sharer": "s"}'  # in every version
     expected = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     assert cell().digest == cell("none", MISMATCHED).digest == expected
     assert cell(limit=4).digest != cell().digest
