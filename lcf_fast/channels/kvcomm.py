@@ -1,6 +1,6 @@
 """KVComm as a channel: sharers with the receiver's own weights hand on the cache of what they read, in some layers.
 
-After Shi et al., "KVComm", arXiv 2510.03346; training-free. A sharer prefills its context alone. The receiver prefills
+After KVComm (arXiv 2510.03346); training-free. A sharer prefills its context alone. The receiver prefills
 its prompt with the sharer's keys and values before its own in the chosen layers, its positions going on where the
 context ends. Layer 0 is always shared whole; all other layers keep the context's first token, an attention sink.
 """

@@ -59,7 +59,8 @@ class Layout:
             queries = columns[own.shape[-1] - own.shape[-2] :, None]
             seen = columns <= queries + self.ahead[:, None, None, None]
             own = torch.where(seen, own[..., -1:, :], own)  # the last query's row leaves out padding alone
-        cut = torch.cat([mask[..., list(self.starts)], own], -1)
+        sinks = [mask[..., start : start + 1] for start in self.starts]
+        cut = torch.cat([*sinks, own], -1)
         assert held == cut.shape[-1], (held, cut.shape)
         return cut
 

@@ -16,6 +16,7 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from lcf_fast.channels import Agent, NoneChannel, Request
+from lcf_fast.channels.base import Clock
 from lcf_fast.channels.kvcomm import KVCommChannel, LayerSelection
 from lcf_fast.channels.kvcomm_selection import layer_scores, top_layers
 from lcf_fast.errors import BackendError, CheckpointError, GeometryError, IndexRangeError, ShapeError
@@ -328,6 +329,19 @@ def test_sampling_beams_stopping_and_streaming_are_generates() -> None:
     assert timings.sharer + timings.communication + timings.receiver < timings.first_token <= timings.end
 
 
+@torch.no_grad()
+def test_what_is_prepared_is_ragged() -> None:
+    """Chosen layers hold the context, the others its first token; the model is as it was."""
+    made = model()
+    channel = channel_of(made, layers=(2,))
+    prepared = channel.prepare(REQUESTS[1:2], Clock(torch.device("cpu")), 1)
+    context, prompt = map(len, tokens(REQUESTS[1]))
+    lengths = [key.shape[2] for key, _ in prepared.cache]
+    assert lengths == [(context if layer in (0, 2) else 1) + prompt - 1 for layer in range(LAYERS)]
+    assert prepared.ids.shape == prepared.mask.shape == (1, context + prompt)
+    assert made.config._attn_implementation == "sdpa"
+
+
 def test_the_models_own_attention_is_set_back() -> None:
     made = model(attention="eager")
     channel = channel_of(made, layers=(2,))
@@ -387,6 +401,9 @@ def test_what_refuses() -> None:
         KVCommChannel(receiver, [Agent("a", model(rms_norm_eps=1e-3), TOKENIZER)])
     with pytest.raises(GeometryError, match="within one model"):
         KVCommChannel(receiver, [Agent("a", model().to(torch.bfloat16), TOKENIZER)])
+    rounded, wide = model().to(torch.bfloat16), model().to(torch.bfloat16).float()  # the same numbers
+    with pytest.raises(GeometryError, match="bfloat16"):
+        KVCommChannel(Agent("me", rounded, TOKENIZER), [Agent("a", wide, TOKENIZER)])
     with pytest.raises(GeometryError, match="twice"):
         KVCommChannel(receiver, [sharer, sharer])
     for ratio in (0.0, 1.1, float("nan")):
