@@ -2,6 +2,8 @@
 
 from .agent import Agent
 from .base import Channel
+from .kvcomm import KVCommChannel
+from .kvcomm_selection import LayerSelection
 from .lcf import LCFChannel, LCFXChannel, Sharer
 from .plain import FullContextChannel, NoneChannel
 from .request import Answer, Request, Timings
@@ -12,8 +14,10 @@ __all__ = [
     "Answer",
     "Channel",
     "FullContextChannel",
+    "KVCommChannel",
     "LCFChannel",
     "LCFXChannel",
+    "LayerSelection",
     "NoneChannel",
     "Request",
     "Sharer",
