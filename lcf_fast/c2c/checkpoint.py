@@ -9,9 +9,11 @@ written here has ``geometry.json`` beside them, which the released code does not
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import fields
@@ -54,6 +56,8 @@ _SIDES = {
     "receiver": {"kv_heads": "target_num_heads", "head_dim": "target_dim"},
 }
 _BUFFER = "gate_temperature"
+#: Of the folder that a save writes to first; a kill may leave one.
+_ASIDE = ".saving-"
 
 
 def save(fuser: C2CFuser, directory: str | os.PathLike[str]) -> None:
@@ -62,7 +66,9 @@ def save(fuser: C2CFuser, directory: str | os.PathLike[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # All files are written before the first is moved, and while they are moved there is no map: what a full disk leaves
     # is the old fuser, and what a kill leaves is never taken for one.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
+    for left in folder.glob(f"{_ASIDE}*"):
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=_ASIDE) as name:
         count = _write(fuser, Path(name))
         (folder / MAP_FILE).unlink(missing_ok=True)
         for path in sorted(Path(name).iterdir(), key=lambda path: path.name == MAP_FILE):
@@ -314,6 +320,9 @@ def _fill(
             raise CheckpointError(f"{path}: {name}", expected=str(tuple(meta.shape)), got=got)
         if not tensors[name].is_floating_point():
             raise CheckpointError(f"{path}: {name}", expected="a float dtype", got=str(tensors[name].dtype))
+    if not 0 < float(tensors[_BUFFER]) < math.inf:
+        got = str(float(tensors[_BUFFER]))
+        raise CheckpointError(f"{path}: {_BUFFER}", expected="a finite number above 0", got=got)
     # Copies: a parameter that stays a view of the file would change, or crash, with it.
     copies = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in tensors.items()}
     module.load_state_dict(copies, assign=True)

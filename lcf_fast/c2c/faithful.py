@@ -3,8 +3,7 @@
 Written from the description of what that code does in a prefill (github.com/thu-nics/C2C, 69eb705): both caches are
 cloned whole, the receiver's twice; in each layer four tensors are flattened by a copy and then concatenated by another;
 closed gates are computed and multiplied by zero; the gate is float32, which promotes all that follows; and four
-blocking copies to the host keep what analysis scripts may read. Inference only; no masks and no index, which that code
-does not have.
+blocking copies to the host keep what analysis scripts may read. Inference only.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 
 from ..caches import Pair, cache_layers, rebuild_cache
 from ..errors import DTypeError, LCFError, ShapeError
-from .fuser import C2CFuser
+from .fuser import C2CFuser, part_of, with_rest
 from .projector import C2CProjector
 
-__all__ = ["Captured", "faithful_fuse"]
+__all__ = ["Captured", "FaithfulFuser", "faithful_fuse"]
 
 #: What one layer leaves on the host: both sides' weights ``(B, Hr, N, 1)`` and gate logits.
 Captured = tuple[Tensor, Tensor, float, float]
@@ -55,6 +54,55 @@ def faithful_fuse(
         ours[t][1][:, :, :] = value
     del kept_aside  # never read, as there; alive until here, as there
     return rebuild_cache(receiver_cache, ours)
+
+
+class FaithfulFuser:
+    """A fuser whose :meth:`fuse` runs the released operations, to be timed where a fuser is taken.
+
+    They know neither masks nor an index: what these ask for is done around them, and costs what it costs.
+
+    Args:
+        fuser: in eval mode, of the caches' dtype.
+    """
+
+    def __init__(self, fuser: C2CFuser) -> None:
+        self.fuser, self.config = fuser, fuser.config
+        self.sharer_geometry, self.receiver_geometry = fuser.sharer_geometry, fuser.receiver_geometry
+
+    @torch.no_grad()
+    def fuse(
+        self,
+        sharer_cache: Any,
+        receiver_cache: Any,
+        *,
+        sharer_index: Tensor | None = None,
+        positions: tuple[int, int] | None = None,
+        attention_mask: Tensor | None = None,
+        sharer_attention_mask: Tensor | None = None,
+    ) -> Any:
+        """As :meth:`C2CFuser.fuse`, to rounding."""
+        call = self.fuser.checked(
+            sharer_cache, receiver_cache, sharer_index, positions, attention_mask, sharer_attention_mask
+        )
+        if call.stop == call.start or call.sharer[0][0].shape[2] == 0:
+            return rebuild_cache(receiver_cache, call.receiver)
+        theirs = [_rows(pair, call.rows) if call.rows is not None else part_of(pair, call) for pair in call.sharer]
+        edited = faithful_fuse(self.fuser, theirs, [part_of(pair, call) for pair in call.receiver])
+        layers = list(call.receiver)
+        for t in self.fuser.kept:
+            new = list(edited[t])
+            if call.mask is not None:
+                shown = call.mask[:, None, :, None]
+                new = [torch.where(shown, n, o) for n, o in zip(new, part_of(layers[t], call))]
+            key, value = (with_rest(o, n, call) for o, n in zip(layers[t], new))
+            layers[t] = (key, value)
+        return rebuild_cache(receiver_cache, layers)
+
+
+def _rows(pair: Pair, rows: Tensor) -> Pair:
+    """The rows ``(B, N)`` of a cache: ``(B, H, N, D)`` each."""
+    key, value = (t.gather(2, rows[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])) for t in pair)
+    return key, value
 
 
 def _check(fuser: C2CFuser, sharer: list[Pair], receiver: list[Pair]) -> None:

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from ..caches import Pair, cache_layers, check_pairs, rebuild_cache
 from ..checks import check_index, check_positions
+from ..config import CacheGeometry
 from ..errors import DTypeError, GeometryError, IndexRangeError, ShapeError
 from ..inputs import check_device, hide_padding, known_length, real_tokens
 from .config import C2CConfig
 from .projector import C2CProjector, open_gates
 
-__all__ = ["C2CFuser"]
+__all__ = ["C2CFuser", "Call", "part_of", "with_rest"]
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """A call's arguments, checked: what to edit, and with what."""
 
     sharer: list[Pair]
@@ -111,7 +112,7 @@ class C2CFuser(nn.Module):
         Args, result and errors: as :meth:`lcf_fast.LatentCacheFlow.fuse`. On a GPU the rows that ``sharer_index`` names
         are not read by the host: one beyond the sharer's cache counts as "none".
         """
-        call = self._checked(
+        call = self.checked(
             sharer_cache, receiver_cache, sharer_index, positions, attention_mask, sharer_attention_mask
         )
         layers = list(call.receiver)
@@ -127,18 +128,18 @@ class C2CFuser(nn.Module):
                 continue
             own = call.receiver[t]
             edited = projector(
-                self._part(call.sharer[s], call) if call.rows is None else call.sharer[s],
-                self._part(own, call),
+                part_of(call.sharer[s], call) if call.rows is None else call.sharer[s],
+                part_of(own, call),
                 sharer_index=call.rows,
                 edit_mask=call.mask,
                 live=live,
                 generator=generator,
             )
-            key, value = (_with_rest(old, new, call) if on else old for old, new, on in zip(own, edited, live))
+            key, value = (with_rest(old, new, call) if on else old for old, new, on in zip(own, edited, live))
             layers[t] = (key, value)
         return rebuild_cache(receiver_cache, layers)
 
-    def _checked(
+    def checked(
         self,
         sharer_cache: Any,
         receiver_cache: Any,
@@ -146,7 +147,8 @@ class C2CFuser(nn.Module):
         positions: tuple[int, int] | None,
         attention_mask: Tensor | None,
         sharer_attention_mask: Tensor | None,
-    ) -> _Call:
+    ) -> Call:
+        """What :meth:`fuse` is given, checked and brought into one form."""
         aligned = sharer_index is None  # then both have one length, and either mask tells it
         lengths = sharer_index, attention_mask, sharer_attention_mask if aligned else None
         receiver = self._layers_of("receiver_cache", receiver_cache, *lengths)
@@ -178,7 +180,7 @@ class C2CFuser(nn.Module):
         if visible is not None:
             mask = visible if mask is None else mask & visible
         mask, index = (None if part is None else part[:, start:stop] for part in (mask, index))
-        return _Call(sharer, receiver, index, mask, start, stop)
+        return Call(sharer, receiver, index, mask, start, stop)
 
     def _layers_of(self, name: str, cache: Any, *lengths: Tensor | None) -> list[Pair]:
         """The whole model's layers, those that are read all checked."""
@@ -186,12 +188,6 @@ class C2CFuser(nn.Module):
         pairs = cache_layers(cache, name=name, geometry=geometry, length=known_length(*lengths), every_layer=False)
         check_pairs(pairs, name, geometry)
         return pairs
-
-    @staticmethod
-    def _part(pair: Pair, call: _Call) -> Pair:
-        """Of the positions to edit."""
-        key, value = (tensor[:, :, call.start : call.stop] for tensor in pair)
-        return key, value
 
     def _each(self) -> Sequence[C2CProjector]:
         return cast("Sequence[C2CProjector]", self.projectors)
@@ -205,6 +201,14 @@ class C2CFuser(nn.Module):
         if self._gates is None or self._gates[0] != state:
             self._gates = (state, open_gates(list(self._each())))
         return self._gates[1]
+
+    @property
+    def sharer_geometry(self) -> CacheGeometry:
+        return self.config.sharer
+
+    @property
+    def receiver_geometry(self) -> CacheGeometry:
+        return self.config.receiver
 
     def parameter_count(self) -> int:
         """Number of parameters held, over the kept layers; a projector that two layers share counts once."""
@@ -262,7 +266,13 @@ class C2CFuser(nn.Module):
         return f"C2C, {sides}, hidden={c.hidden}, {layers}"
 
 
-def _with_rest(old: Tensor, new: Tensor, call: _Call) -> Tensor:
+def part_of(pair: Pair, call: Call) -> Pair:
+    """The positions to edit."""
+    key, value = (tensor[:, :, call.start : call.stop] for tensor in pair)
+    return key, value
+
+
+def with_rest(old: Tensor, new: Tensor, call: Call) -> Tensor:
     """An edited range put back between the positions that were not to be edited."""
     if (call.start, call.stop) == (0, old.shape[2]):
         return new

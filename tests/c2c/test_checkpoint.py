@@ -245,6 +245,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a tensor missing": (of_state(lambda c: {k: v for k, v in c.items() if k != "key_in.bias"}), "missing key_in.bias"),
     "a tensor too many": (of_state(lambda c: {**c, "bias": torch.zeros(1)}), "unknown bias"),
     "a wrong shape": (of_state(lambda c: {**c, "value_in.bias": torch.zeros(17)}), r"value_in.bias: expected \(16,\)"),
+    "no temperature": (of_state(lambda c: {**c, "gate_temperature": torch.tensor(0.0)}), "above 0"),
     "ints": (of_state(lambda c: {**c, "value_in.bias": torch.zeros(16, dtype=torch.int64)}), "float dtype"),
 }
 
@@ -338,8 +339,10 @@ def test_a_save_that_is_killed_while_files_move_is_no_fuser(
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match=r"projector_config\.json"):
         C2CFuser.from_pretrained(tmp_path)
+    (tmp_path / ".saving-killed").mkdir()
     make_fuser().save_pretrained(tmp_path)
     C2CFuser.from_pretrained(tmp_path)
+    assert not list(tmp_path.glob(".saving-*"))
 
 
 def test_models_give_their_geometry(tmp_path: Path) -> None:

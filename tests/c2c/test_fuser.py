@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import ADVERSARIES, LAYOUTS, Adversary, Layout, Pair, assert_within_budget, make_cache, to_double
 from lcf_fast import CacheGeometry
-from lcf_fast.c2c import C2CConfig, C2CFuser, C2CProjector, faithful_fuse
+from lcf_fast.c2c import C2CConfig, C2CFuser, C2CProjector, FaithfulFuser, faithful_fuse
 from lcf_fast.c2c.faithful import Captured
 from lcf_fast.config import c2c_parameters_per_layer
 from lcf_fast.errors import (
@@ -175,6 +175,15 @@ def test_masks_positions_and_index(make_fuser: MakeFuser, indexed: bool, positio
         sharer_attention_mask=theirs,
     )
     assert_as_loops(got, fuser, sharer, receiver, row_of)
+    original = FaithfulFuser(fuser).fuse(
+        sharer,
+        receiver,
+        sharer_index=index,
+        positions=positions,
+        attention_mask=ours,
+        sharer_attention_mask=theirs,
+    )
+    assert_as_loops(original, fuser, sharer, receiver, row_of)
 
 
 def test_rows_do_not_depend_on_each_other(make_fuser: MakeFuser) -> None:
