@@ -1,0 +1,196 @@
+"""Asking channels the questions of sets, under every control, cell by cell; and the files that a run leaves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..channels.base import Channel
+from ..channels.request import Request
+from ..files import write_whole
+from ..training.counting import counted
+from .choice import choice_token_ids, letters, predicted_choices
+from .extractive import score_answer
+from .failures import EvaluationError
+from .predictions import CONTROLS, Cell, Prediction, PredictionStore
+from .report import markdown
+from .sets import Question
+from .summary import Summary, summarize, summary_json
+
+__all__ = ["AskedSet", "Entrant", "Item", "choice_item", "evaluate", "with_decoys", "write_report"]
+
+REPORT, SUMMARY = "report.md", "summary.json"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question and what is right.
+
+    Attributes:
+        answer: the text, of an extractive question; the letter, of multiple choice.
+        choices: how many, of multiple choice; 0 otherwise.
+    """
+
+    id: str
+    request: Request
+    answer: str
+    choices: int = 0
+
+
+@dataclass(frozen=True)
+class AskedSet:
+    """Items under a name; all of one kind."""
+
+    name: str
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A channel in all its controls.
+
+    Attributes:
+        make: the channel under a control.
+        controls: that it is run under; of a channel that sends nothing of its own "matched" alone.
+        settings: that its answers depend on and that are its own: the adapter's digest, bytes' dtype ...
+    """
+
+    name: str
+    make: Callable[[str], Channel]
+    controls: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+
+def choice_item(question: Question) -> Item:
+    """A multiple-choice question as the receiver is asked it: choices with their letters, one to be named."""
+    names = letters(len(question.choices))
+    listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(names, question.choices))
+    text = f"{question.question}\n\n{listed}\n\nAnswer with the letter of the right choice."
+    return Item(question.id, Request(text), names[question.answer_index], len(question.choices))
+
+
+def with_decoys(items: Sequence[Item]) -> tuple[Item, ...]:
+    """Each item with another one, of another answer, whose message is sent under the mismatched control.
+
+    Raises:
+        EvaluationError: all items have one answer.
+    """
+    found = []
+    for i, item in enumerate(items):
+        others = (items[(i + step) % len(items)] for step in range(1, len(items)))
+        other = next((other for other in others if other.answer != item.answer), None)
+        if other is None:
+            expected = "two items of different answers, for the mismatched control"
+            raise EvaluationError("items", expected=expected, got=f"{len(items)} of one answer")
+        found.append(replace(item, request=replace(item.request, decoy=other.request)))
+    return tuple(found)
+
+
+def evaluate(
+    entrants: Sequence[Entrant],
+    sets: Sequence[AskedSet],
+    folder: str | os.PathLike[str],
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 32,
+    settings: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> Summary:
+    """Every entrant on every set under each of its controls. A cell that ``folder`` holds already is not run again.
+
+    Answers are greedy. Multiple choice is judged by the logits of the letters, extractive answers by EM and F1.
+
+    Args:
+        settings: that all cells depend on: models, data. Cells of other settings in the folder are refused.
+        progress: whether it is shown how far each cell is.
+
+    Raises:
+        EvaluationError: no entrant or set, names that come twice, an unknown control; settings other than the folder's.
+            And what channels raise.
+    """
+    _check_names("entrants", [entrant.name for entrant in entrants])
+    _check_names("sets", [asked.name for asked in sets])
+    store = PredictionStore(folder)
+    for asked in sets:
+        for entrant in entrants:
+            for control in entrant.controls:
+                if control not in CONTROLS:
+                    raise EvaluationError("control", expected=" or ".join(CONTROLS), got=repr(control))
+                own = {"max_new_tokens": max_new_tokens, "items": len(asked.items), **entrant.settings}
+                cell = Cell(asked.name, entrant.name, control, {**(settings or {}), **own})
+                if not store.is_finished(cell):
+                    channel = entrant.make(control)
+                    label = f"{asked.name}, {entrant.name}, {control}"
+                    store.append(cell, _ask(channel, cell, asked.items, batch_size, max_new_tokens, label, progress))
+    return summarize(store.read(), progress=progress)
+
+
+def write_report(summary: Summary, folder: str | os.PathLike[str], *, plots: bool = True) -> list[Path]:
+    """``summary.json``, ``report.md`` and, with matplotlib, ``bytes.png`` and ``first_token.png``."""
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / SUMMARY, summary_json(summary).encode())
+    write_whole(out / REPORT, markdown(summary).encode())
+    written = [out / SUMMARY, out / REPORT]
+    if plots:
+        from .plots import write_png
+
+        write_png(summary, out / "bytes.png", "bytes")
+        write_png(summary, out / "first_token.png", "first_token")
+        written += [out / "bytes.png", out / "first_token.png"]
+    return written
+
+
+def _check_names(what: str, names: Sequence[str]) -> None:
+    if not names:
+        raise EvaluationError(what, expected="at least one", got="none")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise EvaluationError(what, expected="names of their own", got=f"{twice[0]!r} twice")
+
+
+def _ask(
+    channel: Channel,
+    cell: Cell,
+    items: Sequence[Item],
+    batch_size: int,
+    max_new_tokens: int,
+    label: str,
+    progress: bool,
+) -> list[Prediction]:
+    made: list[Prediction] = []
+    # Of one length, more or less, in a batch: less padding. The order of the record stays the set's.
+    order = sorted(range(len(items)), key=lambda i: len(items[i].request.question) + len(items[i].request.context))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    for rows in counted(batches, label, total=len(batches), shown=progress):
+        some = [items[row] for row in rows]
+        made += _choose(channel, cell, some) if some[0].choices else _say(channel, cell, some, max_new_tokens)
+    by_id = {prediction.id: prediction for prediction in made}
+    return [by_id[item.id] for item in items]
+
+
+def _say(channel: Channel, cell: Cell, items: Sequence[Item], max_new_tokens: int) -> list[Prediction]:
+    answers = channel.answer([item.request for item in items], max_new_tokens=max_new_tokens, do_sample=False)
+    found = []
+    for item, said in zip(items, answers):
+        score = score_answer(said.text, item.answer)
+        part: dict[str, Any] = {"em": score.exact, "f1": score.f1, "timings": asdict(said.timings), "sent": said.sent}
+        found.append(Prediction(item.id, *cell.key, said.text, **part))
+    return found
+
+
+def _choose(channel: Channel, cell: Cell, items: Sequence[Item]) -> list[Prediction]:
+    reader = channel.receiver.reader
+    logits, sent, timings = channel.next_logits([item.request for item in items])
+    tokens = [
+        choice_token_ids(reader.tokenizer, reader.render(item.request.asked()), item.choices) for item in items
+    ]  # fmt: skip
+    found = []
+    for item, choice, size in zip(items, predicted_choices(logits, tokens), sent):
+        letter = letters(item.choices)[choice]
+        right = letter == item.answer
+        found.append(Prediction(item.id, *cell.key, letter, correct=right, timings=asdict(timings), sent=size))
+    return found

@@ -1,0 +1,137 @@
+"""A whole evaluation over channels of tiny models: cells, controls, resuming, and what it writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_agents import adapter_of, agent
+
+from lcf_fast.channels import Channel, LCFXChannel, NoneChannel, Request, Sharer
+from lcf_fast.evaluation.failures import EvaluationError
+from lcf_fast.evaluation.predictions import PredictionStore
+from lcf_fast.evaluation.run import AskedSet, Entrant, Item, choice_item, evaluate, with_decoys, write_report
+from lcf_fast.evaluation.sets import Question
+from lcf_fast.evaluation.verdicts import NO_CONTENT
+
+WORDS = ("cat", "city", "user", "France", "seven", "Paris")
+
+
+def facts(count: int) -> AskedSet:
+    items = [
+        Item(str(i), Request(f"Where is {i}?", "One two.", {"a": (f"It is {WORDS[i % 6]}.",)}), WORDS[i % 6])
+        for i in range(count)
+    ]
+    return AskedSet("facts", with_decoys(items))
+
+
+def choices(count: int) -> AskedSet:
+    asked = [Question(str(i), "letters", f"Which is {i}?", ("one", "two", "three"), i % 3) for i in range(count)]
+    return AskedSet("letters", with_decoys([choice_item(question) for question in asked]))
+
+
+@pytest.fixture(scope="module")
+def entrants() -> list[Entrant]:
+    receiver, sharer = agent("me", "qwen3", 1), agent("a", "qwen2", 2)
+    adapter = adapter_of(sharer, receiver, cross_context=True)
+
+    def crossing(control: str) -> Channel:
+        return LCFXChannel(receiver, adapter, [Sharer(sharer, adapter)], control=control)
+
+    return [
+        Entrant("none", lambda control: NoneChannel(receiver), ("matched",), {}),
+        Entrant("lcf_x", crossing, ("matched", "mismatched", "zero", "random"), {"dtype": "bfloat16"}),
+    ]
+
+
+def test_every_cell_is_there_and_says_what_the_channel_says(entrants: list[Entrant], tmp_path: Path) -> None:
+    asked = facts(7)
+    summary = evaluate(entrants, [asked, choices(5)], tmp_path, batch_size=3, max_new_tokens=4)
+    store = PredictionStore(tmp_path)
+    predictions = store.read()
+    assert len(predictions) == 5 * (7 + 5)
+    channel = entrants[1].make("mismatched")
+    found = {p.id: p for p in predictions if (p.set, p.channel, p.control) == ("facts", "lcf_x", "mismatched")}
+    assert list(found) == [item.id for item in asked.items], "the record is not in the set's order"
+    for item in asked.items:
+        (said,) = channel.answer([item.request], max_new_tokens=4, do_sample=False)
+        assert found[item.id].prediction == said.text
+        assert found[item.id].sent == said.sent > 0
+    letters = [p for p in predictions if p.set == "letters"]
+    assert {p.prediction for p in letters} <= {"A", "B", "C"}
+    assert all(p.correct == (p.prediction == "ABC"[int(p.id) % 3]) for p in letters)
+    result = {one.set: one for one in summary.sets}["facts"]
+    assert [one.channel for one in result.channels] == ["none", "lcf_x"]
+    verdict = result.channels[1].verdict
+    assert verdict is not None
+    assert NO_CONTENT in verdict.sentence, "nothing was learned, so nothing may be claimed"
+
+
+def test_a_finished_cell_is_not_run_again(entrants: list[Entrant], tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def watched(entrant: Entrant) -> Entrant:
+        def make(control: str) -> Channel:
+            made.append(f"{entrant.name} {control}")
+            if len(made) == stop:
+                raise KeyboardInterrupt
+            return entrant.make(control)
+
+        return replace(entrant, make=make)
+
+    stop = 3
+    some = [watched(entrant) for entrant in entrants]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(some, [facts(4)], tmp_path, max_new_tokens=2)
+    assert len(PredictionStore(tmp_path).read()) == 2 * 4
+    made.clear()
+    stop = -1
+    summary = evaluate(some, [facts(4)], tmp_path, max_new_tokens=2)
+    assert made == ["lcf_x mismatched", "lcf_x zero", "lcf_x random"]
+    assert evaluate(some, [facts(4)], tmp_path, max_new_tokens=2) == summary
+    assert len(made) == 3
+    with pytest.raises(EvaluationError, match="max_new_tokens"):
+        evaluate(some, [facts(4)], tmp_path, max_new_tokens=3)
+
+
+def test_what_is_written(entrants: list[Entrant], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    summary = evaluate(entrants, [facts(4)], tmp_path, max_new_tokens=2)
+    written = write_report(summary, tmp_path)
+    assert {path.name for path in written} == {"summary.json", "report.md", "bytes.png", "first_token.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written if path.suffix == ".png")
+    assert "matched − mismatched" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "summary.json").read_text())["sets"][0]["set"] == "facts"
+
+
+def test_decoys_have_other_answers() -> None:
+    items = facts(13).items
+    answers = {id(item.request): item.answer for item in items}
+    by_text = {item.request.question: item.answer for item in items}
+    assert len(answers) == 13
+    for item in items:
+        assert item.request.decoy is not None
+        assert by_text[item.request.decoy.question] != item.answer
+    with pytest.raises(EvaluationError, match="different answers"):
+        with_decoys([replace(item, answer="same") for item in items])
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda entrants, sets: ([], sets), "entrants"),
+        (lambda entrants, sets: (entrants, []), "sets"),
+        (lambda entrants, sets: ([*entrants, entrants[0]], sets), "twice"),
+        (lambda entrants, sets: ([replace(entrants[0], controls=("silence",))], sets), "control"),
+    ],
+)
+def test_bad_input(change: Any, match: str, entrants: list[Entrant], tmp_path: Path) -> None:
+    some: tuple[Sequence[Entrant], Sequence[AskedSet]] = change(entrants, [facts(3)])
+    with pytest.raises(EvaluationError, match=match):
+        evaluate(*some, tmp_path)
+    assert torch.is_grad_enabled()
