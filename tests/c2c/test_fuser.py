@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_training import tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -403,6 +404,36 @@ def test_a_dynamic_cache_goes_on(make_fuser: MakeFuser) -> None:
     assert type(got) is type(cache) and got.get_seq_length() == 5
     for layer, (key, value) in zip(got.layers, fuser.fuse(sharer, receiver)):
         assert torch.equal(layer.keys, key) and torch.equal(layer.values, value)
+
+
+def test_generation_goes_on_from_either_cache_of_transformers() -> None:
+    """A static cache and a dynamic one, with left padding, fused alike; and the edit is what generation reads."""
+    transformers = pytest.importorskip("transformers")
+    sharer, receiver = tiny_model("qwen2", 1), tiny_model("qwen3", 2)
+    torch.manual_seed(4)
+    fuser = C2CFuser(C2CConfig(CacheGeometry.of(sharer), CacheGeometry.of(receiver), hidden=32, intermediate=32)).eval()
+    with torch.no_grad():
+        for name, parameter in fuser.named_parameters():
+            parameter.fill_(1.0) if "gate_logit" in name else parameter.mul_(3.0)
+    ids = torch.randint(1, 61, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+
+    @torch.no_grad()
+    def answer(kind: str, edited: bool) -> Tensor:
+        made = []
+        for model in (sharer, receiver):
+            cache = None if kind == "dynamic" else transformers.StaticCache(config=model.config, max_cache_len=32)
+            seen: Any = model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache, use_cache=True)
+            made.append(seen.past_key_values)
+        cut: Any = {"attention_mask": mask[:, :-1], "sharer_attention_mask": mask[:, :-1]}
+        cache = fuser.fuse(*made, **cut) if edited else made[1]
+        out = receiver.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        result: Tensor = out[:, ids.shape[1] :]
+        return result
+
+    assert torch.equal(answer("static", True), answer("dynamic", True))
+    assert not torch.equal(answer("dynamic", True), answer("dynamic", False))
 
 
 def test_parameters_are_counted_and_named_as_published() -> None:
