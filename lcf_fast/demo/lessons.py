@@ -33,9 +33,8 @@ Sample = Callable[[int, torch.Generator], Batch]
 class Stage:
     """A run of so many steps; for cross context, on facts of the first ``keys`` keys alone.
 
-    Several facts need few keys to begin with, as recall does: what keeps them apart in one message is of no use until
-    all of it is there. A stage has a learning rate of its own, which rises and falls to zero: one run over the same
-    steps did worse.
+    Several facts start from few keys, as recall does: what keeps them apart in one message is of no use until all of
+    it is there. A stage has a learning rate of its own, which rises and falls to zero.
     """
 
     steps: int

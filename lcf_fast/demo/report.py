@@ -63,6 +63,10 @@ def summary(results: Results) -> list[str]:
         f"Chance is {results.chance:.1%}. Bytes: one item, with the header. Times to first token: without a network.",
         "Text is the sharer's facts word for word (LCF: the value that the sharer says), one byte a token.",
     ]
+    for experiment in results.experiments:
+        if (n := experiment.facts) > 1:
+            share = 1 / n + (1 - 1 / n) * results.chance
+            lines.append(f"With {n} facts, values without whose they are would be right in {share:.1%}.")
     dearer = [e.name for e in results.experiments if e.channel(TEXT).sent < max(c.sent for c in e.channels)]
     if dearer:
         lines.append(f"Facts as short as these take fewer bytes as text than as a message: {'; '.join(dearer)}.")
