@@ -82,7 +82,7 @@ class C2CFuser(nn.Module):
         for name, layers in (("receiver_layers", kept), ("sharer_layers", self.reads)):
             self.register_buffer(name, torch.tensor(layers, dtype=torch.int64), persistent=False)
         self._gate_temperature = config.initial_temperature
-        self._gates: tuple[list[tuple[int, int, int]], list[tuple[bool, bool]]] | None = None
+        self._gates: tuple[list[nn.Parameter], list[tuple[int, int]], list[tuple[bool, bool]]] | None = None
 
     @property
     def gate_temperature(self) -> float:
@@ -197,10 +197,12 @@ class C2CFuser(nn.Module):
         logits = [logit for p in self._each() for logit in (p.key_gate_logit, p.value_gate_logit)]
         if any(logit.is_inference() for logit in logits):  # such a tensor does not count its changes
             return open_gates(list(self._each()))
-        state = [(id(logit), logit._version, logit.data_ptr()) for logit in logits]
-        if self._gates is None or self._gates[0] != state:
-            self._gates = (state, open_gates(list(self._each())))
-        return self._gates[1]
+        versions = [(logit._version, logit.data_ptr()) for logit in logits]
+        known = self._gates
+        # The tensors themselves are kept, not their ids: another could come to lie where one was.
+        if known is None or known[1] != versions or any(old is not new for old, new in zip(known[0], logits)):
+            known = self._gates = (logits, versions, open_gates(list(self._each())))
+        return known[2]
 
     @property
     def sharer_geometry(self) -> CacheGeometry:

@@ -371,6 +371,10 @@ def test_gates_are_read_again_when_they_change(make_fuser: MakeFuser) -> None:
     assert fuser.fuse(sharer, receiver)[0][0] is receiver[0][0]
     fuser.load_state_dict({**fuser.state_dict(), "projectors.0.key_gate_logit": torch.tensor(2.0)})
     assert fuser.fuse(sharer, receiver)[0][0] is not receiver[0][0]
+    for _ in range(20):  # a new parameter may lie where the old one was
+        for value in (-1.0, 1.0):
+            fuser.projectors[0].key_gate_logit = torch.nn.Parameter(torch.tensor(value), requires_grad=False)
+            assert (fuser.fuse(sharer, receiver)[0][0] is receiver[0][0]) == (value < 0)
     with torch.inference_mode():
         inside = C2CFuser(fuser.config).eval()
         assert inside.fuse(sharer, receiver)[0][0] is receiver[0][0]
