@@ -18,8 +18,18 @@ import numpy as np
 from ..errors import BackendError, ShapeError
 from .failures import EvaluationError
 
-__all__ = ["Accuracy", "Equivalence", "Interval", "McNemar", "Wilcoxon", "accuracy", "check_scipy", "equivalence"]
-__all__ += ["holm", "is_binary", "mcnemar", "mean_interval", "paired_interval", "wilcoxon"]
+__all__ = [
+    "Accuracy",
+    "Equivalence",
+    "Interval",
+    "McNemar",
+    "OneSided",
+    "Wilcoxon",
+    "accuracy",
+    "check_scipy",
+    "equivalence",
+]
+__all__ += ["holm", "is_binary", "mcnemar", "mean_interval", "one_sided", "paired_interval", "wilcoxon"]
 
 #: Of a score: what a causal audit takes for no difference that matters, 2.8 points.
 MARGIN = 0.028
@@ -61,6 +71,16 @@ class McNemar:
 class Wilcoxon:
     """Items with the higher score in the first (``gained``), in the second (``lost``), and the one-sided p."""
 
+    gained: int
+    lost: int
+    p_value: float
+
+
+@dataclass(frozen=True)
+class OneSided:
+    """McNemar or Wilcoxon, whichever the scores call for, by its ``name``; the rest as there."""
+
+    name: str
     gained: int
     lost: int
     p_value: float
@@ -116,6 +136,18 @@ def wilcoxon(first: Sequence[float], second: Sequence[float]) -> Wilcoxon:
     gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
     p_value = _stats().wilcoxon(differences, alternative="greater").pvalue if gained + lost else 1.0
     return Wilcoxon(gained, lost, float(p_value))
+
+
+def one_sided(first: Sequence[float], second: Sequence[float]) -> OneSided:
+    """Does the first score higher? Exact McNemar where every score is 0 or 1, Wilcoxon's signed ranks else.
+
+    Raises: as `paired_interval`.
+    """
+    if is_binary(first) and is_binary(second):
+        exact = mcnemar(first, second)
+        return OneSided("exact McNemar", exact.gained, exact.lost, exact.p_value)
+    ranks = wilcoxon(first, second)
+    return OneSided("Wilcoxon", ranks.gained, ranks.lost, ranks.p_value)
 
 
 def mean_interval(scores: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> Interval:

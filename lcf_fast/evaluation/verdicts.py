@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from ..training.counting import counted
 from .failures import EvaluationError
-from .statistics import Interval, holm, is_binary, mcnemar, paired_interval, wilcoxon
+from .statistics import Interval, holm, one_sided, paired_interval
 
 __all__ = ["ALPHA", "NO_CONTENT", "Scores", "Verdict", "verdict", "verdicts"]
 
@@ -46,6 +46,7 @@ class Verdict:
         p_adjusted: after Holm's correction for the channels judged together; of one channel ``p_value``.
         gain: matched minus no message. surviving: mismatched minus no message: what is left of the gain when the
             content is another's. None without scores of no message.
+        gain_p_adjusted: one-sided, of the gain, by the same tests and with Holm's correction among the gains.
         sentence: the same in words.
     """
 
@@ -58,6 +59,7 @@ class Verdict:
     p_adjusted: float
     gain: Interval | None
     surviving: Interval | None
+    gain_p_adjusted: float | None
     sentence: str
 
 
@@ -88,36 +90,33 @@ def verdicts(
     """
     if not 0 < alpha < 1:
         raise EvaluationError("alpha", expected="between 0 and 1", got=str(alpha))
-    tests = {}
-    for name, scores in channels.items():
-        exact = is_binary(scores.matched) and is_binary(scores.mismatched)
-        test = mcnemar if exact else wilcoxon
-        tests[name] = ("exact McNemar" if exact else "Wilcoxon", test(scores.matched, scores.mismatched))
-    adjusted = holm([found.p_value for _, found in tests.values()])
+    tests = {name: one_sided(scores.matched, scores.mismatched) for name, scores in channels.items()}
+    adjusted = holm([test.p_value for test in tests.values()])
+    gains = {name: one_sided(c.matched, c.none).p_value for name, c in channels.items() if c.none is not None}
+    gains = dict(zip(gains, holm(list(gains.values()))))
     made = {}
     all_of_them = counted(channels.items(), "judging channels", total=len(channels), shown=progress)
-    for (name, scores), (test_name, found), p_adjusted in zip(all_of_them, tests.values(), adjusted):
+    for (name, scores), p_adjusted in zip(all_of_them, adjusted):
         content = paired_interval(scores.matched, scores.mismatched, seed=seed)
         gain = surviving = None
-        gains = False
         if scores.none is not None:
             gain = paired_interval(scores.matched, scores.none, seed=seed)
             surviving = paired_interval(scores.mismatched, scores.none, seed=seed)
-            exact = is_binary(scores.matched) and is_binary(scores.none)
-            gains = (mcnemar if exact else wilcoxon)(scores.matched, scores.none).p_value < alpha
-        crossed = p_adjusted < alpha
-        p_text = f"{test_name}, p {_small(p_adjusted)}" + (", Holm" if len(channels) > 1 else "")
+        test, crossed, gain_p = tests[name], p_adjusted < alpha, gains.get(name)
+        p_text = f"{test.name}, p {_small(p_adjusted)}" + (", Holm" if len(channels) > 1 else "")
+        said = _sentence(content, gain, surviving, p_text, crossed, gain_p is not None and gain_p < alpha)
         made[name] = Verdict(
             content,
             crossed,
-            found.gained,
-            found.lost,
-            test_name,
-            found.p_value,
+            test.gained,
+            test.lost,
+            test.name,
+            test.p_value,
             p_adjusted,
             gain,
             surviving,
-            _sentence(content, gain, surviving, p_text, crossed, gains),
+            gain_p,
+            said,
         )
     return made
 

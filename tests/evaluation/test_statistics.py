@@ -23,6 +23,7 @@ from lcf_fast.evaluation.statistics import (
     is_binary,
     mcnemar,
     mean_interval,
+    one_sided,
     paired_interval,
     wilcoxon,
 )
@@ -107,6 +108,15 @@ def test_wilcoxon_both_ways(pairs: list[tuple[float, float]]) -> None:
     assert (ahead.gained, ahead.lost) == (back.lost, back.gained)
     assert ahead.p_value + back.p_value >= 1 - 1e-9
     assert 0 <= ahead.p_value <= 1
+
+
+def test_the_test_that_scores_call_for() -> None:
+    one, two = answers(20, 15, 5, 10)
+    found = one_sided(one, two)
+    assert (found.name, found.gained, found.lost, found.p_value) == ("exact McNemar", 15, 5, mcnemar(one, two).p_value)
+    shares = [0.9, 0.5, 0.2], [0.1, 0.3, 0.3]
+    found = one_sided(*shares)
+    assert (found.name, found.gained, found.lost, found.p_value) == ("Wilcoxon", 2, 1, wilcoxon(*shares).p_value)
 
 
 # --- intervals

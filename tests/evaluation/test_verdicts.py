@@ -57,7 +57,7 @@ def test_no_gain_and_no_scores_without_a_message() -> None:
     assert harmed.crossed
     assert "content crossed: yes; no gain is shown (+0.0 points" in harmed.sentence
     alone = verdict(OURS, OTHERS)
-    assert alone.gain is None and alone.surviving is None
+    assert alone.gain is None and alone.surviving is None and alone.gain_p_adjusted is None
     assert alone.sentence.endswith("content crossed: yes")
 
 
@@ -85,6 +85,19 @@ def test_channels_judged_together_are_corrected() -> None:
     assert "p = 0.0029, Holm" in three["a"].sentence
     assert verdicts({"a": barely, "b": nothing}, alpha=0.01)["a"].crossed
     assert verdicts({}) == {}
+
+
+def test_gains_are_corrected_too() -> None:
+    barely = right((0, 10))  # over nothing: p = 2^-10, just below alpha
+    alone = verdict(barely, barely, right())
+    assert alone.gain_p_adjusted == 2.0**-10
+    assert "survives another item's message" in alone.sentence
+    both = verdicts(
+        {"a": Scores(barely, barely, right()), "b": Scores(barely, barely, right()), "c": Scores(OURS, OURS)}
+    )
+    assert both["a"].gain_p_adjusted == 2.0**-9  # of two gains: the third has none to judge
+    assert both["c"].gain_p_adjusted is None
+    assert "no content shown; no gain is shown (+5.0 points" in both["a"].sentence
 
 
 def test_a_verdict_repeats_and_refuses() -> None:
