@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .demo.command import add_demo_command
 from .errors import LCFError
+from .evaluation.eval_command import add_eval_command
 from .training.commands import add_cache_command, add_train_command
 from .training.converters import add_convert_command
 from .training.prune_command import add_prune_command
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_train_command(commands)
     add_cache_command(commands)
     add_prune_command(commands)
+    add_eval_command(commands)
     add_demo_command(commands)
     arguments = parser.parse_args(argv)
     try:

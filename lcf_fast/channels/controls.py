@@ -19,7 +19,8 @@ from ..errors import GeometryError
 from ..message import Message
 from .request import Request
 
-__all__ = ["CONTROLS", "Control", "check_control", "controlled_cache", "controlled_message", "sent_for"]
+__all__ = ["CONTROLS", "Control", "check_control", "check_text_control"]
+__all__ += ["controlled_cache", "controlled_message", "sent_for"]
 
 Control = Literal["matched", "mismatched", "zero", "random"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
@@ -29,6 +30,13 @@ def check_control(control: str) -> Control:
     if control not in CONTROLS:
         raise GeometryError("control", expected=" or ".join(CONTROLS), got=repr(control))
     return control
+
+
+def check_text_control(control: str) -> Control:
+    """Of a channel that sends text: there are no zeros and no noise of it."""
+    if check_control(control) not in ("matched", "mismatched"):
+        raise GeometryError("control", expected="matched or mismatched, of text", got=repr(control))
+    return check_control(control)
 
 
 def sent_for(requests: Sequence[Request], control: Control) -> list[Request]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from .agent import padded_left
+from .agent import Agent, padded_left
 from .base import Channel, Clock, Prepared
+from .controls import check_text_control, sent_for
 from .request import Request
 
 __all__ = ["FullContextChannel", "NoneChannel"]
@@ -34,9 +36,21 @@ class NoneChannel(Channel):
 
 
 class FullContextChannel(NoneChannel):
-    """The receiver reads the sharers' contexts itself, before its own: the ceiling, and the cost to be saved."""
+    """The receiver reads the sharers' contexts itself, before its own: the ceiling, and the cost to be saved.
+
+    ``control``: "matched", or "mismatched": the contexts of each request's decoy.
+    """
 
     name = "full_context"
+
+    def __init__(self, receiver: Agent, *, control: str = "matched") -> None:
+        super().__init__(receiver)
+        self.control = check_text_control(control)
+
+    def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
+        told = sent_for(requests, self.control)
+        contexts = [replace(one, sharer_contexts=other.sharer_contexts) for one, other in zip(requests, told)]
+        return super().prepare(contexts, clock, room)
 
     def chat(self, request: Request) -> list[tuple[str, str]]:
         return request.asked(*self._texts(request))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..errors import GeometryError
 from .agent import Agent, padded_left
 from .base import Channel, Clock, Prepared
+from .controls import check_text_control, sent_for
 from .request import Request
 from .routing import rows_of
 
@@ -23,12 +24,20 @@ class TextChannel(Channel):
         sharers: by name.
         most_tokens: k: the longest note, in the sharer's tokens.
         instruction: what sharers are asked to do.
+        control: "matched", or "mismatched": sharers write about each request's decoy.
     """
 
     def __init__(
-        self, receiver: Agent, sharers: Sequence[Agent], *, most_tokens: int = 200, instruction: str = INSTRUCTION
+        self,
+        receiver: Agent,
+        sharers: Sequence[Agent],
+        *,
+        most_tokens: int = 200,
+        instruction: str = INSTRUCTION,
+        control: str = "matched",
     ) -> None:
         super().__init__(receiver)
+        self.control = check_text_control(control)
         if most_tokens < 1:
             raise GeometryError("most_tokens", expected="1 or more", got=str(most_tokens))
         self.sharers = {sharer.name: sharer for sharer in sharers}
@@ -37,11 +46,12 @@ class TextChannel(Channel):
 
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         notes: list[list[str]] = [[] for _ in requests]
+        told = sent_for(requests, self.control)
         for sharer in self.sharers.values():
-            rows = rows_of(requests, sharer.name, self.sharers)
+            rows = rows_of(told, sharer.name, self.sharers)
             if rows:
                 with clock.of("sharer"):
-                    written = self._write(sharer, [requests[row] for row in rows])
+                    written = self._write(sharer, [told[row] for row in rows])
                 for row, note in zip(rows, written):
                     notes[row].append(note)
         receiver = self.receiver
