@@ -27,10 +27,11 @@ from .experiments import (
     learn_receiver,
     learn_sharer,
 )
+from .export import save_agent, save_items
 from .jobs import Display, Job, Workers
 from .lessons import Stage
 from .statistics import Accuracy, Verdict, accuracy, verdict
-from .tasks import CHANCE, SecretTable
+from .tasks import CHANCE, CrossItems, SecretTable
 
 __all__ = ["FULL", "QUICK", "Agent", "Channel", "Experiment", "Plan", "Results", "run_demo"]
 
@@ -146,7 +147,8 @@ def run_demo(plan: Plan, *, facts: Sequence[int], seed: int, out: Path, workers:
     Args:
         facts: numbers of facts that the sharer holds, one LCF-X experiment each.
         seed: of everything random: weights, table, items.
-        out: each adapter is saved to ``out/adapters/<name>``.
+        out: each adapter is saved to ``out/adapters/<name>``, the agents to ``out/agents``, and LCF-X's items, as what
+            `lcf-fast eval` reads, to ``out/items``.
         workers: processes, of one thread each.
 
     Raises:
@@ -172,6 +174,9 @@ def run_demo(plan: Plan, *, facts: Sequence[int], seed: int, out: Path, workers:
         found = pool.run([Job(study.name, carry_out, (study, agents)) for study in longest_first])
     findings = {study.name: each for study, each in zip(longest_first, found)}
     sharer, receiver = agents.load()
+    for role, model in (("sharer", sharer), ("receiver", receiver)):
+        save_agent(model, out / "agents" / role)
+    _save_items(studies, agents, out / "items")
     experiments = [_experiment(study, findings[study.name], agents, sharer, receiver, plan, out) for study in studies]
     generator = torch.Generator().manual_seed(seeds[31])
     described = [
@@ -190,6 +195,15 @@ def run_demo(plan: Plan, *, facts: Sequence[int], seed: int, out: Path, workers:
         cpu=_cpu_seconds() - cpu,
         wall=time.perf_counter() - began,
     )
+
+
+def _save_items(studies: Sequence[Study], agents: Agents, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for study in studies:
+        if study.method == "LCF-X":
+            items = items_of(study, agents.table(), torch.Generator().manual_seed(study.seed + 2))
+            assert isinstance(items, CrossItems)
+            save_items(items, folder / f"facts-{study.facts}.jsonl")
 
 
 def _experiment(

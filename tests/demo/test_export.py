@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from lcf_fast.channels import Agent, FullContextChannel, LCFXChannel, NoneChannel, Request, Sharer
+from lcf_fast.cli import main
 from lcf_fast.demo.agents import AgentSize, answers_of, make_agent
 from lcf_fast.demo.channels import CrossChannels
 from lcf_fast.demo.export import agent_tokenizer, save_agent, save_items
@@ -70,3 +72,16 @@ def test_saved_agents_answer_in_text_as_they_do_in_ids(tmp_path: Path) -> None:
 def theirs_cache(sharer: Agent, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     with torch.no_grad():
         return sharer.read(ids, torch.ones_like(ids))
+
+
+def test_the_demo_leaves_what_eval_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "demo"
+    assert main(["demo", "--quick", "--workers", "1", "--out", str(out)]) == 0
+    agents = ["--sharer", str(out / "agents" / "sharer"), "--receiver", str(out / "agents" / "receiver")]
+    asked = ["--data", str(out / "items" / "facts-1.jsonl"), "--adapter", str(out / "adapters" / "lcf-x-1-fact")]
+    how = ["--precision", "fp32", "--device", "cpu", "--max-new-tokens", "1", "--text-tokens", "2", "--limit", "20"]
+    assert main(["eval", *agents, *asked, *how, "--text-instruction", "", "--out", str(tmp_path / "eval")]) == 0
+    said = capsys.readouterr().out
+    assert "no content shown" in said, "nothing has been learned"
+    assert "`lcf_x`" in said
