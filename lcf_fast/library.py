@@ -316,7 +316,10 @@ def gated_injection_backward(
         from .kernels import fusion_backward
 
         named = dict(zip(INJECTION_WEIGHTS, inputs[3:]))
-        dlatent, found = fusion_backward.gated_injection_backward(*grads, latent, named, edit_mask=edit_mask)
+        grad_key, grad_value = grads
+        dlatent, found = fusion_backward.gated_injection_backward(
+            grad_key, grad_value, latent, named, edit_mask=edit_mask
+        )  # fmt: skip
         flat = [grad.clone() for grad in grads] + [dlatent] + [found[name] for name in INJECTION_WEIGHTS]
         return [gradient.to(x.dtype).contiguous() for gradient, x, need in zip(flat, inputs, needed) if need]
 

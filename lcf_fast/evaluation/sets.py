@@ -350,7 +350,7 @@ def _called(row: object, number: int) -> str:
 
 def _hub_rows(hub: str, part: str | None, split: str) -> Iterator[_Row]:
     try:
-        import datasets
+        import datasets  # type: ignore[import-untyped, import-not-found, unused-ignore]
     except ImportError:
         expected = "the datasets library, which pip install 'lcf-fast[eval]' brings"
         raise BackendError(hub, expected=expected, got="an environment without it") from None

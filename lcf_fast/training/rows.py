@@ -164,7 +164,7 @@ class _ListReader:
 
 def _library_rows(shown: str, wanted: str, name: str, **options: Any) -> Iterator[Row]:
     try:
-        import datasets
+        import datasets  # type: ignore[import-untyped, import-not-found, unused-ignore]
     except ImportError:
         expected = "the datasets library, which pip install 'lcf-fast[train]' brings"
         raise BackendError(shown, expected=expected, got="an environment without it") from None
