@@ -21,7 +21,7 @@ EXEMPT = ("merge", "fold", "spans", "across", "down-weights-256", "down-weights-
 MATRIX = [
     pytest.param(chip, case, id=f"{chip}-{case.name}")
     for chip in TARGETS
-    for case in (*tile_cases.cases(chip), *backward_cases.cases(chip), *pooling_cases.CASES)
+    for case in (*tile_cases.cases(chip), *backward_cases.cases(chip), *pooling_cases.cases(chip))
 ]
 
 
