@@ -10,7 +10,7 @@ from ..training.counting import counted
 from .failures import EvaluationError
 from .statistics import Interval, holm, one_sided, paired_interval
 
-__all__ = ["ALPHA", "NO_CONTENT", "Scores", "Verdict", "verdict", "verdicts"]
+__all__ = ["ALPHA", "NO_CONTENT", "Scores", "Verdict", "small_p", "verdict", "verdicts"]
 
 #: A difference that chance alone makes more often than this is not shown.
 ALPHA = 0.001
@@ -103,7 +103,7 @@ def verdicts(
             gain = paired_interval(scores.matched, scores.none, seed=seed)
             surviving = paired_interval(scores.mismatched, scores.none, seed=seed)
         test, crossed, gain_p = tests[name], p_adjusted < alpha, gains.get(name)
-        p_text = f"{test.name}, p {_small(p_adjusted)}" + (", Holm" if len(channels) > 1 else "")
+        p_text = f"{test.name}, p {small_p(p_adjusted)}" + (", Holm" if len(channels) > 1 else "")
         said = _sentence(content, gain, surviving, p_text, crossed, gain_p is not None and gain_p < alpha)
         made[name] = Verdict(
             content,
@@ -137,5 +137,6 @@ def _sentence(
     return f"{led}; no gain is shown ({over})"
 
 
-def _small(p_value: float) -> str:
+def small_p(p_value: float) -> str:
+    """``= 0.0004``, or ``< 1e-12``."""
     return f"= {p_value:.2g}" if p_value >= 1e-12 else "< 1e-12"
