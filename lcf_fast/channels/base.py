@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..caches import Pair
 from ..errors import GeometryError
+from ..training.step import dynamic_cache
 from .agent import Agent
 from .clock import Clock, LaunchCount
 from .request import Answer, Request, Timings
@@ -72,13 +73,11 @@ class Channel(ABC):
                 as the channel's own parts raise.
         """
         check_requests(requests)
-        from transformers import DynamicCache, StoppingCriteriaList
+        from transformers import StoppingCriteriaList
 
         clock = Clock(self.receiver.device)
         prepared = self.prepare(requests, clock, max_new_tokens)
-        cache = DynamicCache()
-        for layer, (key, value) in enumerate(prepared.cache):
-            cache.update(key, value, layer)
+        cache = dynamic_cache(prepared.cache)
         if (times := self._rows_a_request(options)) > 1:  # generate() expands all that it is given but the cache
             cache.batch_repeat_interleave(times)
         criteria = [_Watch(clock), *options.pop("stopping_criteria", ())]
@@ -103,13 +102,9 @@ class Channel(ABC):
     def next_logits(self, requests: Sequence[Request]) -> tuple[Tensor, list[int], Timings]:
         """``(B, V)`` logits of each answer's first token, float32, with the bytes sent and the times."""
         check_requests(requests)
-        from transformers import DynamicCache
-
         clock = Clock(self.receiver.device)
         prepared = self.prepare(requests, clock, 1)
-        cache = DynamicCache()
-        for layer, (key, value) in enumerate(prepared.cache):
-            cache.update(key, value, layer)
+        cache = dynamic_cache(prepared.cache)
         logits = self.receiver.model(
             input_ids=prepared.ids[:, -1:],
             attention_mask=prepared.mask,

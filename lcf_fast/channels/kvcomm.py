@@ -18,7 +18,7 @@ from ..caches import Pair
 from ..config import CacheGeometry
 from ..errors import GeometryError, IndexRangeError, ShapeError
 from ..training.model_fingerprint import model_sample
-from ..training.step import positions_of
+from ..training.step import dynamic_cache, positions_of
 from .agent import Agent, padded_left
 from .base import Channel, Clock, Prepared, check_requests
 from .controls import Control, check_control, controlled_cache, sent_for
@@ -258,11 +258,7 @@ class KVCommChannel(Channel):
 
     def _read_prompt(self, shared: _Shared, ids: Tensor, mask: Tensor) -> list[Pair]:
         """The receiver's cache after ``ids (B, n)``, read behind what was shared."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        for layer, (key, value) in enumerate(shared.cache):
-            cache.update(key, value, layer)
+        cache = dynamic_cache(shared.cache)
         mask = torch.cat([shared.mask, mask], 1)
         self.receiver.model.base_model(
             input_ids=ids,

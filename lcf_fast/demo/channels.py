@@ -21,7 +21,7 @@ from torch import Tensor
 from ..adapter import LatentCacheFlow
 from ..caches import Pair
 from ..message import Message
-from ..training.step import prefill
+from ..training.step import dynamic_cache, prefill
 from .agents import answers_of
 from .tasks import CrossItems, SharedItems, written
 
@@ -152,11 +152,7 @@ def read(model: Any, ids: Tensor) -> list[Pair]:
 
 def go_on(receiver: Any, edited: list[Pair], ids: Tensor) -> Tensor:
     """``(B,)``: what the receiver says after the last token of ``ids (B, N)``, with a cache of the N - 1 others."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    for layer, (key, value) in enumerate(edited):
-        cache.update(key, value, layer)
+    cache = dynamic_cache(edited)
     at = torch.full((len(ids), 1), ids.shape[1] - 1)
     logits: Tensor = receiver(input_ids=ids[:, -1:], position_ids=at, past_key_values=cache, use_cache=True).logits
     return logits[:, -1].argmax(-1)

@@ -8,7 +8,7 @@ left, responses on the right, and positions count real tokens only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..adapter import LatentCacheFlow
     from .batches import Batch
 
-__all__ = ["DTYPES", "OnlinePrefills", "Prefill", "Prefiller", "TrainingStep", "frozen", "prefill"]
+__all__ = ["OnlinePrefills", "Prefill", "TrainingStep", "dynamic_cache", "frozen", "prefill"]
 
 #: Of the frozen models, by `TrainingSettings.precision`.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -73,6 +73,16 @@ def prefill(model: Any, ids: Tensor, mask: Tensor) -> list[Pair]:
         use_cache=True,
     )
     return cache_layers(cache)
+
+
+def dynamic_cache(layers: Iterable[Pair]) -> Any:
+    """A DynamicCache of transformers that holds copies of these ``(key, value)``, one a layer: to go on from."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for layer, (key, value) in enumerate(layers):
+        cache.update(key, value, layer)
+    return cache
 
 
 def sharer_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -180,13 +190,9 @@ class TrainingStep(nn.Module):
 
     def loss(self, batch: Batch, edited: Sequence[Pair]) -> Tensor:
         """Sum of the receiver's cross-entropy on the response, given the edited cache."""
-        from transformers import DynamicCache
-
         (receiver,) = self._frozen
         device = edited[0][0].device
-        cache = DynamicCache()
-        for layer, (key, value) in enumerate(edited):
-            cache.update(key, value, layer)
+        cache = dynamic_cache(edited)
         response, response_mask = batch.response_ids.to(device), batch.response_mask.to(device).bool()
         prompt_mask = batch.receiver_mask.to(device).long()
         last = batch.receiver_ids[:, -1:].to(device)
