@@ -14,8 +14,8 @@ from ..config import CacheGeometry
 from ..errors import GeometryError
 from ..message import Message
 from ..span_text import Bounds
-from ..spans import Spans, from_characters
-from ..training.alignment import align, shared_pieces
+from ..spans import Spans
+from ..training.alignment import aligned_chat
 from .agent import Agent, padded_left
 from .base import Channel, Clock, Prepared
 from .controls import check_control, controlled_cache, controlled_message, sent_for
@@ -122,27 +122,13 @@ class LCFChannel(Channel):
 
     def _read(self, sharer: Agent, chat: list[tuple[str, str]], length: int) -> tuple[list[int], list[int]]:
         """What the sharer reads, and for each of the first ``length`` tokens of the prompt its row there, -1: none."""
-        text = self.receiver.reader.render(chat)
-        prompt = self.receiver.reader.prompt(text)[0]
-        if sharer.tokenizer is self.receiver.tokenizer or sharer.reader.prompt(text)[0] == prompt:
+        prompt, tokens, found = aligned_chat(self.receiver.reader, sharer.reader, chat)
+        if found is None:
             tokens = prompt[:-1]  # the last is not edited
             sharer.check_length(len(tokens) + 1)
             return tokens, [n if n < len(tokens) else -1 for n in range(length)]
-        their_text = sharer.reader.render(chat)
-        tokens, theirs = sharer.reader.prompt(their_text)
-        _, mine = self.receiver.reader.prompt(text)
-        for agent, offsets in ((self.receiver, mine), (sharer, theirs)):
-            if offsets is None:
-                raise agent.reader.slow()
         sharer.check_length(len(tokens))
-        pieces = shared_pieces(
-            [content for _, content in chat],
-            text,
-            self.receiver.reader.content_bounds(chat, text),
-            their_text,
-            sharer.reader.content_bounds(chat, their_text),
-        )
-        aligned: list[int] = align(mine, theirs, pieces).tolist()[:-1]
+        aligned = found[:-1]
         if self.control == "mismatched":  # the two prompts have no characters in common
             aligned = [n if n < len(tokens) else -1 for n in range(length)]
         if max(aligned, default=-1) < 0:
@@ -233,20 +219,8 @@ class LCFXChannel(Channel):
 
     def _read(self, agent: Agent, paragraphs: Sequence[str]) -> tuple[list[int], Bounds]:
         """Tokens of a sharer's context, without a template as it is asked nothing, and its spans."""
-        text, bounds = "", []
-        for paragraph in paragraphs:
-            # A blank line counts to the paragraph before it, as in training.
-            bounds.append((len(text), len(text) + len(paragraph) + 2))
-            text += paragraph + "\n\n"
-        text = text[:-2]
-        bounds[-1] = (bounds[-1][0], len(text))
-        if self.spans == "one":
-            bounds = [(0, len(text))]
-        tokens, offsets = agent.reader.text(text)
-        if offsets is None:
-            raise agent.reader.slow()
+        tokens, spans = agent.reader.paragraphs(paragraphs, as_one=self.spans == "one")
         agent.check_length(max(2, len(tokens)))
-        (spans,) = from_characters([bounds], [offsets], texts=[text]).bounds()
         return tokens, spans
 
 

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..span_text import Bounds
+from .chat import ChatReader, Messages
 
-__all__ = ["align", "shared_pieces"]
+__all__ = ["align", "aligned_chat", "shared_pieces"]
 
 #: Characters ``[receiver, receiver + length)`` of one rendering are ``[sharer, sharer + length)`` of the other.
 Piece = tuple[int, int, int]
@@ -80,6 +81,36 @@ def align(receiver_offsets: Any, sharer_offsets: Any, pieces: Sequence[Piece]) -
     tokens, ends = tokens[ends >= starts[tokens]], ends[ends >= starts[tokens]]
     index[tokens] = covering[like[ends]]
     return index
+
+
+def aligned_chat(
+    receiver: ChatReader, sharer: ChatReader, messages: Messages
+) -> tuple[list[int], list[int], list[int] | None]:
+    """A chat as both models read it: the receiver's tokens, the sharer's, and the row there of each of the receiver's.
+
+    Where the sharer's tokenizer gives the receiver's rendering the same ids, both read those, and the rows are None.
+    Otherwise the sharer reads its own rendering, and a token without a row has -1.
+
+    Raises:
+        DataError: messages that a template refuses. TokenizerError: a slow tokenizer, where offsets are needed.
+    """
+    text = receiver.render(messages)
+    prompt, mine = receiver.prompt(text)
+    if sharer.tokenizer is receiver.tokenizer or sharer.prompt(text)[0] == prompt:
+        return prompt, prompt, None
+    sharer_text = sharer.render(messages)
+    tokens, theirs = sharer.prompt(sharer_text)
+    for reader, offsets in ((receiver, mine), (sharer, theirs)):
+        if offsets is None:
+            raise reader.slow()
+    pieces = shared_pieces(
+        [content for _, content in messages],
+        text,
+        receiver.content_bounds(messages, text),
+        sharer_text,
+        sharer.content_bounds(messages, sharer_text),
+    )
+    return prompt, tokens, align(mine, theirs, pieces).tolist()
 
 
 def _outer_white(text: str) -> tuple[int, int]:

@@ -8,8 +8,7 @@ from typing import Any
 
 from ..errors import SpanError
 from ..span_text import Bounds
-from ..spans import from_characters
-from .alignment import align, shared_pieces
+from .alignment import aligned_chat
 from .chat import ChatReader, Messages
 from .data import CrossExample, Example
 from .data_errors import AlignmentError, DataError, TokenizerError, TooLongError
@@ -100,23 +99,9 @@ class ExampleTokenizer:
     def _shared(self, example: Any) -> TokenizedExample:
         messages: Messages = example.messages[:-1]
         response = self._response(example.messages[-1][1])
-        text = self.receiver.render(messages)
-        prompt, mine = self.receiver.prompt(text)
-        if self.sharer.tokenizer is self.receiver.tokenizer or self.sharer.prompt(text)[0] == prompt:
+        prompt, sharer, aligned = aligned_chat(self.receiver, self.sharer, messages)
+        if aligned is None:
             return TokenizedExample(example.id, prompt, response, prompt)
-        sharer_text = self.sharer.render(messages)
-        sharer, theirs = self.sharer.prompt(sharer_text)
-        for reader, offsets in ((self.receiver, mine), (self.sharer, theirs)):
-            if offsets is None:
-                raise reader.slow()
-        pieces = shared_pieces(
-            [content for _, content in messages],
-            text,
-            self.receiver.content_bounds(messages, text),
-            sharer_text,
-            self.sharer.content_bounds(messages, sharer_text),
-        )
-        aligned = align(mine, theirs, pieces).tolist()
         if max(aligned[:-1], default=-1) < 0:  # the last token is not edited
             expected = "a prompt of which some token aligns with one of the sharer's"
             raise AlignmentError("messages", expected=expected, got=f"none of {len(prompt)} tokens")
@@ -126,17 +111,7 @@ class ExampleTokenizer:
         context, question = example.receiver_context, example.question
         asked = f"{context}\n\n{question}" if context.strip() else question
         prompt, _ = self.receiver.prompt(self.receiver.render([("user", asked)]))
-        text, bounds = "", []
-        for paragraph in example.sharer_context:
-            # A blank line counts to the paragraph before it, as in lcf_fast.spans.paragraphs.
-            bounds.append((len(text), len(text) + len(paragraph) + 2))
-            text += paragraph + "\n\n"
-        text = text[:-2]
-        bounds[-1] = (bounds[-1][0], len(text))
-        sharer, offsets = self.sharer.text(text)
-        if offsets is None:
-            raise self.sharer.slow()
-        (spans,) = from_characters([bounds], [offsets], texts=[text]).bounds()
+        sharer, spans = self.sharer.paragraphs(example.sharer_context)
         if not spans:
             raise DataError("sharer_context", expected="a sharer's context of one token or more", got="none")
         return TokenizedExample(example.id, prompt, self._response(example.answer), sharer, spans=spans)
