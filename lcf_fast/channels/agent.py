@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..caches import Pair
 from ..errors import ShapeError
+from ..training.batches import padded
 from ..training.chat import ChatReader
 from ..training.step import prefill
 
@@ -74,10 +75,5 @@ class Agent:
 
 def padded_left(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """``(B, N)`` ids and mask of ragged rows."""
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), fill, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, longest - len(row) :] = torch.tensor(row, dtype=torch.int64)
-        mask[i, longest - len(row) :] = 1
+    ids, mask = padded(rows, left=True, fill=fill)
     return ids.to(device), mask.to(device)

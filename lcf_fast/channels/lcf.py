@@ -14,8 +14,8 @@ from ..config import CacheGeometry
 from ..errors import GeometryError
 from ..message import Message
 from ..span_text import Bounds
-from ..spans import Spans
 from ..training.alignment import aligned_chat
+from ..training.batches import shifted_index, shifted_spans
 from .agent import Agent, padded_left
 from .base import Channel, Clock, Prepared
 from .controls import check_control, controlled_cache, controlled_message, sent_for
@@ -100,7 +100,8 @@ class LCFChannel(Channel):
             read = [self._read(sharer.agent, told[row], len(prompts[row]) - 1) for row in rows]
             agent = sharer.agent
             their_ids, their_mask = padded_left([tokens for tokens, _ in read], agent.padding(), agent.device)
-            index = _index(read, their_ids.shape[1], ids.shape[1] - 1).to(receiver.device)
+            starts = [their_ids.shape[1] - len(tokens) for tokens, _ in read]
+            index = shifted_index([aligned for _, aligned in read], starts, ids.shape[1] - 1).to(receiver.device)
             with clock.of("sharer"):
                 theirs = agent.read(their_ids, their_mask)
             with clock.of("communication"):
@@ -207,9 +208,7 @@ class LCFXChannel(Channel):
         read = [self._read(agent, paragraphs) for paragraphs in contexts]
         ids, mask = padded_left([tokens for tokens, _ in read], agent.padding(), agent.device)
         starts = [ids.shape[1] - len(tokens) for tokens, _ in read]
-        spans = Spans.given(
-            [[(first + start, last + start) for first, last in bounds] for (_, bounds), start in zip(read, starts)]
-        )
+        spans = shifted_spans([bounds for _, bounds in read], starts)
         with clock.of("sharer"):
             cache = agent.read(ids, mask)
         with clock.of("communication"):
@@ -239,13 +238,3 @@ def _by_name(receiver: Agent, sharers: Sequence[Sharer]) -> dict[str, Sharer]:
                 raise GeometryError(f"adapter of {name!r}", expected=expected, got=f"one for {wanted}")
         found[name] = sharer
     return found
-
-
-def _index(read: Sequence[tuple[list[int], list[int]]], their_width: int, width: int) -> Tensor:
-    """``(B, width)``: rows of the sharer's padded cache for the receiver's padded prompt but its last token."""
-    index = torch.full((len(read), width), -1)
-    for i, (tokens, aligned) in enumerate(read):
-        rows = torch.tensor(aligned)
-        start = their_width - len(tokens)
-        index[i, width - len(aligned) :] = torch.where(rows < 0, rows, rows + start)
-    return index

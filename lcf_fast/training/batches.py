@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import IndexRangeError
+from ..span_text import Bounds
 from ..spans import Spans
 from .counting import counted
 from .data import Example, ExampleSet, OnError, check_choice, name_broken
@@ -20,7 +21,7 @@ from .data_errors import DataError
 from .settings import TrainingSettings
 from .tokenizing import ExampleTokenizer, TokenizedExample
 
-__all__ = ["Batch", "ExampleData", "collate"]
+__all__ = ["Batch", "ExampleData", "collate", "padded", "shifted_index", "shifted_spans"]
 
 
 @dataclass
@@ -58,18 +59,20 @@ def collate(examples: Sequence[TokenizedExample]) -> Batch:
     if len(crossing) != 1:
         got = "none" if not crossing else "shared and cross context"
         raise DataError("examples", expected="one example or more, all of one kind", got=got)
-    receiver_ids, receiver_mask = _padded([example.prompt for example in examples], left=True)
-    response_ids, response_mask = _padded([example.response for example in examples], left=False)
+    receiver_ids, receiver_mask = padded([example.prompt for example in examples], left=True)
+    response_ids, response_mask = padded([example.response for example in examples], left=False)
     index, spans = None, None
     if all(example.aligned is None and example.spans is None for example in examples):
         sharer_ids, sharer_mask = receiver_ids, receiver_mask
     else:
-        sharer_ids, sharer_mask = _padded([example.sharer for example in examples], left=True)
+        sharer_ids, sharer_mask = padded([example.sharer for example in examples], left=True)
         starts = [sharer_ids.shape[1] - len(example.sharer) for example in examples]
         if crossing == {True}:
-            spans = _shifted_spans(examples, starts)
+            spans = shifted_spans([example.spans or [] for example in examples], starts)
         else:
-            index = _shifted_index(examples, starts, receiver_ids.shape[1])
+            # None: this one's tokens are the same for both, only others' in the batch are not.
+            aligned = [range(len(e.prompt)) if e.aligned is None else e.aligned for e in examples]
+            index = shifted_index(aligned, starts, receiver_ids.shape[1])
     return Batch(
         ids=tuple(example.id for example in examples),
         receiver_ids=receiver_ids,
@@ -234,31 +237,32 @@ def _shuffled(ids: Sequence[str], seed: int, epoch: int) -> list[str]:
     return sorted(ids, key=key)
 
 
-def _padded(rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
-    """``(B, N)`` ids and mask of ragged rows."""
+def padded(rows: Sequence[Sequence[int]], *, left: bool, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """``(B, N)`` int64 ids and mask of ragged rows; ``fill`` where there is none."""
     longest = max(map(len, rows))
-    ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.int64)
+    ids = torch.full((len(rows), longest), fill, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         where = slice(longest - len(row), longest) if left else slice(0, len(row))
-        ids[i, where] = torch.tensor(row)
+        ids[i, where] = torch.tensor(row, dtype=torch.int64)
         mask[i, where] = 1
     return ids, mask
 
 
-def _shifted_index(examples: Sequence[TokenizedExample], starts: Sequence[int], width: int) -> Tensor:
-    """``(B, N)``: what each token of the prompts aligns with, counted with the padding of both models."""
-    index = torch.full((len(examples), width), -1)
-    for i, (example, start) in enumerate(zip(examples, starts)):
-        # None: this one's tokens are the same for both, only others' in the batch are not.
-        aligned = range(len(example.prompt)) if example.aligned is None else example.aligned
-        rows = torch.tensor(list(aligned))
+def shifted_index(aligned: Sequence[Sequence[int]], starts: Sequence[int], width: int) -> Tensor:
+    """``(B, width)``: what each token of prompts aligns with, counted with the padding on the left of both models.
+
+    ``starts``: where each item's tokens begin in the sharer's; -1 stays -1.
+    """
+    index = torch.full((len(aligned), width), -1)
+    for i, (listed, start) in enumerate(zip(aligned, starts)):
+        rows = torch.tensor(listed, dtype=torch.int64)
         index[i, width - len(rows) :] = torch.where(rows < 0, rows, rows + start)
     return index
 
 
-def _shifted_spans(examples: Sequence[TokenizedExample], starts: Sequence[int]) -> Spans:
-    shifted = []
-    for example, start in zip(examples, starts):
-        assert example.spans is not None
-        shifted.append([(first + start, last + start) for first, last in example.spans])
-    return Spans.given(shifted)
+def shifted_spans(spans: Sequence[Bounds], starts: Sequence[int]) -> Spans:
+    """Spans of unpadded items as they lie in the padded batch."""
+    return Spans.given(
+        [[(first + start, last + start) for first, last in bounds] for bounds, start in zip(spans, starts)]
+    )
