@@ -11,6 +11,7 @@ Cost a token and layer for two blocks, beside the forward pass made again: ``48Â
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -404,34 +405,50 @@ def project_gradients(
 
     ``first``: the position of the first row, which the noise goes by; ``dtype``: of the products.
     """
-    layers, batch, span, width = states.shape[1:]
+    layers, batch, _, width = states.shape[1:]
+    arguments, options, tiles = block_launch(states, weights, first, dtype, norm_eps, noise, row)
+    dnorm = states.new_empty((layers, batch * tiles, states.shape[0] - 1, width))
+    with device_guard(states):
+        gradients_kernel[(layers * batch * tiles,)](states, dstates, dnorm, *arguments, **options)
+    return dnorm.sum(1)
+
+
+def block_launch(
+    states: Tensor,
+    weights: Mapping[str, Tensor],
+    first: int,
+    dtype: torch.dtype,
+    norm_eps: float,
+    noise: NoiseArguments | None,
+    row: int,
+) -> tuple[tuple[Any, ...], dict[str, Any], int]:
+    """What the kernels that go through the blocks are launched with: arguments from the norms' weights on, compile-time
+    arguments and options, and tiles an item."""
+    batch, span, width = states.shape[2:]
     blocks, hidden = weights["ffn_in_weight"].shape[1:3]
     config = backward_config(width, dtype.itemsize, target_of(states))
     tiles = triton.cdiv(span, config.block_tokens)
-    dnorm = states.new_empty((layers, batch * tiles, blocks, width))
-    with device_guard(states):
-        gradients_kernel[(layers * batch * tiles,)](
-            states,
-            dstates,
-            dnorm,
-            *(weights[name] for name in ("norm_weight", "ffn_in_weight", "ffn_out_weight")),
-            row,
-            *(NO_NOISE if noise is None else noise)[:3],
-            first,
-            span,
-            tiles,
-            batch,
-            states.stride(0),
-            HAS_NOISE=noise is not None,
-            WIDTH=width,
-            HIDDEN=hidden,
-            BLOCKS=blocks,
-            BLOCK_T=config.block_tokens,
-            BLOCK_F=hidden_chunk(hidden, config.block_hidden),
-            EPS=norm_eps,
-            DTYPE=TRITON_DTYPE[dtype],
-            PRECISION=dot_precision(dtype),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-    return dnorm.sum(1)
+    arguments = (
+        *(weights[name] for name in ("norm_weight", "ffn_in_weight", "ffn_out_weight")),
+        row,
+        *(NO_NOISE if noise is None else noise)[:3],
+        first,
+        span,
+        tiles,
+        batch,
+        states.stride(0),
+    )
+    options = {
+        "HAS_NOISE": noise is not None,
+        "WIDTH": width,
+        "HIDDEN": hidden,
+        "BLOCKS": blocks,
+        "BLOCK_T": config.block_tokens,
+        "BLOCK_F": hidden_chunk(hidden, config.block_hidden),
+        "EPS": norm_eps,
+        "DTYPE": TRITON_DTYPE[dtype],
+        "PRECISION": dot_precision(dtype),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return arguments, options, tiles

@@ -25,7 +25,6 @@ from .common import (
     gelu,
     gelu_slope,
     head_chunk,
-    hidden_chunk,
     needs_wide_offsets,
     odd,
     padded,
@@ -33,10 +32,10 @@ from .common import (
     table_entry,
     target_of,
 )
-from .noise import NO_NOISE, NoiseArguments
+from .noise import NoiseArguments
 from .policy import backward_config
 from .projection import rms_norm_tile
-from .projection_backward import block_output_gradient, edited_rows
+from .projection_backward import block_launch, block_output_gradient, edited_rows
 
 Pair = tuple[Tensor, Tensor]
 
@@ -301,38 +300,14 @@ def ffn_gradients(
     row: int,
 ) -> dict[str, Tensor]:
     """Gradients of ``ffn_in_weight`` and ``ffn_out_weight``, stacked over ``G`` layers, float32."""
-    layers, batch, span, width = states.shape[1:]
+    layers = states.shape[1]
     blocks, hidden = weights["ffn_in_weight"].shape[1:3]
-    config = backward_config(width, dtype.itemsize, target_of(states))
-    tiles = triton.cdiv(span, config.block_tokens)
-    chunk = hidden_chunk(hidden, config.block_hidden)
+    arguments, options, _ = block_launch(states, weights, first, dtype, norm_eps, noise, row)
     names = ("ffn_in_weight", "ffn_out_weight")
     found = {name: torch.empty_like(weights[name], dtype=torch.float32) for name in names}
     with device_guard(states):
-        ffn_weights_kernel[(layers * blocks * (hidden // chunk),)](
-            states,
-            dstates,
-            *found.values(),
-            *(weights[name] for name in ("norm_weight", *names)),
-            row,
-            *(NO_NOISE if noise is None else noise)[:3],
-            first,
-            span,
-            tiles,
-            batch,
-            states.stride(0),
-            HAS_NOISE=noise is not None,
-            WIDTH=width,
-            HIDDEN=hidden,
-            BLOCKS=blocks,
-            BLOCK_T=config.block_tokens,
-            BLOCK_F=chunk,
-            EPS=norm_eps,
-            DTYPE=TRITON_DTYPE[dtype],
-            PRECISION=dot_precision(dtype),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+        grid = (layers * blocks * (hidden // options["BLOCK_F"]),)
+        ffn_weights_kernel[grid](states, dstates, *found.values(), *arguments, **options)
     return found
 
 
