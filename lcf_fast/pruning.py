@@ -165,7 +165,7 @@ def rank_layers(
     """
     import torch
 
-    from .training.counting import counted
+    from .counting import counted
 
     report = audit_gates(adapter)
     live = live_layers(report)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..caches import Pair
 from ..errors import ShapeError
-from ..training.batches import padded
-from ..training.chat import ChatReader
-from ..training.step import prefill
+from ..reading.chat import ChatReader
+from ..reading.padding import padded
+from ..reading.prefill import prefill
 
 __all__ = ["Agent", "padded_left"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..caches import Pair
 from ..errors import GeometryError
-from ..training.step import dynamic_cache
+from ..reading.prefill import dynamic_cache
 from .agent import Agent
 from .clock import Clock, LaunchCount
 from .request import Answer, Request, Timings

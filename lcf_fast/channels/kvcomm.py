@@ -17,8 +17,8 @@ from torch import Tensor
 from ..caches import Pair
 from ..config import CacheGeometry
 from ..errors import GeometryError, IndexRangeError, ShapeError
-from ..training.model_fingerprint import model_sample
-from ..training.step import dynamic_cache, positions_of
+from ..reading.model_fingerprint import model_sample
+from ..reading.prefill import dynamic_cache, positions_of
 from .agent import Agent, padded_left
 from .base import Channel, Clock, Prepared, check_requests
 from .controls import Control, check_control, controlled_cache, sent_for

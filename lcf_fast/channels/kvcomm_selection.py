@@ -30,7 +30,7 @@ class LayerSelection:
         alpha: weight of the attention mass against the prior.
         mass: a layer's mean attention of the question's tokens to the context, in ``[0, 1]``.
         scores: a layer's, of which the greatest were chosen.
-        model: which model it is for, as `lcf_fast.training.model_fingerprint.model_sample` tells.
+        model: which model it is for, as `lcf_fast.reading.model_fingerprint.model_sample` tells.
     """
 
     layers: tuple[int, ...]

@@ -13,9 +13,9 @@ from ..adapter import LatentCacheFlow
 from ..config import CacheGeometry
 from ..errors import GeometryError
 from ..message import Message
+from ..reading.alignment import aligned_chat
+from ..reading.padding import shifted_index, shifted_spans
 from ..span_text import Bounds
-from ..training.alignment import aligned_chat
-from ..training.batches import shifted_index, shifted_spans
 from .agent import Agent, padded_left
 from .base import Channel, Clock, Prepared
 from .controls import check_control, controlled_cache, controlled_message, sent_for

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..adapter import LatentCacheFlow
 from ..caches import Pair
 from ..message import Message
-from ..training.step import dynamic_cache, prefill
+from ..reading.prefill import dynamic_cache, prefill
 from .agents import answers_of
 from .tasks import CrossItems, SharedItems, written
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..channels.base import Channel
 from ..channels.request import Request
+from ..counting import counted
 from ..files import write_whole
-from ..training.counting import counted
 from .choice import choice_token_ids, letters, predicted_choices
 from .extractive import score_answer
 from .failures import EvaluationError

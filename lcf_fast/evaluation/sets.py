@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+from ..counting import counted
 from ..errors import BackendError
+from ..reading.data_errors import DataError
 from ..training.converters import LeftOut, hotpotqa_row
-from ..training.counting import counted
 from ..training.data import CrossExample, OnError, check_choice, name_broken, parse_example
-from ..training.data_errors import DataError
 from ..training.rows import RowError, file_rows
 
 __all__ = ["SETS", "Question", "QuestionSet", "parse_question", "read_hotpotqa", "read_questions"]

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..training.counting import counted
+from ..counting import counted
 from .failures import EvaluationError
 from .statistics import Interval, holm, one_sided, paired_interval
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..pruning import PruningReport, audit_gates, judged, live_layers
-from .data_errors import DataError
+from ..reading.data_errors import DataError
 from .step import Prefiller, TrainingStep
 
 if TYPE_CHECKING:

@@ -9,19 +9,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..counting import counted
 from ..errors import IndexRangeError
-from ..span_text import Bounds
+from ..reading.data_errors import DataError
+from ..reading.padding import padded, shifted_index, shifted_spans
 from ..spans import Spans
-from .counting import counted
 from .data import Example, ExampleSet, OnError, check_choice, name_broken
-from .data_errors import DataError
 from .settings import TrainingSettings
 from .tokenizing import ExampleTokenizer, TokenizedExample
 
-__all__ = ["Batch", "ExampleData", "collate", "padded", "shifted_index", "shifted_spans"]
+__all__ = ["Batch", "ExampleData", "collate"]
 
 
 @dataclass
@@ -235,34 +234,3 @@ def _shuffled(ids: Sequence[str], seed: int, epoch: int) -> list[str]:
         return hashed.digest(), id
 
     return sorted(ids, key=key)
-
-
-def padded(rows: Sequence[Sequence[int]], *, left: bool, fill: int = 0) -> tuple[Tensor, Tensor]:
-    """``(B, N)`` int64 ids and mask of ragged rows; ``fill`` where there is none."""
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), fill, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        where = slice(longest - len(row), longest) if left else slice(0, len(row))
-        ids[i, where] = torch.tensor(row, dtype=torch.int64)
-        mask[i, where] = 1
-    return ids, mask
-
-
-def shifted_index(aligned: Sequence[Sequence[int]], starts: Sequence[int], width: int) -> Tensor:
-    """``(B, width)``: what each token of prompts aligns with, counted with the padding on the left of both models.
-
-    ``starts``: where each item's tokens begin in the sharer's; -1 stays -1.
-    """
-    index = torch.full((len(aligned), width), -1)
-    for i, (listed, start) in enumerate(zip(aligned, starts)):
-        rows = torch.tensor(listed, dtype=torch.int64)
-        index[i, width - len(rows) :] = torch.where(rows < 0, rows, rows + start)
-    return index
-
-
-def shifted_spans(spans: Sequence[Bounds], starts: Sequence[int]) -> Spans:
-    """Spans of unpadded items as they lie in the padded batch."""
-    return Spans.given(
-        [[(first + start, last + start) for first, last in bounds] for bounds, start in zip(spans, starts)]
-    )

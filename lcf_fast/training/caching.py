@@ -21,11 +21,12 @@ from torch import Tensor
 
 from ..caches import Pair
 from ..config import CacheGeometry
+from ..counting import counted
 from ..errors import GeometryError, IndexRangeError
 from ..files import write_whole
-from .counting import counted
+from ..reading.model_fingerprint import model_fingerprint
+from ..reading.prefill import DTYPES, prefill
 from .failures import RunError
-from .model_fingerprint import model_fingerprint
 from .prefills import (
     MANIFEST,
     Entry,
@@ -36,7 +37,7 @@ from .prefills import (
     token_digest,
 )
 from .settings import TrainingSettings
-from .step import DTYPES, frozen, prefill, receiver_prefill, sharer_tokens
+from .step import frozen, receiver_prefill, sharer_tokens
 
 if TYPE_CHECKING:
     from .batches import Batch

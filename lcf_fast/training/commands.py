@@ -270,8 +270,8 @@ def _prepare(arguments: argparse.Namespace, *, shown: bool, first: bool) -> _Run
 
 def _held_out(held: ExampleSet, settings: TrainingSettings, options: dict[str, Any]) -> ExampleData | None:
     """As many of the examples held out as are looked at in the end, one a step."""
+    from ..reading.data_errors import DataError
     from .batches import ExampleData
-    from .data_errors import DataError
 
     if not len(held):
         return None
@@ -340,8 +340,8 @@ def _train_on(arguments: argparse.Namespace, ranks: Any) -> None:
 
 
 def _report_held_out(arguments: argparse.Namespace, run: _Run, trainer: Trainer) -> None:
+    from ..counting import counted
     from ..files import write_whole
-    from .counting import counted
     from .held_out import held_out_loss
 
     data = run.held_out

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..counting import counted
 from ..files import whole_file
-from .counting import counted
+from ..reading.data_errors import DataError
 from .data import OnError, check_choice, name_broken, parse_example
-from .data_errors import DataError
 from .rows import RowError, file_rows
 
 __all__ = ["Conversion", "LeftOut", "add_convert_command", "convert_hotpotqa", "convert_openhermes"]

@@ -17,9 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from ..counting import counted
+from ..reading.data_errors import DataError
 from ..span_text import paragraph_bounds
-from .counting import counted
-from .data_errors import DataError
 from .rows import Row, RowError, file_rows, hub_rows
 
 __all__ = ["CrossExample", "Example", "ExampleSet", "SharedExample", "parse_example", "read_examples"]

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..config import CacheGeometry
 from ..errors import BackendError, LCFError
+from ..reading.prefill import DTYPES
 from .failures import RunError
-from .step import DTYPES
 
 __all__ = ["hide_loading", "load_geometry", "load_model", "load_tokenizer"]
 

@@ -27,10 +27,11 @@ from torch import Tensor
 
 from ..caches import Pair
 from ..config import CacheGeometry
+from ..reading.model_fingerprint import model_fingerprint
+from ..reading.prefill import DTYPES
 from .failures import RunError
-from .model_fingerprint import model_fingerprint
 from .settings import TrainingSettings
-from .step import DTYPES, Prefill, receiver_prefill, sharer_tokens
+from .step import Prefill, receiver_prefill, sharer_tokens
 
 if TYPE_CHECKING:
     from ..adapter import LatentCacheFlow
@@ -69,7 +70,7 @@ class Manifest:
         sharer, receiver: ``(layers, KV heads, head dim)``.
         sharer_layers: layers that are stored, ascending.
         with_receiver: whether the receiver's caches are stored as well.
-        sharer_fingerprint, receiver_fingerprint: see `lcf_fast.training.model_fingerprint`.
+        sharer_fingerprint, receiver_fingerprint: see `lcf_fast.reading.model_fingerprint`.
         examples, shards: how many.
         tensor_bytes: of all caches together.
         plan: digest of which examples are in which shard.

@@ -89,7 +89,7 @@ class _Measured:
     shown: bool
 
     def batches(self, what: str) -> Iterator[Batch]:
-        from .counting import counted
+        from ..counting import counted
 
         places = range(0, len(self.ids), self.size)
         for start in counted(places, what, total=len(places), shown=self.shown):
@@ -168,9 +168,9 @@ def _measure(arguments: argparse.Namespace, adapter: LatentCacheFlow, report: Pr
     import torch
 
     from ..pruning import PruningError, live_layers
+    from ..reading.data_errors import DataError
     from .batches import ExampleData
     from .data import read_examples
-    from .data_errors import DataError
     from .models import hide_loading, load_model, load_tokenizer
     from .prefills import StoredPrefills
     from .settings import TrainingSettings

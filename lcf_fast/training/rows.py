@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import BackendError
-from .data_errors import DataError
+from ..reading.data_errors import DataError
 
 __all__ = ["Row", "RowError", "file_rows", "hub_rows"]
 

@@ -8,27 +8,24 @@ left, responses on the right, and positions count real tokens only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..caches import Pair, cache_layers
+from ..caches import Pair
 from ..config import CacheGeometry
 from ..errors import GeometryError, ShapeError
+from ..reading.prefill import DTYPES, dynamic_cache, positions_of, prefill
 from .timing import Stopwatch
 
 if TYPE_CHECKING:
     from ..adapter import LatentCacheFlow
     from .batches import Batch
 
-__all__ = ["OnlinePrefills", "Prefill", "TrainingStep", "dynamic_cache", "frozen", "prefill"]
-
-#: Of the frozen models, by `TrainingSettings.precision`.
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
+__all__ = ["OnlinePrefills", "Prefill", "TrainingStep", "frozen"]
 
 @dataclass(frozen=True)
 class Prefill:
@@ -51,38 +48,6 @@ Prefiller = Callable[["Batch"], Prefill]
 def frozen(model: Any, *, device: torch.device | str, precision: str) -> Any:
     """The model itself, moved and cast in place, in eval mode and without gradients."""
     return model.to(device=device, dtype=DTYPES[precision]).eval().requires_grad_(False)
-
-
-def positions_of(mask: Tensor) -> Tensor:
-    """``(B, N)``: how many real tokens come before each position, of a mask ``(B, N)``."""
-    return (mask.long().cumsum(1) - 1).clamp_(min=0)
-
-
-@torch.no_grad()
-def prefill(model: Any, ids: Tensor, mask: Tensor) -> list[Pair]:
-    """The cache of a frozen causal LM after reading ``ids (B, N)``; ``mask`` is zero at padding."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    # Without the head on top, whose logits nobody reads.
-    model.base_model(
-        input_ids=ids,
-        attention_mask=mask.long(),
-        position_ids=positions_of(mask),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return cache_layers(cache)
-
-
-def dynamic_cache(layers: Iterable[Pair]) -> Any:
-    """A DynamicCache of transformers that holds copies of these ``(key, value)``, one a layer: to go on from."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    for layer, (key, value) in enumerate(layers):
-        cache.update(key, value, layer)
-    return cache
 
 
 def sharer_tokens(batch: Batch) -> tuple[Tensor, Tensor]:

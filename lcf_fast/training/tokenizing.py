@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SpanError
+from ..reading.alignment import aligned_chat
+from ..reading.chat import ChatReader, Messages
+from ..reading.data_errors import AlignmentError, DataError, TokenizerError, TooLongError
 from ..span_text import Bounds
-from .alignment import aligned_chat
-from .chat import ChatReader, Messages
 from .data import CrossExample, Example
-from .data_errors import AlignmentError, DataError, TokenizerError, TooLongError
 
 __all__ = ["ExampleTokenizer", "TokenizedExample"]
 
@@ -42,7 +42,7 @@ class ExampleTokenizer:
 
     *Shared context*: the prompt is all messages but the last, in the receiver's chat template. Where the sharer's
     tokenizer gives that very text the same ids, the sharer reads it too. Otherwise it reads the same messages in its
-    own template, and positions align by the characters of the messages' contents (`lcf_fast.training.alignment`).
+    own template, and positions align by the characters of the messages' contents (`lcf_fast.reading.alignment`).
 
     *Cross context*: the sharer reads its paragraphs, a blank line between two of them, without a template: it is not
     asked anything. Each is a span. The receiver reads a user's turn of its own context, a blank line and the question.

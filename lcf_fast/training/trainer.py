@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from ..config import CacheGeometry
 from ..errors import GeometryError
+from ..reading.model_fingerprint import model_sample
 from .checkpoints import Checkpoint, Checkpoints, read_state
 from .distributed import Ranks
 from .failures import LossError, RunError
 from .log import RunLog, Scalars
-from .model_fingerprint import model_sample
 from .progress import Progress
 from .schedule import gate_temperature, learning_rate_factor
 from .settings import TrainingSettings

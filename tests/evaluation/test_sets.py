@@ -12,8 +12,8 @@ import pytest
 
 from lcf_fast.errors import BackendError
 from lcf_fast.evaluation.sets import SETS, Question, QuestionSet, read_hotpotqa, read_questions
+from lcf_fast.reading.data_errors import DataError
 from lcf_fast.training.converters import convert_hotpotqa, hotpotqa_row
-from lcf_fast.training.data_errors import DataError
 
 ABCD = ["first", "second", "third", "fourth"]
 

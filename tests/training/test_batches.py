@@ -13,9 +13,9 @@ from tiny_tokenizers import CHATML_SYSTEM, INST, tiny_tokenizer
 from tiny_training import tiny_adapter, tiny_settings
 
 from lcf_fast.errors import IndexRangeError
+from lcf_fast.reading.data_errors import DataError, TokenizerError
 from lcf_fast.training.batches import Batch, ExampleData, collate
 from lcf_fast.training.data import CrossExample, Example, ExampleSet, SharedExample
-from lcf_fast.training.data_errors import DataError, TokenizerError
 from lcf_fast.training.tokenizing import TokenizedExample
 
 pytest.importorskip("tokenizers")

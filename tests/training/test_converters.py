@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from lcf_fast.cli import main
+from lcf_fast.reading.data_errors import DataError
 from lcf_fast.training.converters import LeftOut, convert_hotpotqa, convert_openhermes, hotpotqa_row, openhermes_row
 from lcf_fast.training.data import CrossExample, SharedExample, read_examples
-from lcf_fast.training.data_errors import DataError
 from lcf_fast.training.rows import RowError
 
 

@@ -11,9 +11,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from lcf_fast.reading.data_errors import DataError
 from lcf_fast.training import data as data_module
 from lcf_fast.training.data import CrossExample, ExampleSet, SharedExample, parse_example, read_examples
-from lcf_fast.training.data_errors import DataError
 from lcf_fast.training.rows import RowError
 
 USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}

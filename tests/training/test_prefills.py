@@ -19,11 +19,11 @@ from tiny_training import KINDS, RandomData, read_log, tiny_adapter, tiny_model,
 
 from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig
 from lcf_fast.errors import GeometryError, IndexRangeError
+from lcf_fast.reading.model_fingerprint import model_fingerprint, model_sample
 from lcf_fast.training import caching
 from lcf_fast.training.batches import Batch
 from lcf_fast.training.caching import plan_prefills, write_prefills
 from lcf_fast.training.failures import RunError
-from lcf_fast.training.model_fingerprint import model_fingerprint, model_sample
 from lcf_fast.training.prefills import Manifest, StoredPrefills
 from lcf_fast.training.step import OnlinePrefills, TrainingStep, frozen
 

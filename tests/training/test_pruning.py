@@ -13,9 +13,9 @@ from tiny_training import KINDS, RandomData, tiny_adapter, tiny_model, tiny_sett
 
 from lcf_fast import CacheGeometry, IndexRangeError, LatentCacheFlow, LCFConfig, use_backend
 from lcf_fast.pruning import PruningError, audit_gates, closed_gates, rank_layers, write_plot
+from lcf_fast.reading.data_errors import DataError
 from lcf_fast.training.ablation import rank_layers_by_loss
 from lcf_fast.training.batches import Batch
-from lcf_fast.training.data_errors import DataError
 from lcf_fast.training.step import OnlinePrefills, Prefill, TrainingStep
 
 SHARER, RECEIVER = CacheGeometry(3, 1, 8), CacheGeometry(6, 2, 8)

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 
 from lcf_fast.errors import BackendError
+from lcf_fast.reading.data_errors import DataError
 from lcf_fast.training import rows as rows_module
-from lcf_fast.training.data_errors import DataError
 from lcf_fast.training.rows import RowError, file_rows, hub_rows
 
 JSON = st.recursive(

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from tiny_tokenizers import CHATML, CHATML_SYSTEM, INST, tiny_tokenizer
 
+from lcf_fast.reading.chat import ChatReader
+from lcf_fast.reading.data_errors import AlignmentError, DataError, TokenizerError, TooLongError
 from lcf_fast.span_text import turn_bounds
-from lcf_fast.training.chat import ChatReader
 from lcf_fast.training.data import CrossExample, SharedExample
-from lcf_fast.training.data_errors import AlignmentError, DataError, TokenizerError, TooLongError
 from lcf_fast.training.tokenizing import ExampleTokenizer, TokenizedExample
 
 pytest.importorskip("tokenizers")

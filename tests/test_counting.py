@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from lcf_fast.training import counting
-from lcf_fast.training.counting import counted
+from lcf_fast import counting
+from lcf_fast.counting import counted
 
 
 class Terminal(io.StringIO):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..fingerprint import digest_of
-from .step import DTYPES
+from .prefill import DTYPES
 
 __all__ = ["model_fingerprint", "model_sample"]
 

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 from against_reference import EXAMPLES
 from hypothesis import given
 
-from lcf_fast.training.alignment import Piece, align, shared_pieces
+from lcf_fast.reading.alignment import Piece, align, shared_pieces
 
 Offsets = list[tuple[int, int]]
 

@@ -1,0 +1,1 @@
+"""How models read, for training, channels and evaluation alike: chats, alignment, padding, prefills."""

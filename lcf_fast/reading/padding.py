@@ -1,0 +1,44 @@
+"""Ragged rows as one batch, and where what belongs to a row lies once it is padded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..span_text import Bounds
+from ..spans import Spans
+
+__all__ = ["padded", "shifted_index", "shifted_spans"]
+
+
+def padded(rows: Sequence[Sequence[int]], *, left: bool, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """``(B, N)`` int64 ids and mask of ragged rows; ``fill`` where there is none."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), fill, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        where = slice(longest - len(row), longest) if left else slice(0, len(row))
+        ids[i, where] = torch.tensor(row, dtype=torch.int64)
+        mask[i, where] = 1
+    return ids, mask
+
+
+def shifted_index(aligned: Sequence[Sequence[int]], starts: Sequence[int], width: int) -> Tensor:
+    """``(B, width)``: what each token of prompts aligns with, counted with the padding on the left of both models.
+
+    ``starts``: where each item's tokens begin in the sharer's; -1 stays -1.
+    """
+    index = torch.full((len(aligned), width), -1)
+    for i, (listed, start) in enumerate(zip(aligned, starts)):
+        rows = torch.tensor(listed, dtype=torch.int64)
+        index[i, width - len(rows) :] = torch.where(rows < 0, rows, rows + start)
+    return index
+
+
+def shifted_spans(spans: Sequence[Bounds], starts: Sequence[int]) -> Spans:
+    """Spans of unpadded items as they lie in the padded batch."""
+    return Spans.given(
+        [[(first + start, last + start) for first, last in bounds] for bounds, start in zip(spans, starts)]
+    )

@@ -1,0 +1,48 @@
+"""What a frozen causal LM holds after reading, and going on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..caches import Pair, cache_layers
+
+__all__ = ["DTYPES", "dynamic_cache", "positions_of", "prefill"]
+
+#: Of frozen models, by the name that settings give a precision.
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """``(B, N)``: how many real tokens come before each position, of a mask ``(B, N)``."""
+    return (mask.long().cumsum(1) - 1).clamp_(min=0)
+
+
+@torch.no_grad()
+def prefill(model: Any, ids: Tensor, mask: Tensor) -> list[Pair]:
+    """The cache of a frozen causal LM after reading ``ids (B, N)``; ``mask`` is zero at padding."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    # Without the head on top, whose logits nobody reads.
+    model.base_model(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        position_ids=positions_of(mask),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return cache_layers(cache)
+
+
+def dynamic_cache(layers: Iterable[Pair]) -> Any:
+    """A DynamicCache of transformers that holds copies of these ``(key, value)``, one a layer: to go on from."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for layer, (key, value) in enumerate(layers):
+        cache.update(key, value, layer)
+    return cache
