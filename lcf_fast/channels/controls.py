@@ -2,7 +2,8 @@
 
 ``matched`` sends what the channel sends. ``mismatched`` sends what belongs to another request, its ``decoy``. ``zero``
 sends zeros; ``random`` numbers without content that have the mean and the deviation of the matching ones: of each
-channel over the tokens (a cache), of each layer (a message). A gain that survives these is no content (peers.md).
+channel over the tokens (a cache), of each layer (a message). ``self`` sends what the receiver itself makes of what it
+has read itself: the channel is given the receiver in the sharer's place. A gain that survives these is no content.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from torch import Tensor
 from ..caches import Pair
 from ..errors import GeometryError
 from ..message import Message
+from ..span_text import paragraphs_of
 from .request import Request
 
 __all__ = ["CONTROLS", "Control", "check_control", "check_text_control"]
 __all__ += ["controlled_cache", "controlled_message", "sent_for"]
 
-Control = Literal["matched", "mismatched", "zero", "random"]
+Control = Literal["matched", "mismatched", "zero", "random", "self"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
 
 
@@ -34,17 +36,19 @@ def check_control(control: str) -> Control:
 
 def check_text_control(control: str) -> Control:
     """Of a channel that sends text: there are no zeros and no noise of it."""
-    if check_control(control) not in ("matched", "mismatched"):
-        raise GeometryError("control", expected="matched or mismatched, of text", got=repr(control))
+    if check_control(control) in ("zero", "random"):
+        raise GeometryError("control", expected="matched, mismatched or self, of text", got=repr(control))
     return check_control(control)
 
 
 def sent_for(requests: Sequence[Request], control: Control) -> list[Request]:
-    """The requests whose messages are sent.
+    """The requests whose messages are sent; under ``self`` the sharers of each have read what the receiver has.
 
     Raises:
         GeometryError: mismatched, and one has no decoy, or a decoy that says the same.
     """
+    if control == "self":
+        return [_read_by_itself(request) for request in requests]
     if control != "mismatched":
         return list(requests)
     found = []
@@ -56,6 +60,11 @@ def sent_for(requests: Sequence[Request], control: Control) -> list[Request]:
             raise GeometryError(f"requests[{i}].decoy", expected="another request", got="the same")
         found.append(replace(other, sharers=request.sharers))
     return found
+
+
+def _read_by_itself(request: Request) -> Request:
+    own = paragraphs_of(request.context) or (request.question,)
+    return replace(request, sharer_contexts=dict.fromkeys(request.sharer_contexts, own))
 
 
 def controlled_cache(cache: Sequence[Pair], mask: Tensor, control: Control, generator: torch.Generator) -> list[Pair]:
@@ -70,7 +79,7 @@ def controlled_cache(cache: Sequence[Pair], mask: Tensor, control: Control, gene
 
 def controlled_message(message: Message, control: Control, generator: torch.Generator) -> Message:
     """A message under a control: its latent, which is all that a receiver needs."""
-    if control in ("matched", "mismatched"):
+    if control not in ("zero", "random"):
         return message
     latent = message.latent
     if latent is None:

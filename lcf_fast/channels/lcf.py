@@ -14,6 +14,7 @@ from ..config import CacheGeometry
 from ..errors import GeometryError
 from ..message import Message
 from ..reading.alignment import aligned_chat
+from ..reading.chat import window_size
 from ..reading.padding import shifted_index, shifted_spans
 from ..span_text import Bounds
 from .agent import Agent, padded_left
@@ -148,10 +149,12 @@ class LCFXChannel(Channel):
         sharers: with the adapter itself, or a `SharerSide`.
         dtype: that messages are stored in, as `Message.to_bytes` takes it.
         control, seed: as `LCFChannel`'s.
-        spans: how a sharer's context is cut: ``"paragraphs"``, as given, or ``"one"``.
-    """
+        spans: how a sharer's context is cut, one of `lcf_fast.reading.chat.SPAN_SCHEMES`.
+        name: as reports call it.
 
-    name = "lcf_x"
+    Raises:
+        SpanError: another way to cut. GeometryError: an adapter for other models.
+    """
 
     def __init__(
         self,
@@ -161,13 +164,13 @@ class LCFXChannel(Channel):
         *,
         dtype: str = "bfloat16",
         spans: str = "paragraphs",
+        name: str = "lcf_x",
         control: str = "matched",
         seed: int = 0,
     ) -> None:
         super().__init__(receiver)
-        if spans not in ("paragraphs", "one"):
-            raise GeometryError("spans", expected="paragraphs or one", got=repr(spans))
-        self.adapter, self.dtype, self.spans = adapter, dtype, spans
+        window_size(spans)
+        self.name, self.adapter, self.dtype, self.spans = name, adapter, dtype, spans
         self.control, self.seed = check_control(control), seed
         self.sharers = _by_name(receiver, sharers)
 
@@ -218,7 +221,7 @@ class LCFXChannel(Channel):
 
     def _read(self, agent: Agent, paragraphs: Sequence[str]) -> tuple[list[int], Bounds]:
         """Tokens of a sharer's context, without a template as it is asked nothing, and its spans."""
-        tokens, spans = agent.reader.paragraphs(paragraphs, as_one=self.spans == "one")
+        tokens, spans = agent.reader.paragraphs(paragraphs, spans=self.spans)
         agent.check_length(max(2, len(tokens)))
         return tokens, spans
 

@@ -15,6 +15,8 @@ __all__ = ["TextChannel"]
 
 #: What a sharer is asked; it reads its own context before it and the question behind it.
 INSTRUCTION = "Write down what in the text above helps to answer the following question. Be brief."
+#: How a note stands in the receiver's prompt.
+TEMPLATE = "{note}"
 
 
 class TextChannel(Channel):
@@ -24,7 +26,12 @@ class TextChannel(Channel):
         sharers: by name.
         most_tokens: k: the longest note, in the sharer's tokens.
         instruction: what sharers are asked to do.
-        control: "matched", or "mismatched": sharers write about each request's decoy.
+        template: how a note stands in the receiver's prompt: a text with ``{note}``, and if wanted ``{question}``.
+        control: "matched"; "mismatched": sharers write about each request's decoy; "self": they have read what the
+            receiver has.
+
+    Raises:
+        GeometryError: no token, or a template without ``{note}`` or with a name that it does not know.
     """
 
     def __init__(
@@ -34,6 +41,7 @@ class TextChannel(Channel):
         *,
         most_tokens: int = 200,
         instruction: str = INSTRUCTION,
+        template: str = TEMPLATE,
         control: str = "matched",
     ) -> None:
         super().__init__(receiver)
@@ -41,7 +49,8 @@ class TextChannel(Channel):
         if most_tokens < 1:
             raise GeometryError("most_tokens", expected="1 or more", got=str(most_tokens))
         self.sharers = {sharer.name: sharer for sharer in sharers}
-        self.most_tokens, self.instruction = most_tokens, instruction
+        self.most_tokens, self.instruction, self.template = most_tokens, instruction, template
+        _check_template(template)
         self.name = f"text_{most_tokens}"
 
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
@@ -55,7 +64,10 @@ class TextChannel(Channel):
                 for row, note in zip(rows, written):
                     notes[row].append(note)
         receiver = self.receiver
-        chats = [request.asked(*note) for request, note in zip(requests, notes)]
+        chats = [
+            request.asked(*(self.template.format(note=note, question=request.question) for note in written))
+            for request, written in zip(requests, notes)
+        ]
         ids, mask = padded_left(receiver.prompts(chats, room), receiver.padding(), receiver.device)
         with clock.of("receiver"):
             cache = receiver.read(ids[:, :-1], mask[:, :-1])
@@ -79,3 +91,13 @@ class TextChannel(Channel):
         )
         found: list[str] = sharer.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in found]
+
+
+def _check_template(template: str) -> None:
+    try:
+        shown = template.format(note="\ue000", question="\ue001")
+    except (KeyError, IndexError, ValueError) as error:
+        expected = "a text with {note}, and {question} if wanted"
+        raise GeometryError("template", expected=expected, got=f"{template!r} ({error})") from None
+    if "\ue000" not in shown:
+        raise GeometryError("template", expected="a text with {note}", got=repr(template))
