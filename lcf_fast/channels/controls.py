@@ -1,9 +1,10 @@
 """Content controls: what is sent in place of the matching message, to see whether its content matters.
 
 ``matched`` sends what the channel sends. ``mismatched`` sends what belongs to another request, its ``decoy``. ``zero``
-sends zeros; ``random`` numbers without content that have the mean and the deviation of the matching ones: of each
-channel over the tokens (a cache), of each layer (a message). ``self`` sends what the receiver itself makes of what it
-has read itself: the channel is given the receiver in the sharer's place. A gain that survives these is no content.
+sends zeros; ``random`` numbers without content that have the mean and the deviation of the matching ones: of each head
+over tokens and channels (a cache; those of each channel would tell a short context), of each layer (a message).
+``self`` sends what the receiver makes of what it has read itself: the channel is given the receiver in the sharer's
+place. A gain that survives these is no content (peers.md).
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def controlled_cache(cache: Sequence[Pair], mask: Tensor, control: Control, gene
     if control != "random":
         return list(cache)
     real = mask.bool()[:, None, :, None]
-    return [(_noise_like(key, 2, real, generator), _noise_like(value, 2, real, generator)) for key, value in cache]
+    over = (2, 3)
+    return [(_noise_like(k, over, real, generator), _noise_like(v, over, real, generator)) for k, v in cache]
 
 
 def controlled_message(message: Message, control: Control, generator: torch.Generator) -> Message:
@@ -84,11 +86,11 @@ def controlled_message(message: Message, control: Control, generator: torch.Gene
     latent = message.latent
     if latent is None:
         raise GeometryError("message", expected="a message with a latent", got="a summary alone")
-    made = torch.zeros_like(latent) if control == "zero" else _noise_like(latent, -1, None, generator)
+    made = torch.zeros_like(latent) if control == "zero" else _noise_like(latent, (-1,), None, generator)
     return replace(message, latent=made)
 
 
-def _noise_like(x: Tensor, dim: int, real: Tensor | None, generator: torch.Generator) -> Tensor:
+def _noise_like(x: Tensor, dim: tuple[int, ...], real: Tensor | None, generator: torch.Generator) -> Tensor:
     """Gaussian numbers with the mean and deviation of ``x`` along ``dim``, where ``real``."""
     wide = x.float()
     weight = torch.ones_like(wide) if real is None else real.to(wide.dtype).expand_as(wide)

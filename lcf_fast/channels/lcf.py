@@ -84,6 +84,14 @@ class LCFChannel(Channel):
         self.name, self.control, self.seed = name, check_control(control), seed
         self.sharers = _by_name(receiver, sharers)
 
+    def check(self, requests: Sequence[Request], room: int) -> None:
+        """As `Channel.check`."""
+        told = [request.asked() for request in sent_for(requests, self.control)]
+        prompts = self.receiver.prompts([request.asked() for request in requests], room)
+        for name, sharer in self.sharers.items():
+            for row in rows_of(requests, name, self.sharers):
+                self._read(sharer.agent, told[row], len(prompts[row]) - 1)
+
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         receiver, batch = self.receiver, len(requests)
         chats = [request.asked() for request in requests]
@@ -174,13 +182,25 @@ class LCFXChannel(Channel):
         self.control, self.seed = check_control(control), seed
         self.sharers = _by_name(receiver, sharers)
 
+    def check(self, requests: Sequence[Request], room: int) -> None:
+        """As `Channel.check`."""
+        told = sent_for(requests, self.control)
+        for name, sharer in self.sharers.items():
+            for row in self._told_by(name, told):
+                self._read(sharer.agent, told[row].sharer_contexts[name])
+        super().check(requests, room)
+
+    def _told_by(self, name: str, told: Sequence[Request]) -> list[int]:
+        """The requests that a sharer has something to say to."""
+        return [row for row in rows_of(told, name, self.sharers) if name in told[row].sharer_contexts]
+
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         receiver, batch = self.receiver, len(requests)
         sent: list[list[bytes]] = [[] for _ in requests]
         told = sent_for(requests, self.control)
         generator = torch.Generator().manual_seed(self.seed)
         for name, sharer in self.sharers.items():
-            rows = [row for row in rows_of(told, name, self.sharers) if name in told[row].sharer_contexts]
+            rows = self._told_by(name, told)
             if rows:
                 written = self._messages(sharer, [told[row].sharer_contexts[name] for row in rows], clock, generator)
                 for row, data in zip(rows, written):

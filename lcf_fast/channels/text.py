@@ -53,6 +53,16 @@ class TextChannel(Channel):
         _check_template(template)
         self.name = f"text_{most_tokens}"
 
+    def check(self, requests: Sequence[Request], room: int) -> None:
+        """As `Channel.check`, with the longest note in the prompt, were its tokens the receiver's."""
+        told = sent_for(requests, self.control)
+        sharers = len(self.sharers)
+        for sharer in self.sharers.values():
+            sharer.prompts(
+                self._asked(sharer, [told[row] for row in rows_of(told, sharer.name, self.sharers)]), self.most_tokens
+            )
+        super().check(requests, room + sharers * self.most_tokens)
+
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         notes: list[list[str]] = [[] for _ in requests]
         told = sent_for(requests, self.control)
@@ -75,12 +85,7 @@ class TextChannel(Channel):
 
     def _write(self, sharer: Agent, requests: Sequence[Request]) -> list[str]:
         """Greedy: what is compared with it does not draw either."""
-        chats = []
-        for request in requests:
-            read = "\n\n".join(request.sharer_contexts.get(sharer.name, ())) or request.context
-            parts = [part for part in (read, self.instruction, request.question) if part.strip()]
-            chats.append([("user", "\n\n".join(parts))])
-        rows = sharer.prompts(chats, self.most_tokens)
+        rows = sharer.prompts(self._asked(sharer, requests), self.most_tokens)
         ids, mask = padded_left(rows, sharer.padding(), sharer.device)
         out = sharer.model.generate(
             ids,
@@ -91,6 +96,15 @@ class TextChannel(Channel):
         )
         found: list[str] = sharer.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in found]
+
+    def _asked(self, sharer: Agent, requests: Sequence[Request]) -> list[list[tuple[str, str]]]:
+        """What a sharer is asked for each request."""
+        chats = []
+        for request in requests:
+            read = "\n\n".join(request.sharer_contexts.get(sharer.name, ())) or request.context
+            parts = [part for part in (read, self.instruction, request.question) if part.strip()]
+            chats.append([("user", "\n\n".join(parts))])
+        return chats
 
 
 def _check_template(template: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 from ..config import CacheGeometry
@@ -41,7 +42,8 @@ def load_geometry(role: str, name: str) -> CacheGeometry:
 
 
 def hide_loading() -> None:
-    """No progress bars of transformers in this process."""
+    """No progress bars of transformers in this process, and no word of a name that some of its versions change."""
+    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
     with contextlib.suppress(ImportError):
         from transformers.utils import logging
 
