@@ -1,7 +1,7 @@
 """The README's table of channels, from a committed summary of `lcf-fast eval`.
 
-``python -m bench.eval_table bench/results/evaluation/small-agents.json``; with ``--write README.md`` it goes between the
-file's markers instead of to stdout.
+``python -m bench.eval_table bench/results/evaluation/small-agents.json``; with ``--write README.md`` it goes between
+the file's markers instead of to stdout.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def table(file: Path) -> str:
     summary = json.loads(file.read_text(encoding="utf-8"))
     parts = [_set(found) for found in summary["sets"]]
     note = (
-        f"{summary['judged']} verdicts, corrected together (Holm), at {summary['alpha']:g}. Times: of a batch, from its "
-        "start to its first tokens; they grow with the batch's work, and compare within a column only."
+        f"{summary['judged']} verdicts, corrected together (Holm), at {summary['alpha']:g}. Times: of a whole batch, "
+        "from its start to its first tokens."
     )
     return "\n\n".join([*parts, note, f"Made by `{COMMAND}`."])
 
