@@ -79,35 +79,16 @@ def _run(arguments: argparse.Namespace) -> None:
     if not sets:
         raise EvaluationError("questions", expected="--data, --hotpotqa or --set", got="none of them")
 
-    import torch
-
-    from ..adapter import LatentCacheFlow
-    from ..c2c.fuser import C2CFuser
-    from ..channels import Agent
-    from ..training.models import load_model, load_tokenizer
     from .entrants import entrants, suits
+    from .loading import chosen_device, load_adapters, load_agents, load_fuser
     from .report import markdown
     from .run import evaluate, write_report
 
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    models = {
-        role: load_model(role, getattr(arguments, role), arguments.precision).to(device)
-        for role in dict.fromkeys(("receiver", "sharer"))
-        if role == "receiver" or arguments.sharer != arguments.receiver
-    }
-    agents = {
-        role: Agent(role, models.get(role, models["receiver"]), load_tokenizer(role, getattr(arguments, role)))
-        for role in ("receiver", "sharer")
-    }
-    adapters = [
-        LatentCacheFlow.from_pretrained(folder, device=device, sharer=agents["sharer"].model,
-                                        receiver=agents["receiver"].model)
-        for folder in arguments.adapter
-    ]  # fmt: skip
-    fuser = None
-    if arguments.c2c is not None:
-        both = {role: agents[role].model for role in agents}
-        fuser = C2CFuser.from_pretrained(arguments.c2c, device=device, **both).eval()
+    device = chosen_device(arguments.device)
+    agents = load_agents(arguments.sharer, arguments.receiver, arguments.precision, device)
+    models = {role: agent.model for role, agent in agents.items()}
+    adapters = load_adapters(arguments.adapter, models, device)
+    fuser = None if arguments.c2c is None else load_fuser(arguments.c2c, models, device)
     everyone = entrants(
         agents["receiver"],
         agents["sharer"],
