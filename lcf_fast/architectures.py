@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .errors import BackendError
+
 __all__ = ["PUBLISHED_VOCABULARY", "QWEN3", "QWEN25", "published_config", "random_model"]
 
 #: Of both models.
@@ -40,9 +42,16 @@ _BOTH: dict[str, Any] = {
 
 
 def published_config(role: str, *, vocabulary: int = PUBLISHED_VOCABULARY) -> Any:
-    """A transformers config: of Qwen2.5-0.5B for the ``"sharer"``, of Qwen3-0.6B for the ``"receiver"``."""
-    from transformers import Qwen2Config, Qwen3Config
+    """A transformers config: of Qwen2.5-0.5B for the ``"sharer"``, of Qwen3-0.6B for the ``"receiver"``.
 
+    Raises:
+        BackendError: transformers is not installed.
+    """
+    try:
+        from transformers import Qwen2Config, Qwen3Config
+    except ImportError:
+        expected = "the transformers library, which pip install 'lcf-fast[hf]' brings"
+        raise BackendError(role, expected=expected, got="an environment without it") from None
     if role == "sharer":
         return Qwen2Config(**QWEN25, **_BOTH, vocab_size=vocabulary)
     return Qwen3Config(**QWEN3, **_BOTH, vocab_size=vocabulary)

@@ -211,18 +211,18 @@ def given_groups(
         return None if adapter is None else lambda: adapter
 
     agents = _by_role(lambda: loaded()["receiver"], lambda: loaded()["sharer"])
-    limit, notes = min(map(_limit, configs.values())), tuple(text_tokens)
+    limit, notes, words = min(map(_limit, configs.values())), tuple(text_tokens), tuple(_COMMON.split())
 
     def open_cross() -> Makers:
-        makers = _cross(agents, notes, giving(kinds.get(True)), _COMMON.split())
+        makers = _cross(agents, notes, giving(kinds.get(True)), words)
         return makers if one_model else {name: make for name, make in makers.items() if name != "kvcomm"}
 
     def open_shared() -> Makers:
         return _shared(agents, notes, giving(kinds.get(False)), giving(fuser))
 
     return [
-        Group(SHARED, open_shared, _COMMON.split(), notes, limit, settings),
-        Group(CROSS, open_cross, _COMMON.split(), notes, limit, settings),
+        Group(SHARED, open_shared, words, notes, limit, settings),
+        Group(CROSS, open_cross, words, notes, limit, settings),
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import weakref
 from functools import partial
@@ -14,8 +13,8 @@ import torch
 from tiny_folders import save_tiny_model
 
 from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig
-from lcf_fast.c2c import C2CConfig, C2CFuser
-from lcf_fast.channels import Channel
+from lcf_fast.c2c import C2CConfig, C2CFuser, FaithfulFuser
+from lcf_fast.channels import Channel, LCFChannel, LCFXChannel
 from lcf_fast.channels.clock import Clock
 from lcf_fast.cli import main
 from lcf_fast.evaluation import latency_models
@@ -56,7 +55,7 @@ def test_what_a_model_writes_is_read_as_many_tokens(size: int) -> None:
     tokenizer = stand_in_tokenizer(size)
     assert len(tokenizer) == size
     ids = torch.randint(0, size, (4, 200), generator=torch.Generator().manual_seed(1))
-    ids[0, :3], ids[1], ids[2, -1] = 0, 7, size - 1  # the unknown word, one word only, the last
+    ids[0], ids[1], ids[2, :3], ids[2, -1] = torch.arange(200), 7, 0, size - 1  # names of roles; one word; the unknown
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     assert [tokenizer(text.strip(), add_special_tokens=False)["input_ids"] for text in texts] == ids.tolist()
     assert tokenizer.eos_token_id is None
@@ -117,9 +116,10 @@ def test_requests_differ_and_have_one_length() -> None:
 def test_every_channel_does_something_and_both_c2cs_the_same() -> None:
     """All gates are open: what is timed is an edit, not a cache that passes through."""
     for group in tiny_groups():
-        logits = {}
+        logits, fusers = {}, {}
         for name, make in group.open().items():
             channel = make()
+            fusers[name] = channel.sharers["sharer"].adapter if isinstance(channel, LCFChannel) else None
             requests = requests_of(group.name, PROTOCOL, channel.receiver.reader, group.words)
             logits[name] = channel.next_logits(requests)[0]
         for name, one in logits.items():
@@ -127,6 +127,9 @@ def test_every_channel_does_something_and_both_c2cs_the_same() -> None:
                 assert not torch.equal(one, logits["none"]), name
         if group.name == SHARED:
             torch.testing.assert_close(logits["c2c"], logits["c2c_as_released"], rtol=1e-4, atol=1e-5)
+            released = fusers["c2c_as_released"]
+            assert isinstance(released, FaithfulFuser)
+            assert released.fuser is fusers["c2c"], "two fusers in memory"
 
 
 def test_a_whole_run_on_both_groups(tmp_path: Path) -> None:
@@ -157,15 +160,21 @@ def test_models_are_built_when_needed_and_freed_with_their_group(
         made.append((config.model_type, weakref.ref(model)))
         return model
 
+    freed: list[bool] = []
+
+    def crossing(*given: Any) -> LCFXChannel:
+        freed.append(made[-1][1]() is None)
+        return LCFXChannel(*given)
+
     monkeypatch.setattr(latency_models, "random_model", watched)
+    monkeypatch.setattr(latency_models, "LCFXChannel", crossing)
     groups = tiny_groups()
     protocols = [PROTOCOL, Protocol(1, 9, 2, 1, 1, 0, True)]
     run_latency(groups, protocols, tmp_path / "a", device=CPU, channels=["none"])
     assert [kind for kind, _ in made] == ["qwen3"], "a sharer nobody asked for, or a receiver more than once"
     run_latency(groups, protocols, tmp_path / "b", device=CPU, channels=["text_3", "lcf_x"])
     assert [kind for kind, _ in made] == ["qwen3", "qwen2"]
-    gc.collect()
-    assert made[1][1]() is None, "the sharer outlives its group"
+    assert freed == [True], "the sharer outlives its group"
 
 
 def test_the_default_is_the_published_pair_with_its_whole_vocabulary() -> None:
