@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .cases import AS_RELEASED
 from .report import disturbed, number, plural
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -55,7 +56,8 @@ def _c2c(rows: Sequence[dict[str, Any]]) -> list[str]:
     found = []
     for row in sorted((r for r in rows if r["kind"] == "other" and r["time"]), key=lambda r: r["tokens"]):
         covers = "one layer alone" if row["layers"] == 1 else f"{row['layers']} layers"
-        found.append(f"{number(row['time']['median_ms'])} ms for {covers} at N = {row['tokens']}")
+        how = AS_RELEASED if AS_RELEASED in row["variant"] else ""
+        found.append(f"{number(row['time']['median_ms'])} ms for {covers} at N = {row['tokens']}{how}")
     return [f"C2C's fuser at the same shapes, another method: {'; '.join(found)}."] if found else []
 
 

@@ -205,36 +205,20 @@ def _source(arguments: argparse.Namespace) -> Source:
     return Source(data, arguments.hotpotqa, choices, arguments.limit, arguments.seed)
 
 
-def _agents(arguments: argparse.Namespace) -> dict[str, Agent]:
-    """Sharer and receiver; one model where both are of one name."""
-    import torch
-
-    from ..channels import Agent
-    from ..training.models import load_model, load_tokenizer
-
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    arguments.device = device
-    receiver = load_model("receiver", arguments.receiver, arguments.precision).to(device)
-    same = arguments.sharer == arguments.receiver
-    sharer = receiver if same else load_model("sharer", arguments.sharer, arguments.precision).to(device)
-    return {
-        role: Agent(role, model, load_tokenizer(role, getattr(arguments, role)))
-        for role, model in (("receiver", receiver), ("sharer", sharer))
-    }
-
-
 def _trials(arguments: argparse.Namespace, wanted: Sequence[tuple[AskedSet, _Material]]) -> list[Trial]:
     """Who takes part in which set; what serves several sets is loaded once."""
     from .entrants import suits
     from .failures import EvaluationError
+    from .loading import chosen_device, load_agents
     from .run import Trial
 
-    agents = _agents(arguments)
+    device = chosen_device(arguments.device)
+    agents = load_agents(arguments.sharer, arguments.receiver, arguments.precision, device)
     everyone: dict[_Material, list[Entrant]] = {}
     for _, material in wanted:
         if material not in everyone:
             together = [asked for asked, other in wanted if other == material]
-            everyone[material] = _entrants(arguments, agents, material, together)
+            everyone[material] = _entrants(arguments, agents, device, material, together)
     names = arguments.channels
     known = list(dict.fromkeys(entrant.name for some in everyone.values() for entrant in some))
     for name in names or ():
@@ -247,32 +231,27 @@ def _trials(arguments: argparse.Namespace, wanted: Sequence[tuple[AskedSet, _Mat
 
 
 def _entrants(
-    arguments: argparse.Namespace, agents: dict[str, Agent], material: _Material, sets: Sequence[AskedSet]
+    arguments: argparse.Namespace,
+    agents: dict[str, Agent],
+    device: Any,
+    material: _Material,
+    sets: Sequence[AskedSet],
 ) -> list[Entrant]:
-    from ..adapter import LatentCacheFlow
-    from ..c2c.fuser import C2CFuser
     from .entrants import entrants
+    from .loading import load_adapters, load_fuser
 
     receiver, sharer = agents["receiver"], agents["sharer"]
-    device = arguments.device
-
-    def adapters(folders: Sequence[Path], reader: Agent) -> list[LatentCacheFlow]:
-        sides = {"sharer": reader.model, "receiver": receiver.model}
-        return [LatentCacheFlow.from_pretrained(folder, device=device, **sides) for folder in folders]
-
-    def fuser(folder: Path | None, reader: Agent) -> C2CFuser | None:
-        sides = {"sharer": reader.model, "receiver": receiver.model}
-        return None if folder is None else C2CFuser.from_pretrained(folder, device=device, **sides)
-
+    theirs = {"sharer": sharer.model, "receiver": receiver.model}
+    own = dict.fromkeys(theirs, receiver.model)
     options = {"instruction": arguments.text_instruction, "template": arguments.text_template}
     crossing = (item.request for asked in sets for item in asked.items if item.request.sharer_contexts)
     return entrants(
         receiver,
         sharer,
-        adapters=adapters(material.adapters, sharer),
-        own_adapters=adapters(material.own_adapters, receiver),
-        fuser=fuser(material.c2c, sharer),
-        own_fuser=fuser(material.own_c2c, receiver),
+        adapters=load_adapters(material.adapters, theirs, device),
+        own_adapters=load_adapters(material.own_adapters, own, device),
+        fuser=None if material.c2c is None else load_fuser(material.c2c, theirs, device),
+        own_fuser=None if material.own_c2c is None else load_fuser(material.own_c2c, own, device),
         text_tokens=arguments.text_tokens,
         text_options={name: value for name, value in options.items() if value is not None},
         dtype=arguments.dtype,

@@ -11,7 +11,7 @@ from ..errors import BackendError, LCFError
 from ..reading.prefill import DTYPES
 from .failures import RunError
 
-__all__ = ["hide_loading", "load_geometry", "load_model", "load_tokenizer"]
+__all__ = ["hide_loading", "load_config", "load_geometry", "load_model", "load_tokenizer"]
 
 
 def load_model(role: str, name: str, precision: str) -> Any:
@@ -32,9 +32,14 @@ def load_tokenizer(role: str, name: str) -> Any:
     return _loaded(role, name, "AutoTokenizer")
 
 
+def load_config(role: str, name: str) -> Any:
+    """A model's configuration alone. Arguments and errors: as `load_model`."""
+    return _loaded(role, name, "AutoConfig")
+
+
 def load_geometry(role: str, name: str) -> CacheGeometry:
     """A model's geometry, without its weights. Arguments and errors: as `load_model`."""
-    config = _loaded(role, name, "AutoConfig")
+    config = load_config(role, name)
     try:
         return CacheGeometry.of(config)
     except LCFError as error:
