@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .errors import DTypeError, GeometryError, MessageError, ShapeError
 from .fingerprint import Origin, is_digest
+from .identity import Pending
 from .inputs import check_device
 from .message import Message
 from .ops_pooling import fold_summary
-from .sharer import Pending, SharerSide
+from .sharer import SharerSide
 
 if TYPE_CHECKING:
     from .adapter import LatentCacheFlow

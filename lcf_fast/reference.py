@@ -304,7 +304,7 @@ def slot_pool(
     *,
     attention_mask: Tensor | None = None,
     return_weights: bool = False,
-) -> Pair | tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Pool a whole cache to k keys and values a head: slot j weighs tokens by ``softmax(q_j·K / sqrt(D))``.
 
     Args:
