@@ -17,8 +17,10 @@ from ..channels import (
     NoneChannel,
     Request,
     Sharer,
+    SlotsChannel,
     TextChannel,
 )
+from ..slots import LatentSlots
 from .failures import EvaluationError
 from .run import AskedSet, Entrant
 
@@ -27,18 +29,19 @@ __all__ = ["CROSS_ALONE", "SHARED_ALONE", "entrants", "suits"]
 #: What a text can be, and what a message: text has no zeros, and no noise of the same moments.
 _TEXT, _ALL = ("matched", "mismatched"), ("matched", "mismatched", "zero", "random")
 #: Channels that carry what the sharer alone has read, and those for what both have read.
-CROSS_ALONE, SHARED_ALONE = ("full_context", "lcf_x", "kvcomm"), ("lcf", "c2c")
+CROSS_ALONE, SHARED_ALONE = ("full_context", "lcf_x", "slots", "kvcomm"), ("lcf", "c2c")
 
 
 def entrants(
     receiver: Agent,
     sharer: Agent,
     *,
-    adapters: Sequence[LatentCacheFlow] = (),
+    adapters: Sequence[LatentCacheFlow | LatentSlots] = (),
     fuser: C2CFuser | None = None,
     text_tokens: Sequence[int] = (50, 200),
     instruction: str | None = None,
     dtype: str = "bfloat16",
+    placement: str = "append",
     ratio: float = 0.5,
     calibration: Request | None = None,
     controls: bool = True,
@@ -47,11 +50,12 @@ def entrants(
     """Everyone who can take part.
 
     Args:
-        adapters: at most one LCF and one LCF-X.
+        adapters: at most one LCF, one LCF-X and one of slots.
         fuser: of C2C.
         text_tokens: longest notes of the text channels, one channel each.
         instruction: to a sharer that writes; None: the channel's own.
-        dtype: of LCF-X's messages.
+        dtype: of the messages of LCF-X and slots.
+        placement: of slots.
         ratio: of layers that KVComm shares.
         calibration: a request by which KVComm chooses its layers. It takes part where there is one and both agents have
             the very same model.
@@ -77,7 +81,10 @@ def entrants(
         own = {"most_tokens": most, "instruction": instruction}
         found.append(Entrant(f"text_{most}", text(most), controlled(_TEXT), own))
     for adapter in adapters:
-        found.append(_latent(receiver, sharer, adapter, dtype, controlled(_ALL), seed))
+        if isinstance(adapter, LatentSlots):
+            found.append(_slots(receiver, sharer, adapter, dtype, placement, controlled(_ALL), seed))
+        else:
+            found.append(_latent(receiver, sharer, adapter, dtype, controlled(_ALL), seed))
     if fuser is not None:
         whom = [Sharer(sharer, fuser)]
         LCFChannel(receiver, whom)  # refuses other models' before anything runs
@@ -102,7 +109,7 @@ def entrants(
     names = [entrant.name for entrant in found]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise EvaluationError("adapters", expected="at most one LCF and one LCF-X", got=f"two of {twice[0]}")
+        raise EvaluationError("adapters", expected="at most one of a kind", got=f"two of {twice[0]}")
     return found
 
 
@@ -126,6 +133,25 @@ def _latent(
         controls,
         {"adapter": origin.adapter, "sharer": origin.sharer, "dtype": dtype},
     )
+
+
+def _slots(
+    receiver: Agent,
+    sharer: Agent,
+    adapter: LatentSlots,
+    dtype: str,
+    placement: Any,
+    controls: tuple[str, ...],
+    seed: int,
+) -> Entrant:
+    origin, whom = adapter.eval().origin, [Sharer(sharer, adapter)]
+
+    def make(control: str) -> Channel:
+        return SlotsChannel(receiver, adapter, whom, dtype=dtype, placement=placement, control=control, seed=seed)
+
+    make("matched")  # refuses other models' before anything runs
+    own = {"adapter": origin.adapter, "sharer": origin.sharer, "dtype": dtype, "placement": placement}
+    return Entrant("slots", make, controls, own)
 
 
 def suits(entrant: Entrant, asked: AskedSet) -> bool:

@@ -39,7 +39,7 @@ def add_eval_command(commands: Any) -> None:
     )
     parser.add_argument("--sharer", metavar="MODEL", required=True, help="a transformers model: folder or hub id")
     parser.add_argument("--receiver", metavar="MODEL", required=True, help="as --sharer; the same: KVComm takes part")
-    parser.add_argument("--adapter", metavar="DIR", type=Path, action="append", default=[], help="LCF, LCF-X or both")
+    parser.add_argument("--adapter", metavar="DIR", type=Path, action="append", default=[], help="LCF, LCF-X, slots")
     parser.add_argument("--c2c", metavar="DIR", type=Path, help="a fuser of Cache-to-Cache, in its released layout")
     parser.add_argument("--out", metavar="OUT", type=Path, required=True, help="folder of the results")
     asked = parser.add_argument_group("questions")
@@ -58,7 +58,10 @@ def add_eval_command(commands: Any) -> None:
     how.add_argument("--no-controls", action="store_true", help="the matching message alone")
     how.add_argument("--text-tokens", type=int, nargs="+", default=[50, 200], metavar="K", help="default: 50 200")
     how.add_argument("--text-instruction", metavar="TEXT", help="to a sharer that writes")
-    how.add_argument("--dtype", default="bfloat16", help="of LCF-X's messages on the wire; default: bfloat16")
+    how.add_argument("--dtype", default="bfloat16", help="of messages on the wire; default: bfloat16")
+    how.add_argument(
+        "--placement", choices=["append", "prefix"], default="append", help="of slots; default: append"
+    )
     how.add_argument("--ratio", type=float, default=0.5, help="of layers that KVComm shares; default: 0.5")
     how.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="of an answer; default: 32")
     how.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions at a time; default: 8")
@@ -81,9 +84,9 @@ def _run(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from ..adapter import LatentCacheFlow
     from ..c2c.fuser import C2CFuser
     from ..channels import Agent
+    from ..checkpoint import load_any
     from ..training.models import load_model, load_tokenizer
     from .entrants import entrants, suits
     from .report import markdown
@@ -100,10 +103,9 @@ def _run(arguments: argparse.Namespace) -> None:
         for role in ("receiver", "sharer")
     }
     adapters = [
-        LatentCacheFlow.from_pretrained(folder, device=device, sharer=agents["sharer"].model,
-                                        receiver=agents["receiver"].model)
+        load_any(folder, device=device, sharer=agents["sharer"].model, receiver=agents["receiver"].model)
         for folder in arguments.adapter
-    ]  # fmt: skip
+    ]
     fuser = None
     if arguments.c2c is not None:
         both = {role: agents[role].model for role in agents}
@@ -116,6 +118,7 @@ def _run(arguments: argparse.Namespace) -> None:
         text_tokens=arguments.text_tokens,
         instruction=arguments.text_instruction,
         dtype=arguments.dtype,
+        placement=arguments.placement,
         ratio=arguments.ratio,
         calibration=next((i.request for one in sets for i in one.items if i.request.sharer_contexts), None),
         controls=not arguments.no_controls,
