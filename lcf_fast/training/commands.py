@@ -290,6 +290,8 @@ def _check_slots(arguments: argparse.Namespace) -> None:
     """Arguments that say nothing of slots are not taken beside them."""
     from ..errors import GeometryError
 
+    if arguments.slots < 1:
+        raise GeometryError("--slots", expected="1 or more", got=str(arguments.slots))
     for name in ("keep_layers", "gate_init", "gate_temperature"):
         if getattr(arguments, name) is not None:
             expected = "nothing beside --slots, which have no gates and all layers"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_folders import save_tiny_model, write_lines
 from tiny_training import RandomData, read_log, tiny_adapter, tiny_model, tiny_settings
 from torch import Tensor
 
 from lcf_fast import CacheGeometry, LatentSlots, LCFConfig
+from lcf_fast.cli import main
 from lcf_fast.errors import DTypeError, GeometryError, LCFError
 from lcf_fast.reading.prefill import dynamic_cache
 from lcf_fast.training.batches import Batch
@@ -230,3 +233,52 @@ def test_what_does_not_go_together(models: tuple[Any, Any]) -> None:
     ):
         with pytest.raises(GeometryError, match=next(iter(options))):
             TrainingStep(adapter, models[1], prefills, **options)  # type: ignore[arg-type]
+
+
+# --- the command
+# ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    for name, kind in (("sharer", "qwen2"), ("receiver", "qwen3")):
+        save_tiny_model(tmp_path / name, kind)
+    words = ["red", "blue", "green", "grey", "white", "black", "pink"]
+    rows = [
+        {"sharer_context": [f"The sky is {word}."], "receiver_context": "", "question": "The sky?", "answer": word}
+        for word in words
+    ]
+    write_lines(tmp_path / "cross.jsonl", rows)
+    models = ["--sharer", str(tmp_path / "sharer"), "--receiver", str(tmp_path / "receiver")]
+    small = ["--steps", "3", "--batch-size", "4", "--micro-batch-size", "2", "--precision", "fp32", "--device", "cpu"]
+    return ["train", *models, "--data", str(tmp_path / "cross.jsonl"), "--quiet", *small]
+
+
+def test_the_command_trains_slots(arguments: list[str], tmp_path: Path) -> None:
+    more = ["--slots", "4", "--bottleneck", "64", "--slot-dropout", "--placement", "prefix", "--guard-weight", "0.2"]
+    assert main([*arguments, "--out", str(tmp_path / "run"), *more, "--guard-margin", "0.5"]) == 0
+    adapter = LatentSlots.from_pretrained(tmp_path / "run" / "adapter")
+    assert (adapter.config.mode, adapter.config.slots, adapter.config.bottleneck) == ("slots", 4, 64)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json").read_text())
+    wanted = {"slot_dropout": True, "placement": "prefix", "guard_weight": 0.2, "guard_margin": 0.5}
+    assert {name: state["settings"][name] for name in wanted} == wanted
+    again = ["--cross-context", "--init-from", str(tmp_path / "run" / "adapter")]
+    assert main([*arguments, "--out", str(tmp_path / "again"), *again]) == 0
+    assert LatentSlots.from_pretrained(tmp_path / "again" / "adapter").config == adapter.config
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["--slots", "4", "--keep-layers", "0"], "--keep-layers"),
+        (["--slots", "4", "--gate-init", "1"], "--gate-init"),
+        (["--slots", "0"], "slots"),
+        (["--cross-context", "--slot-dropout"], "slot_dropout"),
+        (["--cross-context", "--guard-weight", "1", "--micro-batch-size", "1"], "another item"),
+    ],
+)
+def test_what_the_command_refuses(
+    more: list[str], text: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--out", str(tmp_path / "run"), *more]) == 2
+    assert text in capsys.readouterr().err
