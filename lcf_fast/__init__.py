@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .growing import PartialPool as PartialPool
     from .message import Message as Message
     from .sharer import SharerSide as SharerSide
+    from .slots import LatentSlots as LatentSlots
     from .spans import Spans as Spans
 
 _MODULES = ("ops", "parallel", "reference", "spans", "transport")
@@ -58,6 +59,7 @@ _NAMES = {
     "PartialPool": "growing",
     "Message": "message",
     "SharerSide": "sharer",
+    "LatentSlots": "slots",
     "Spans": "spans",
 }
 

@@ -102,6 +102,9 @@ class LatentCacheFlow(Summarizes, nn.Module):
         super().__init__()
         if not isinstance(config, LCFConfig):
             raise DTypeError("config", expected="an LCFConfig", got=type(config).__name__)
+        if config.slots:
+            expected = "a configuration without slots (with them it is lcf_fast.LatentSlots)"
+            raise GeometryError("config.slots", expected=expected, got=str(config.slots))
         self.config = config
         everything = tuple(range(config.receiver.layers))
         kept = everything if keep_layers is None else _kept_layers(keep_layers, everything)

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .config import CacheGeometry
 from .errors import DeviceError, DTypeError, GeometryError, ShapeError
 
-__all__ = ["Pair", "cache_layers", "check_pairs", "is_cache", "rebuild_cache"]
+__all__ = ["Pair", "cache_layers", "check_pairs", "extend_cache", "is_cache", "rebuild_cache"]
 
 #: One layer: key and value, each ``(B, H, N, D)``.
 Pair = tuple[Tensor, Tensor]
@@ -101,6 +102,43 @@ def rebuild_cache(cache: Any, layers: Sequence[Pair]) -> Any:
         for old, (key, value) in zip(cache.layers, layers, strict=True)
     ]
     return rebuilt
+
+
+def extend_cache(cache: Any, layers: Sequence[Pair], more: Sequence[Pair], name: str = "cache") -> Any:
+    """A new cache of the same kind with further positions behind those that it has.
+
+    Args:
+        cache: what :func:`cache_layers` read; it stays as it was.
+        layers: those that were read.
+        more: one ``(key, value)`` a layer, ``(B, H, k, D)``; cast to the cache's dtype.
+        name: how the caller calls the cache; errors use it.
+
+    Returns:
+        A sequence gives a tuple of pairs, a ``DynamicCache`` a ``DynamicCache``.
+
+    Raises:
+        GeometryError: a StaticCache, whose size is fixed; a sliding-window layer out of which positions would slide.
+    """
+    joined = [
+        (torch.cat([key, new_key.to(key.dtype)], 2), torch.cat([value, new_value.to(value.dtype)], 2))
+        for (key, value), (new_key, new_value) in zip(layers, more, strict=True)
+    ]
+    if not is_cache(cache):
+        return tuple(joined)
+    extended = _copy_with(cache)
+    extended.layers = []
+    for i, (old, (key, value)) in enumerate(zip(cache.layers, joined, strict=True)):
+        if _layer_kind(old) == "static":
+            expected = "a DynamicCache or a sequence of (key, value), which can grow"
+            raise GeometryError(f"{name}.layers[{i}]", expected=expected, got=type(old).__name__)
+        changes: dict[str, Any] = {"keys": key, "values": value}
+        if old.is_sliding:
+            if key.shape[2] >= old.sliding_window:
+                expected = f"fewer than {old.sliding_window} positions, the sliding window"
+                raise GeometryError(f"{name}.layers[{i}]", expected=expected, got=f"{key.shape[2]} with those to come")
+            changes["cumulative_length"] = key.shape[2]
+        extended.layers.append(_copy_with(old, **changes))
+    return extended
 
 
 def _copy_with(original: Any, **changes: Any) -> Any:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,12 @@ from .reading.model_fingerprint import weights_sample
 if TYPE_CHECKING:
     from .adapter import LatentCacheFlow
     from .sharer import SharerSide
+    from .slots import LatentSlots
 
-__all__ = ["CONFIG_FILE", "FORMAT_VERSION", "SIDE_FILE", "WEIGHTS_FILE", "load", "load_side", "save", "save_side"]
+    Adapter = TypeVar("Adapter", LatentCacheFlow, LatentSlots)
+
+__all__ = ["CONFIG_FILE", "FORMAT_VERSION", "SIDE_FILE", "WEIGHTS_FILE", "load", "load_any", "load_side"]
+__all__ += ["save", "save_side"]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "adapter.safetensors"
@@ -40,7 +44,7 @@ FORMAT_VERSION = 1
 _ROLES = {"sharer", "receiver"}
 
 
-def save(adapter: LatentCacheFlow, directory: str | os.PathLike[str]) -> None:
+def save(adapter: LatentCacheFlow | LatentSlots, directory: str | os.PathLike[str]) -> None:
     """Write an adapter's two files into ``directory``, which is made if need be. Dtypes are kept."""
     description: dict[str, Any] = {"format": FORMAT, "config": adapter.config.to_dict()}
     if adapter.config.cross_context:
@@ -72,7 +76,10 @@ def _geometry_entry(geometry: CacheGeometry) -> dict[str, int]:
 
 
 def _save(
-    module: LatentCacheFlow | SharerSide, directory: str | os.PathLike[str], file: str, description: dict[str, Any]
+    module: LatentCacheFlow | LatentSlots | SharerSide,
+    directory: str | os.PathLike[str],
+    file: str,
+    description: dict[str, Any],
 ) -> None:
     from safetensors.torch import save as to_bytes
 
@@ -91,21 +98,28 @@ def _save(
 
 
 def load(
-    kind: type[LatentCacheFlow],
+    kind: type[Adapter],
     directory: str | os.PathLike[str],
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     sharer: Any = None,
     receiver: Any = None,
-) -> LatentCacheFlow:
-    """Read an adapter; see `LatentCacheFlow.from_pretrained`."""
+) -> Adapter:
+    """Read an adapter; see `LatentCacheFlow.from_pretrained` and `LatentSlots.from_pretrained`."""
+    from .slots import LatentSlots
+
     folder = Path(directory)
     path = folder / CONFIG_FILE
-    description = _description(path, FORMAT, {"config": dict})
-    with _named(path):
-        config = LCFConfig.from_dict(description["config"])
+    description, config = _read_config(path)
+    if issubclass(kind, LatentSlots) != (config.slots > 0):
+        serves = "LatentSlots" if config.slots else "LatentCacheFlow"
+        got = f"one {'with' if config.slots else 'without'} slots: use {serves}.from_pretrained"
+        raise CheckpointError(f"{path}: config.slots", expected=f"an adapter for {kind.__name__}", got=got)
     kept, reads = _routing(path, description, config.sharer, config.receiver)
+    if config.slots and (len(kept), reads) != (config.receiver.layers, config.sharer_layers):
+        expected = "all receiver layers, by the configuration's layer map"
+        raise CheckpointError(f"{path}: receiver_layers", expected=expected, got=f"{kept} reading {reads}")
     for name, model, geometry in (("sharer", sharer, config.sharer), ("receiver", receiver, config.receiver)):
         _check_model(name, model, geometry, folder)
     between = description.get("trained_between", {})
@@ -120,13 +134,30 @@ def load(
         raise CheckpointError(f"{path}: accepted_sharers", expected="a list of digests", got=repr(accepted)[:80])
     # On the meta device no memory is filled with fresh parameters only to be overwritten.
     with torch.device("meta"):
-        adapter = kind(config, keep_layers=kept)
+        adapter = kind(config) if config.slots else kind(config, keep_layers=kept)  # type: ignore[call-arg]
     _fill(adapter, folder / WEIGHTS_FILE, description["weights"], kept, reads)
     if origin is not None:
         adapter._set_origin(origin)
     adapter.accepted_sharers = frozenset(accepted)
     adapter.trained_between = dict(between)
     return adapter.to(device=device, dtype=dtype).eval()
+
+
+def load_any(directory: str | os.PathLike[str], **options: Any) -> LatentCacheFlow | LatentSlots:
+    """Read an adapter of whichever kind the folder holds. Options and errors as those of ``from_pretrained``."""
+    from .adapter import LatentCacheFlow
+    from .slots import LatentSlots
+
+    _, config = _read_config(Path(directory) / CONFIG_FILE)
+    if config.slots:
+        return LatentSlots.from_pretrained(directory, **options)
+    return LatentCacheFlow.from_pretrained(directory, **options)
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], LCFConfig]:
+    description = _description(path, FORMAT, {"config": dict})
+    with _named(path):
+        return description, LCFConfig.from_dict(description["config"])
 
 
 def load_side(

@@ -26,7 +26,7 @@ from .training.prune_command import add_prune_command
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .inspection import AdapterReport, MessageReport
+    from .inspection import AdapterReport, MessageReport, SlotsReport
 
 __all__ = ["main"]
 
@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 _EXAMPLES = """examples:
   lcf-fast inspect adapters/qwen            an adapter's folder: geometry, parameters, gates and norms a layer
-  lcf-fast inspect notes.lcf                a message's file: sizes, origin, norms a layer, weight a span
-  lcf-fast inspect notes.lcf --plot w.png   layers by spans (or by items) as a heat map
+  lcf-fast inspect notes.lcf                a message's file: sizes, origin, norms a layer, weight a span, tokens a slot
+  lcf-fast inspect notes.lcf --plot w.png   layers by spans (or by items), or slots by tokens, as a heat map
   lcf-fast inspect notes.lcf --json         the same as JSON, with every number
 """
 
@@ -78,14 +78,14 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("path", metavar="PATH", type=Path, help="an adapter's folder, or a message's file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write a PNG heat map (needs matplotlib)")
-    parser.add_argument("--item", type=int, default=0, help="the item of the message whose spans are shown; default: 0")
+    parser.add_argument("--item", type=int, default=0, help="the item whose spans or slots are shown; default: 0")
     parser.add_argument("--key-file", metavar="FILE", type=Path, help="the key that the message was written with")
     parser.add_argument("--max-bytes", type=int, metavar="N", help="refuse longer messages; default: 64 MiB")
     parser.set_defaults(run=_inspect)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from .inspection import AdapterReport, inspect, write_png
+    from .inspection import AdapterReport, SlotsReport, inspect, write_png
     from .message import MAX_BYTES
 
     key = None if arguments.key_file is None else arguments.key_file.read_bytes()
@@ -97,6 +97,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
         print(json.dumps(asdict(report), indent=1))
     elif isinstance(report, AdapterReport):
         _print_adapter(_console(), report)
+    elif isinstance(report, SlotsReport):
+        _print_slots(_console(), report)
     else:
         _print_message(_console(), report, arguments.item)
 
@@ -135,6 +137,38 @@ def _print_adapter(console: Console, report: AdapterReport) -> None:
     )
 
 
+def _print_slots(console: Console, report: SlotsReport) -> None:
+    _facts(
+        console,
+        f"slots adapter {report.path}",
+        {
+            "sharer": _geometry(report.sharer),
+            "receiver": _geometry(report.receiver),
+            "slots": str(report.slots),
+            "bottleneck": str(report.bottleneck),
+            "parameters": f"{report.parameters:,} ({report.dtype})",
+            "bytes": f"{report.parameter_bytes:,} of parameters, {report.file_bytes:,} on disk",
+            "a message": f"{report.message_bytes:,} bytes in bfloat16, and its header",
+        },
+    )
+    _table(
+        console,
+        ("layer", "reads", "|query|, mean of slots", "|embedding|, mean of slots", "|down|", "|up| key", "|up| value"),
+        (
+            (
+                str(layer.receiver_layer),
+                str(layer.sharer_layer),
+                _mean(layer.query_norms),
+                _mean(layer.embedding_norms),
+                f"{layer.down_norm:.4g}",
+                f"{layer.up_key_norm:.4g}",
+                f"{layer.up_value_norm:.4g}",
+            )
+            for layer in report.layers
+        ),
+    )
+
+
 def _print_message(console: Console, report: MessageReport, item: int) -> None:
     total = report.header_bytes + report.payload_bytes
     facts = {
@@ -146,7 +180,7 @@ def _print_message(console: Console, report: MessageReport, item: int) -> None:
         "layers": f"{len(report.layers)} of {report.receiver[0]}",
         "width": "no latent" if report.width is None else str(report.width),
         "items": str(report.batch),
-        "spans": str(report.spans),
+        **({"slots": str(report.slots)} if report.slots else {"spans": str(report.spans)}),
         "for adapter": report.adapter_digest,
         "made by": report.sharer_digest,
     }
@@ -161,6 +195,22 @@ def _print_message(console: Console, report: MessageReport, item: int) -> None:
         ),
         title=None if report.batch == 1 else f"norms, mean of {report.batch} items",
     )
+    if report.slots_of is not None:
+        slots = report.slots_of[item]
+        _table(
+            console,
+            ("slot", "spread over, tokens", "tokens that weigh most: weight"),
+            (
+                (
+                    str(slot.slot),
+                    f"{slot.effective:.1f}",
+                    ", ".join(f"{token}: {weight:.3f}" for token, weight in zip(slot.tokens, slot.weights)),
+                )
+                for slot in slots[:_MOST_SPANS]
+            ),
+            title=f"what each slot drew on, item {item}, mean over heads and layers"
+            + ("" if len(slots) <= _MOST_SPANS else f": the first {_MOST_SPANS} of {len(slots)}"),
+        )
     if report.spans_of is not None:
         spans = sorted(report.spans_of[item], key=lambda span: -span.mean_weight)
         shown = spans[:_MOST_SPANS]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from .errors import DTypeError, GeometryError, IndexRangeError
 from .geometry import geometry_fields
@@ -136,6 +136,8 @@ class LCFConfig:
         bottleneck: width d of the latent; even, since its halves feed keys and values.
         layer_map: see :func:`layer_map`.
         cross_context: False for LCF (shared context), True for LCF-X (pooled spans of another context).
+        slots: above 0, a slots adapter (`lcf_fast.slots`): so many learned slots pool another context, and become as
+            many positions of the receiver's cache. Sets ``cross_context``.
         ffn_blocks, ffn_expansion: residual blocks in the bottleneck and their inner width over d.
         norm_eps: added to the mean square in the RMS norm.
         dropout: probability, used in training only.
@@ -156,6 +158,7 @@ class LCFConfig:
     norm_eps: float = 1e-6
     dropout: float = 0.1
     gate_init: float | None = None
+    slots: int = 0
 
     def __post_init__(self) -> None:
         for name in ("sharer", "receiver"):
@@ -168,6 +171,9 @@ class LCFConfig:
             raise GeometryError("bottleneck", expected="an even number", got=str(self.bottleneck))
         if not isinstance(self.cross_context, bool):
             raise DTypeError("cross_context", expected="a bool", got=repr(self.cross_context))
+        if self.slots != 0 or isinstance(self.slots, bool):
+            _positive_int("slots", self.slots)
+            object.__setattr__(self, "cross_context", True)
         if _finite_float("norm_eps", self.norm_eps) < 0:
             raise GeometryError("norm_eps", expected="a number >= 0", got=str(self.norm_eps))
         if not 0 <= _finite_float("dropout", self.dropout) < 1:
@@ -189,16 +195,25 @@ class LCFConfig:
         return resolved
 
     @property
+    def mode(self) -> Literal["lcf", "lcf_x", "slots"]:
+        """What the adapter does: edits with the same context, edits with another one, or adds slots of another one."""
+        if self.slots:
+            return "slots"
+        return "lcf_x" if self.cross_context else "lcf"
+
+    @property
     def in_channels(self) -> int:
-        """Input channels of the projector: ``2 Cs + 2 Cr``, in the order S_K, S_V, R_K, R_V."""
-        return 2 * self.sharer.channels + 2 * self.receiver.channels
+        """Input channels of the projector: ``2 Cs + 2 Cr``, in the order S_K, S_V, R_K, R_V; of slots ``2 Cs``."""
+        return 2 * self.sharer.channels + (0 if self.slots else 2 * self.receiver.channels)
 
     @property
     def parameters_per_layer(self) -> int:
-        """Parameters of one receiver layer's projector, pool queries of LCF-X included (spec, section 3)."""
+        """Parameters of one receiver layer: projector (spec, section 3), queries of the pool, slot embeddings."""
         d, cr, hr = self.bottleneck, self.receiver.channels, self.receiver.kv_heads
         down = self.in_channels * d + d
         ffn = self.ffn_blocks * (2 * self.ffn_expansion * d * d + d)
+        if self.slots:  # both sides read all of the latent, and no gate stands between
+            return self.slots * (self.sharer.channels + d) + down + ffn + 2 * (d * cr + cr)
         up = 2 * (d // 2 * cr + cr)
         head_gates = 2 * (d * hr + hr)
         gates = 2
@@ -212,6 +227,8 @@ class LCFConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; :meth:`from_dict` reads it back to an equal configuration."""
         data = asdict(self)
+        if not self.slots:  # so what has none is written as it was before there were any
+            del data["slots"]
         if not isinstance(self.layer_map, str):
             data["layer_map"] = list(self.layer_map)
         return data

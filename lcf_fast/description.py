@@ -22,7 +22,8 @@ __all__ = ["SCALE_AXES", "Description", "check_metadata_size", "parsed", "refuse
 
 FORMAT = "lcf_fast.message"
 
-#: Of the tensors that may be quantised, the leading axes that a scale has.
+#: Of the tensors that may be quantised, the leading axes that a scale has; of a latent of slots one more: slots of
+#: several sharers lie side by side, and need not be alike in size.
 SCALE_AXES = {"latent": 2, "summary": 3}
 
 _MAX_METADATA = 1 << 14
@@ -30,11 +31,17 @@ _MAX_METADATA = 1 << 14
 _MAX_LAYERS, _MAX_SIZE, _MAX_COUNT = 1 << 12, 1 << 20, 1 << 31
 _RANGES = r"[0-9]{1,5}(?:[,-][0-9]{1,5})*"
 _FIELDS = {"batch", "dtype", "format", "layers", "metadata", "origin", "receiver", "sharer", "spans", "width"}
+#: There only where they say something: messages without are what they were before there were slots.
+_SLOT_FIELDS = {"slots", "tokens"}
 
 
 @dataclass(frozen=True)
 class Description:
-    """Everything that implies the tensors of a message; fields as those of `Message`."""
+    """Everything that implies the tensors of a message; fields as those of `Message`.
+
+    Attributes:
+        slots: k, 0 without slots. tokens: N of ``slot_weights``, 0 without them.
+    """
 
     batch: int
     dtype: dict[str, str]
@@ -45,14 +52,22 @@ class Description:
     sharer: CacheGeometry
     spans: int
     width: int | None
+    slots: int = 0
+    tokens: int = 0
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of one of the three tensors."""
+        """Of one of the tensors."""
         layers, batch, heads, dim = len(self.layers), self.batch, self.sharer.kv_heads, self.sharer.head_dim
         if name == "latent":
             assert self.width is not None
-            return layers, batch, self.width
+            return (layers, batch, self.slots, self.width) if self.slots else (layers, batch, self.width)
+        if name == "slot_weights":
+            return layers, batch, heads, self.slots, self.tokens
         return (layers, 2, batch, heads, dim) if name == "summary" else (layers, batch, heads, self.spans)
+
+    def scale_axes(self, name: str) -> int:
+        """Leading axes that the scale of a quantised tensor has; 0 for one that has none."""
+        return SCALE_AXES.get(name, 0) + (name == "latent" and self.slots > 0)
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...], int]]:
         """Of every tensor in the file, scales too: safetensors' name for the dtype, shape, bytes an element."""
@@ -61,12 +76,12 @@ class Description:
             storage, shape = STORAGES[dtype], self.shape(name)
             found[name] = (storage.code, shape, storage.dtype.itemsize)
             if storage.top:
-                found[f"{name}_scale"] = ("F32", shape[: SCALE_AXES[name]], 4)
+                found[f"{name}_scale"] = ("F32", shape[: self.scale_axes(name)], 4)
         return found
 
     def to_json(self) -> str:
         """Compact, keys sorted: the same text for the same description."""
-        fields = {
+        fields: dict[str, Any] = {
             "batch": self.batch,
             "dtype": self.dtype,
             "format": FORMAT,
@@ -78,6 +93,7 @@ class Description:
             "spans": self.spans,
             "width": self.width,
         }
+        fields |= {name: count for name in _SLOT_FIELDS if (count := getattr(self, name))}
         return json.dumps(fields, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
 
 
@@ -96,13 +112,16 @@ def _whole(field: str, value: Any, most: int) -> int:
 def parsed(text: str) -> Description:
     """The description that ``text`` holds; a MessageError that names the field unless it is one throughout."""
     fields = strict_json("description", text)
-    if not isinstance(fields, dict) or fields.keys() != _FIELDS:
+    if not isinstance(fields, dict) or fields.keys() - _SLOT_FIELDS != _FIELDS:
         refuse("description", f"the fields {', '.join(sorted(_FIELDS))}", fields)
     if fields["format"] != FORMAT:
         refuse("format", FORMAT, fields["format"])
     dtype = fields["dtype"]
     if not isinstance(dtype, dict) or not dtype.keys() <= BATCH_AXIS.keys() or not dtype.keys() & SCALE_AXES.keys():
         refuse("dtype", "those of latent or summary, and of span_weights or not", dtype)
+    allowed = {"latent", "slot_weights"} if "slots" in fields else BATCH_AXIS.keys() - {"slot_weights"}
+    if not dtype.keys() <= allowed or ("slot_weights" in dtype) != ("tokens" in fields):
+        refuse("dtype", f"those of {', '.join(sorted(allowed))}, and tokens with slot_weights alone", dtype)
     for name, storage in dtype.items():
         known = [s.name for s in STORAGES.values() if name in SCALE_AXES or not s.top]
         if not isinstance(storage, str) or storage not in known:
@@ -123,6 +142,7 @@ def parsed(text: str) -> Description:
     check_metadata_size(metadata)
     if ("latent" in dtype) != (fields["width"] is not None):
         refuse("width", "the latent's last size, null without a latent", fields["width"])
+    limits = {"slots": _MAX_SIZE, "tokens": _MAX_COUNT}
     return Description(
         batch=_whole("batch", fields["batch"], _MAX_COUNT),
         dtype={name: dtype[name] for name in BATCH_AXIS if name in dtype},
@@ -133,6 +153,7 @@ def parsed(text: str) -> Description:
         sharer=geometries["sharer"],
         spans=_whole("spans", fields["spans"], _MAX_COUNT),
         width=None if fields["width"] is None else _whole("width", fields["width"], _MAX_SIZE),
+        **{name: _whole(name, fields[name], most) for name, most in limits.items() if name in fields},
     )
 
 

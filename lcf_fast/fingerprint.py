@@ -18,7 +18,10 @@ from torch import Tensor
 
 from .config import CacheGeometry
 
-__all__ = ["Origin", "digest_of", "is_digest", "receiver_digest", "sharer_digest"]
+__all__ = ["Origin", "digest_of", "is_digest", "receiver_digest", "sharer_digest", "slots_origin"]
+
+#: Of a slots adapter, the parameters of the sharer's half; all others are the receiver's.
+SHARER_OF_SLOTS = ("slot_query", "slot_embedding", "down_weight", "down_bias")
 
 #: Hex digits of a digest: 128 bits, which is far beyond chance and keeps a message's header short.
 DIGITS = 32
@@ -87,3 +90,24 @@ def receiver_digest(
     down = tensors["down_weight"]
     tensors["down_weight"] = down[:, :, down.shape[2] - 2 * receiver.channels :]
     return digest_of(settings, tensors)
+
+
+def slots_origin(
+    sharer: CacheGeometry,
+    receiver: CacheGeometry,
+    sharer_layers: Sequence[int],
+    norm_eps: float,
+    weights: Mapping[str, Tensor],
+) -> Origin:
+    """Digests of a slots adapter's halves, by its stacked ``weights``; every receiver layer has its slots."""
+    theirs = {name: weights[name] for name in SHARER_OF_SLOTS}
+    own = {name: tensor for name, tensor in weights.items() if name not in SHARER_OF_SLOTS}
+    layers = list(sharer_layers)
+    return Origin(
+        adapter=digest_of({"half": "receiver of slots", "receiver": _sizes(receiver), "norm_eps": norm_eps}, own),
+        sharer=digest_of({"half": "sharer of slots", "sharer": _sizes(sharer), "sharer_layers": layers}, theirs),
+    )
+
+
+def _sizes(geometry: CacheGeometry) -> list[int]:
+    return [geometry.layers, geometry.kv_heads, geometry.head_dim]

@@ -14,9 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from .adapter import LatentCacheFlow
+from .checkpoint import load_any
 from .config import CacheGeometry
 from .errors import BackendError, IndexRangeError
 from .message import MAX_BYTES, Message
+from .slots import LatentSlots
 from .wire import Layout, decode_with_layout, read_file
 
 __all__ = [
@@ -25,6 +27,9 @@ __all__ = [
     "HeatMap",
     "MessageLayer",
     "MessageReport",
+    "SlotReport",
+    "SlotsLayer",
+    "SlotsReport",
     "SpanReport",
     "adapter_maps",
     "adapter_report",
@@ -71,6 +76,53 @@ class AdapterReport:
 
 
 @dataclass(frozen=True)
+class SlotsLayer:
+    """One layer of a slots adapter. Frobenius norms; of queries and embeddings slot by slot."""
+
+    receiver_layer: int
+    sharer_layer: int
+    query_norms: tuple[float, ...]
+    embedding_norms: tuple[float, ...]
+    down_norm: float
+    up_key_norm: float
+    up_value_norm: float
+
+
+@dataclass(frozen=True)
+class SlotsReport:
+    """A slots adapter's folder. ``message_bytes``: of one item's latents in bfloat16. Otherwise as `AdapterReport`."""
+
+    path: str
+    kind: str
+    sharer: Sizes
+    receiver: Sizes
+    bottleneck: int
+    slots: int
+    dtype: str
+    parameters: int
+    parameter_bytes: int
+    file_bytes: int
+    message_bytes: int
+    layers: tuple[SlotsLayer, ...]
+
+
+@dataclass(frozen=True)
+class SlotReport:
+    """What one slot of one item drew on: weights are means over heads and layers, and sum to 1 over the tokens.
+
+    Attributes:
+        slot: its number.
+        tokens, weights: the sharer's tokens that weigh most, by their place in the sharer's cache (padding counts).
+        effective: in how many tokens as much is spread, were all alike: the exponential of the entropy.
+    """
+
+    slot: int
+    tokens: tuple[int, ...]
+    weights: tuple[float, ...]
+    effective: float
+
+
+@dataclass(frozen=True)
 class MessageLayer:
     """One layer of a message: norms, item by item, of what was sent; None of what was not."""
 
@@ -92,7 +144,11 @@ class SpanReport:
 
 @dataclass(frozen=True)
 class MessageReport:
-    """A message's file. ``spans_of[b]`` are item b's spans, None for a message that carries no ``span_weights``."""
+    """A message's file.
+
+    ``spans_of[b]`` are item b's spans, None for a message that carries no ``span_weights``; ``slots_of[b]`` item b's
+    slots, None for one that carries no ``slot_weights``. ``slots``: how many, 0 for LCF-X.
+    """
 
     path: str
     version: int
@@ -110,19 +166,22 @@ class MessageReport:
     metadata: dict[str, str]
     layers: tuple[MessageLayer, ...]
     spans_of: tuple[tuple[SpanReport, ...], ...] | None
+    slots: int = 0
+    slots_of: tuple[tuple[SlotReport, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A picture: ``values[row][column]``, a row being a receiver layer."""
+    """A picture: ``values[row][column]``, a row being a receiver layer, or what ``row_name`` says."""
 
     title: str
     rows: tuple[int, ...]
     columns: tuple[str, ...]
     values: tuple[tuple[float, ...], ...]
+    row_name: str = "receiver layer"
 
 
-Report = AdapterReport | MessageReport
+Report = AdapterReport | SlotsReport | MessageReport
 
 
 def inspect(
@@ -139,7 +198,13 @@ def inspect(
         CheckpointError, MessageError: not readable as such. IndexRangeError: no such item.
     """
     if Path(path).is_dir():
-        report = adapter_report(path)
+        adapter = load_any(path)
+        if isinstance(adapter, LatentSlots):
+            from .inspection_slots import slots_maps, slots_report
+
+            found_slots = slots_report(adapter, path)
+            return found_slots, slots_maps(found_slots)
+        report = adapter_report(path, adapter)
         return report, adapter_maps(report)
     message, layout = decode_with_layout(read_file(path, max_bytes=max_bytes), key=key, max_bytes=max_bytes)
     found = message_report(message, layout, path)
@@ -150,9 +215,9 @@ def inspect(
 # ---------------------------------------------------------------------
 
 
-def adapter_report(path: str | os.PathLike[str]) -> AdapterReport:
-    """Of an adapter's folder; CheckpointError where it is none."""
-    adapter = LatentCacheFlow.from_pretrained(path)
+def adapter_report(path: str | os.PathLike[str], adapter: LatentCacheFlow | None = None) -> AdapterReport:
+    """Of an adapter's folder; CheckpointError where it is none. ``adapter``: what it holds, if that is read already."""
+    adapter = LatentCacheFlow.from_pretrained(path) if adapter is None else adapter
     config, weights = adapter.config, dict(adapter.named_parameters())
     sharer_channels = 2 * config.sharer.channels
     gates = weights["gate_logit"].tolist()
@@ -163,24 +228,29 @@ def adapter_report(path: str | os.PathLike[str]) -> AdapterReport:
         [value for _, value in gates],
         [key > 0 for key, _ in gates],
         [value > 0 for _, value in gates],
-        _norms(weights["down_weight"][:, :, :sharer_channels]),
-        _norms(weights["down_weight"][:, :, sharer_channels:]),
-        _norms(weights["up_weight"][:, 0]),
-        _norms(weights["up_weight"][:, 1]),
+        norms_of(weights["down_weight"][:, :, :sharer_channels]),
+        norms_of(weights["down_weight"][:, :, sharer_channels:]),
+        norms_of(weights["up_weight"][:, 0]),
+        norms_of(weights["up_weight"][:, 1]),
     )
     return AdapterReport(
         path=os.fspath(path),
         kind="LCF-X" if config.cross_context else "LCF",
-        sharer=_sizes(config.sharer),
-        receiver=_sizes(config.receiver),
+        sharer=sizes_of(config.sharer),
+        receiver=sizes_of(config.receiver),
         bottleneck=config.bottleneck,
         dtype=", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})),
         parameters=adapter.parameter_count(),
         parameter_bytes=sum(weight.nbytes for weight in weights.values()),
-        file_bytes=sum(file.stat().st_size for file in Path(path).iterdir() if file.is_file()),
+        file_bytes=folder_bytes(path),
         open_gates=sum(gate > 0 for pair in gates for gate in pair),
         layers=tuple(AdapterLayer(*row) for row in zip(*columns)),
     )
+
+
+def folder_bytes(path: str | os.PathLike[str]) -> int:
+    """Of the files in a folder, on the disk."""
+    return sum(file.stat().st_size for file in Path(path).iterdir() if file.is_file())
 
 
 def adapter_maps(report: AdapterReport) -> tuple[HeatMap, HeatMap]:
@@ -222,9 +292,9 @@ def message_report(message: Message, layout: Layout, path: str | os.PathLike[str
         header_bytes=layout.header,
         payload_bytes=layout.payload,
         stored_as=dict(layout.dtypes),
-        sharer=_sizes(message.sharer),
-        receiver=_sizes(message.receiver),
-        width=None if latent is None else int(latent.shape[2]),
+        sharer=sizes_of(message.sharer),
+        receiver=sizes_of(message.receiver),
+        width=None if latent is None else int(latent.shape[-1]),
         batch=batch,
         spans=message.spans,
         adapter_digest=message.origin.adapter,
@@ -232,7 +302,17 @@ def message_report(message: Message, layout: Layout, path: str | os.PathLike[str
         metadata=dict(message.metadata),
         layers=tuple(MessageLayer(*row) for row in zip(*(absent if c is None else c for c in columns))),
         spans_of=None if weights is None else tuple(_spans(message, item) for item in range(batch)),
+        slots=message.slots,
+        slots_of=_slots_of(message, batch),
     )
+
+
+def _slots_of(message: Message, batch: int) -> tuple[tuple[SlotReport, ...], ...] | None:
+    if message.slot_weights is None:
+        return None
+    from .inspection_slots import slot_reports
+
+    return tuple(slot_reports(message, item) for item in range(batch))
 
 
 def _spans(message: Message, item: int) -> tuple[SpanReport, ...]:
@@ -246,10 +326,17 @@ def _spans(message: Message, item: int) -> tuple[SpanReport, ...]:
 
 
 def message_map(message: Message, item: int = 0) -> HeatMap:
-    """What each span weighs in each layer, for one item, mean over heads; without weights, norms of every item."""
+    """What each span weighs in each layer, for one item, mean over heads; without weights, norms of every item.
+
+    Of slots: what each token weighs in each slot, mean over heads and layers.
+    """
     batch = len(message.split())
     if type(item) is not int or not 0 <= item < batch:
         raise IndexRangeError("item", expected=f"an item in [0, {batch})", got=repr(item))
+    if message.slot_weights is not None:
+        from .inspection_slots import slots_map
+
+        return slots_map(message, item)
     if message.span_weights is not None:
         values = message.span_weights[:, item].float().mean(1)
         title, columns = f"attention weight of each span, item {item}", [str(span) for span in range(values.shape[1])]
@@ -269,13 +356,13 @@ def _norms_of_items(tensor: Tensor | None, batch: int) -> list[tuple[float, ...]
     return [tuple(row) for row in tensor.float().reshape(tensor.shape[0], batch, -1).norm(dim=-1).tolist()]
 
 
-def _norms(tensor: Tensor) -> list[float]:
+def norms_of(tensor: Tensor) -> list[float]:
     """Frobenius norm of each layer."""
     norms: list[float] = tensor.detach().float().flatten(1).norm(dim=1).tolist()
     return norms
 
 
-def _sizes(geometry: CacheGeometry) -> Sizes:
+def sizes_of(geometry: CacheGeometry) -> Sizes:
     return geometry.layers, geometry.kv_heads, geometry.head_dim
 
 
@@ -304,7 +391,7 @@ def write_png(maps: Sequence[HeatMap], path: str | os.PathLike[str]) -> None:
         image = axes.imshow(heat.values, aspect="auto", interpolation="nearest", cmap="viridis")
         figure.colorbar(image, ax=axes)
         axes.set_title(heat.title, fontsize=9)
-        axes.set_ylabel("receiver layer")
+        axes.set_ylabel(heat.row_name)
         # Not more labels than can be read.
         for axis, labels, most in ((axes.yaxis, heat.rows, 40), (axes.xaxis, heat.columns, 40)):
             every = max(1, -(-len(labels) // most))

@@ -1,4 +1,4 @@
-"""What LCF-X sends: one small tensor a layer, whatever the length of the sharer's context."""
+"""What LCF-X and slots send: one small tensor a layer, whatever the length of the sharer's context."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from .config import CacheGeometry
-from .errors import DeviceError, DTypeError, GeometryError, MessageError, ShapeError
+from .errors import DeviceError, DTypeError, GeometryError, IndexRangeError, MessageError, ShapeError
 from .files import write_whole
 from .fingerprint import Origin
 
 __all__ = ["BATCH_AXIS", "MAX_BYTES", "Message"]
 
 #: The tensors of a message, and which of their axes runs over the items.
-BATCH_AXIS = {"latent": 1, "summary": 2, "span_weights": 1}
+BATCH_AXIS = {"latent": 1, "summary": 2, "span_weights": 1, "slot_weights": 1}
+
+#: Of what is sent to be looked at, the axis whose length may differ from item to item.
+_RAGGED = {"span_weights": 3, "slot_weights": 4}
 
 #: What a reader takes at the most unless it is told otherwise: 64 MiB, some 500 summaries of the published pair.
 MAX_BYTES = 1 << 26
@@ -34,9 +37,10 @@ class Message:
 
     Attributes:
         latent: ``(L, B, d)``, float32 as made: ``c = W_down[:, :2Cs]·[K*;V*] + b_down`` for each kept layer.
-            All that ``adapter.inject`` needs. None where only the summary was sent.
+            All that ``adapter.inject`` needs. None where only the summary was sent. Of slots ``(L, B, k, d)``, one
+            latent a slot, all that ``LatentSlots.append`` and ``prefix`` need.
         receiver_layers: the receiver layer of each of the L latents, strictly ascending.
-        spans: number of spans P that were pooled, empty ones included; of the item that has most.
+        spans: number of spans P that were pooled, empty ones included; of the item that has most. Of slots 1.
         summary: ``(L, 2, B, Hs, Ds)``, the pooled keys (0) and values (1) themselves, ``K*`` and ``V*``; they
             do not depend on ``W_down``. May be None.
         span_weights: ``(L, B, Hs, P)``, what each span weighs in the summary; sums to 1 over P. For inspection,
@@ -45,6 +49,8 @@ class Message:
         metadata: the user's own notes, text by name.
         made_by: digests of the two halves of the adapter, or a function that finds them when first asked, since
             they cost a pass over the weights; read it as :attr:`origin`.
+        slot_weights: ``(L, B, Hs, k, N)``, what each of the sharer's N tokens weighs in each slot; sums to 1 over N.
+            For inspection, None where it was not asked for.
     """
 
     latent: Tensor | None
@@ -56,6 +62,7 @@ class Message:
     receiver: CacheGeometry | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     made_by: Origin | Callable[[], Origin] | None = None
+    slot_weights: Tensor | None = None
 
     @property
     def origin(self) -> Origin | None:
@@ -72,7 +79,7 @@ class Message:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Those of ``latent``, ``summary`` and ``span_weights`` that are there, by name."""
+        """Those of ``latent``, ``summary``, ``span_weights`` and ``slot_weights`` that are there, by name."""
         return {name: tensor for name in BATCH_AXIS if (tensor := getattr(self, name)) is not None}
 
     @property
@@ -80,6 +87,26 @@ class Message:
         """Bytes of the latent, which is all that a receiver needs; of the summary where that alone was sent."""
         needed = self.summary if self.latent is None else self.latent
         return 0 if needed is None else int(needed.nbytes)
+
+    @property
+    def slots(self) -> int:
+        """How many slots it holds; 0 for a message of LCF-X."""
+        return 0 if self.latent is None or self.latent.dim() != 4 else int(self.latent.shape[2])
+
+    def take_slots(self, count: int) -> Message:
+        """The message of its first ``count`` slots alone, whose tensors are views of this one's.
+
+        An adapter trained with slot dropout is trained for any number of them.
+
+        Raises:
+            IndexRangeError: ``count`` is not 1 to :attr:`slots`.
+        """
+        if type(count) is not int or not 1 <= count <= self.slots:
+            expected = f"1 to {self.slots} slots" if self.slots else "a message of slots"
+            raise IndexRangeError("count", expected=expected, got=repr(count))
+        assert self.latent is not None
+        weights = None if self.slot_weights is None else self.slot_weights.narrow(3, 0, count)
+        return replace(self, latent=self.latent.narrow(2, 0, count), slot_weights=weights)
 
     def to(self, *args: Any, **kwargs: Any) -> Message:
         """The message on another device or in another float dtype; arguments as those of `Tensor.to`."""
@@ -107,7 +134,8 @@ class Message:
     def stack(cls, messages: Iterable[Message]) -> Message:
         """Messages to one receiver as one, along the batch.
 
-        ``span_weights`` of fewer spans are padded with zeros; of ``metadata``, what all of them say alike is kept.
+        ``span_weights`` of fewer spans and ``slot_weights`` of fewer tokens are padded with zeros; of ``metadata``,
+        what all of them say alike is kept.
 
         Raises:
             MessageError: no message, not all with the same tensors, or of different origins.
@@ -121,11 +149,10 @@ class Message:
         for index, part in enumerate(parts[1:], 1):
             _check_alike(f"messages[{index}]", part, first)
         rows = [part.tensors for part in parts]
-        if "span_weights" in first.tensors:
-            widest = max(row["span_weights"].shape[-1] for row in rows)
+        for name in first.tensors.keys() & _RAGGED.keys():
+            widest = max(row[name].shape[-1] for row in rows)
             for row in rows:
-                weights = row["span_weights"]
-                row["span_weights"] = torch.nn.functional.pad(weights, (0, widest - weights.shape[-1]))
+                row[name] = torch.nn.functional.pad(row[name], (0, widest - row[name].shape[-1]))
         stacked: dict[str, Any] = {
             name: torch.cat([row[name] for row in rows], axis) for name, axis in BATCH_AXIS.items() if name in rows[0]
         }
@@ -150,7 +177,8 @@ class Message:
         Args:
             dtype: what numbers are stored in: a float dtype, ``"int8"`` or ``"fp8"`` (torch dtypes or names).
                 None: each tensor as it is, so that :meth:`from_bytes` gives back the same bits.
-            contents: any of ``"latent"``, ``"summary"`` and ``"span_weights"``, and one of the first two.
+            contents: any of ``"latent"``, ``"summary"`` and ``"span_weights"``, and one of the first two; of slots
+                ``"latent"``, and ``"slot_weights"`` or not.
             key: 1 to 64 secret bytes; only who has them can make bytes that :meth:`from_bytes` takes with them.
                 None: a checksum, which finds damage but no forger.
 
@@ -220,7 +248,7 @@ def _check_alike(name: str, part: Message, first: Message) -> None:
         raise MessageError(f"{name}.origin", expected=f"{first.origin} as the first's", got=f"{part.origin}")
     for tensor_name, tensor in part.tensors.items():
         other, where = first.tensors[tensor_name], f"{name}.{tensor_name}"
-        free = {BATCH_AXIS[tensor_name], 3 if tensor_name == "span_weights" else None}
+        free = {BATCH_AXIS[tensor_name], _RAGGED.get(tensor_name)}
         shapes = [[size for axis, size in enumerate(t.shape) if axis not in free] for t in (tensor, other)]
         if tensor.dim() != other.dim() or shapes[0] != shapes[1]:
             expected = f"{tuple(other.shape)} but for the batch"

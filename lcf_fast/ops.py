@@ -21,10 +21,14 @@ from .dispatch import is_plain, needs_grad, served_by, undispatched
 from .errors import DTypeError, GeometryError, ShapeError
 from .noise import TrainingNoise
 from .ops_pooling import attention_pool, finish_ranges, fold_summary, merge_ranges, pool_range, summarize_layers
+from .ops_slots import expand_slots, expand_slots_layers, fold_slots, slot_pool, summarize_slots_layers
 
 __all__ = [
     "attention_pool",
+    "expand_slots",
+    "expand_slots_layers",
     "finish_ranges",
+    "fold_slots",
     "fold_summary",
     "fuse_layers",
     "fuse_layers_",
@@ -33,7 +37,9 @@ __all__ = [
     "joint_projection",
     "merge_ranges",
     "pool_range",
+    "slot_pool",
     "summarize_layers",
+    "summarize_slots_layers",
 ]
 
 Pair = tuple[Tensor, Tensor]

@@ -1,7 +1,7 @@
 """How a message's tensors are stored: as floats, or as int8 or fp8 numbers with float32 scales.
 
 Quantisation is symmetric: ``value = stored * scale``, one scale for all that one layer sends for one item (and for
-keys and values apart, where both are sent), the smallest that lets the largest magnitude through.
+keys and values apart, where both are sent; and for each slot), the smallest that lets the largest magnitude through.
 """
 
 from __future__ import annotations

@@ -10,15 +10,17 @@ from torch import Tensor
 
 from .errors import DTypeError, GeometryError, MessageError, ShapeError
 from .fingerprint import Origin, is_digest
+from .identity import Pending
 from .inputs import check_device
 from .message import Message
 from .ops_pooling import fold_summary
-from .sharer import Pending, SharerSide
+from .sharer import SharerSide
 
 if TYPE_CHECKING:
     from .adapter import LatentCacheFlow
+    from .slots import LatentSlots
 
-__all__ = ["accepted_digest", "combine", "readable_latent"]
+__all__ = ["accepted_digest", "check_origin", "combine", "readable_latent"]
 
 
 def accepted_digest(adapter: LatentCacheFlow, sharer: Any) -> str:
@@ -48,7 +50,7 @@ def readable_latent(adapter: LatentCacheFlow, message: Any, name: str, batch: in
         raise GeometryError(f"{name}.receiver_layers", expected=f"{kept}", got=f"{tuple(message.receiver_layers)}")
     if message.receiver is not None and message.receiver != config.receiver:
         raise GeometryError(f"{name}.receiver", expected=f"{config.receiver}", got=f"{message.receiver}")
-    _check_origin(adapter, message, name)
+    check_origin(adapter, message, name)
     latent = message.latent
     logit = adapter.gate_logit
     if latent is None:
@@ -76,7 +78,8 @@ def readable_latent(adapter: LatentCacheFlow, message: Any, name: str, batch: in
     return latent.expand(layers, batch, d)
 
 
-def _check_origin(adapter: LatentCacheFlow, message: Message, name: str) -> None:
+def check_origin(adapter: LatentCacheFlow | LatentSlots, message: Message, name: str) -> None:
+    """The message is for this adapter's receiver half, of a sharer's half that it knows; else a MessageError."""
     made_by = message.made_by
     if made_by is None:
         return  # put together in this process, by whoever calls

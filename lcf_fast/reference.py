@@ -5,7 +5,7 @@ float dtype; in float64 they are the truth. Products run in the cache's own dtyp
 sigmoid and the residual add run in float32 (float64 for float64 inputs). They favour clarity: they concatenate, they
 loop over spans, they compute what a closed gate then throws away.
 
-Source: Rossi, Raghunath, Wu, "Latent Cache Flow", arXiv 2605.22863v2.
+Source: Rossi, Raghunath, Wu, "Latent Cache Flow", arXiv 2605.22863v2; slots are this package's own.
 """
 
 from __future__ import annotations
@@ -291,3 +291,142 @@ def summarize_layers(
         latents.append(F.linear(flat, down[:, : flat.shape[1]], weights["down_bias"][layer].to(accumulate)))
         summaries.append(summary)
     return torch.stack(latents), torch.stack(summaries)
+
+
+# --- slots
+# ---------------------------------------------------------------------
+
+
+def slot_pool(
+    key: Tensor,
+    value: Tensor,
+    slot_query: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    return_weights: bool = False,
+) -> tuple[Tensor, ...]:
+    """Pool a whole cache to k keys and values a head: slot j weighs tokens by ``softmax(q_j·K / sqrt(D))``.
+
+    Args:
+        key, value: ``(B, H, N, D)``, one layer's cache.
+        slot_query: ``(k, H, D)``.
+        attention_mask: ``(B, N)``, zero where the token is padding, which is not pooled.
+        return_weights: whether the third result is returned, too.
+
+    Returns:
+        ``K~, V~``, each ``(B, k, H, D)`` in the cache's dtype; and the weights ``(B, k, H, N)``, float32 (float64 for
+        float64 caches), 0 at padding. A row without a token gives NaN (``lcf_fast.ops`` refuses it).
+    """
+    accumulate = accumulation_dtype(key.dtype)
+    scores = torch.einsum("khd,bhnd->bkhn", slot_query.to(accumulate), key.to(accumulate)) * key.shape[-1] ** -0.5
+    weights = torch.zeros_like(scores)
+    slot_key = scores.new_full((*scores.shape[:3], key.shape[3]), torch.nan)
+    slot_value = slot_key.clone()
+    for b in range(key.shape[0]):
+        tokens = torch.arange(key.shape[2], device=key.device)
+        if attention_mask is not None:
+            tokens = tokens[attention_mask[b] != 0]
+        if not len(tokens):
+            continue
+        a = scores[b, :, :, tokens].softmax(-1)
+        weights[b, :, :, tokens] = a
+        slot_key[b] = torch.einsum("khn,hnd->khd", a, key[b, :, tokens].to(accumulate))
+        slot_value[b] = torch.einsum("khn,hnd->khd", a, value[b, :, tokens].to(accumulate))
+    pooled = slot_key.to(key.dtype), slot_value.to(key.dtype)
+    return (*pooled, weights) if return_weights else pooled
+
+
+def fold_slots(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """The message of one layer's slots: ``c_j = W_down·[K~_j; V~_j] + b_down + slot_embedding_j``.
+
+    Args:
+        slot_key, slot_value: ``(B, k, Hs, Ds)``.
+        weights: one layer's ``down_weight (d, 2Cs)``, ``down_bias (d)``, ``slot_embedding (at least k, d)``, of which
+            the first k are used.
+
+    Returns:
+        The latent ``(B, k, d)``, float32 (float64 for float64 slots).
+    """
+    accumulate = accumulation_dtype(slot_key.dtype)
+    flat = torch.cat([slot_key.flatten(2), slot_value.flatten(2)], -1).to(accumulate)
+    latent = F.linear(flat, weights["down_weight"].to(accumulate), weights["down_bias"].to(accumulate))
+    return latent + weights["slot_embedding"][: slot_key.shape[1]].to(accumulate)
+
+
+def expand_slots(
+    latent: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    kv_heads: int,
+    norm_eps: float = 1e-6,
+    noise: TrainingNoise | None = None,
+    layer: int = 0,
+) -> Pair:
+    """The receiver's half: a latent as one key and value a slot and head, the key not rotated to any position.
+
+    ``z = c``, then for each block ``z = z + W_out · gelu(W_in · rmsnorm(z))``; ``W_up[0] z + b`` is the key,
+    ``W_up[1] z + b`` the value: both read all of z.
+
+    Args:
+        latent: ``(B, k, d)``.
+        weights: one layer's ``norm_weight (blocks, d)``, ``ffn_in_weight (blocks, 4d, d)``, ``ffn_out_weight (blocks,
+            d, 4d)``, ``up_weight (2, Cr, d)``, ``up_bias (2, Cr)``.
+        kv_heads: Hr, the receiver's.
+        norm_eps: epsilon of the norm.
+        noise: dropout on what each block adds, as in training; ``layer``: the row that its numbers are drawn for.
+
+    Returns:
+        Key and value ``(B, Hr, k, Dr)``, float32 (float64 for a float64 latent).
+    """
+    accumulate = accumulation_dtype(latent.dtype)
+    z = latent.to(accumulate)
+    blocks = zip(weights["norm_weight"], weights["ffn_in_weight"], weights["ffn_out_weight"])
+    for block, (scale, w_in, w_out) in enumerate(blocks):
+        hidden = F.gelu(F.linear(rms_norm(z, scale.to(accumulate), norm_eps), w_in.to(accumulate)))
+        added = F.linear(hidden, w_out.to(accumulate))
+        if noise is not None and noise.threshold:
+            shape = (z.shape[0], z.shape[1], z.shape[2])
+            added = torch.where(noise.keep(layer, block, shape, z.device), added * noise.keep_scale, 0.0)
+        z = z + added
+    made = []
+    for i in (0, 1):
+        flat = F.linear(z, weights["up_weight"][i].to(accumulate), weights["up_bias"][i].to(accumulate))
+        made.append(flat.unflatten(-1, (kv_heads, -1)).transpose(1, 2))
+    return made[0], made[1]
+
+
+def summarize_slots_layers(
+    sharer: Sequence[Pair], weights: Mapping[str, Tensor], *, attention_mask: Tensor | None = None
+) -> Tensor:
+    """Pool every layer's sharer cache to slots and fold them: the latent ``(L, B, k, d)``, float32 (or float64).
+
+    Args:
+        sharer: one ``(key, value)``, ``(B, Hs, N, Ds)`` each, a receiver layer.
+        weights: stacked ``slot_query (L, k, Hs, Ds)`` and what `fold_slots` reads, axis 0 = receiver layers.
+        attention_mask: ``(B, N)``, zero at padding.
+    """
+    latents = []
+    for layer, (key, value) in enumerate(sharer):
+        accumulate = accumulation_dtype(key.dtype)
+        one = {name: stacked[layer] for name, stacked in weights.items()}
+        pooled = slot_pool(
+            key.to(accumulate), value.to(accumulate), one["slot_query"], attention_mask=attention_mask
+        )
+        latents.append(fold_slots(pooled[0], pooled[1], one))
+    return torch.stack(latents)
+
+
+def expand_slots_layers(
+    latent: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    kv_heads: int,
+    norm_eps: float = 1e-6,
+    noise: TrainingNoise | None = None,
+) -> list[Pair]:
+    """`expand_slots` of every layer: ``latent (L, B, k, d)`` to one ``(B, Hr, k, Dr)`` key and value a layer."""
+    expanded = []
+    for layer, one in enumerate(latent):
+        own = {name: stacked[layer] for name, stacked in weights.items()}
+        expanded.append(expand_slots(one, own, kv_heads=kv_heads, norm_eps=norm_eps, noise=noise, layer=layer))
+    return expanded

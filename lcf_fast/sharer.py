@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,9 +27,10 @@ from . import ops_pooling as ops
 from .caches import Pair, cache_layers, check_pairs
 from .config import CacheGeometry, layer_map
 from .eager_pooling import span_weights as weights_of_spans
-from .errors import DTypeError, LCFError, MessageError
+from .errors import DTypeError, LCFError
 from .fingerprint import Origin, sharer_digest
 from .growing import GrowingMessage, PartialPool, merged
+from .identity import HasOrigin, Pending
 from .inputs import check_device, host_spans, known_length, real_tokens, span_offsets, without_gaps
 from .message import Message
 from .spans import Spans
@@ -40,37 +40,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Pending", "SharerSide", "Summarizes"]
 
-#: Parameters with their numbers of changes: equal stamps, equal weights.
-Stamp = tuple[tuple[int, int], ...]
 
-
-@dataclass(frozen=True)
-class Pending:
-    """The origin of a message, not looked up yet: a digest reads all weights, which most messages never need."""
-
-    maker: Summarizes
-    stamp: Stamp
-
-    def __call__(self) -> Origin:
-        if self.maker._stamp() != self.stamp:
-            raise MessageError(
-                "message.origin",
-                expected="the weights that made the message (read `message.origin` before they change)",
-                got="weights that have changed since",
-            )
-        return self.maker.origin
-
-    def writes_to(self, adapter: Any) -> bool:
-        """Whether the message was made in this process by that adapter, or by a side made of it."""
-        return self.maker is adapter or self.maker._receiver() is adapter
-
-
-class Summarizes:
+class Summarizes(HasOrigin):
     """What reads a sharer's cache: mixed into `LatentCacheFlow` and `SharerSide`."""
 
     _kept: tuple[int, ...]
     _reads: tuple[int, ...]
-    _known_origin: tuple[Stamp, list[Tensor], Origin] | None = None
 
     @property
     def sharer_geometry(self) -> CacheGeometry:
@@ -79,45 +54,6 @@ class Summarizes:
     @property
     def receiver_geometry(self) -> CacheGeometry:
         raise AttributeError("receiver_geometry")
-
-    def _weights(self) -> Mapping[str, Tensor]:
-        raise AttributeError("_weights")
-
-    def _make_origin(self) -> Origin:
-        raise AttributeError("_make_origin")
-
-    def _check_cross_context(self, method: str) -> None:
-        """Refuse where there is no sharer's half."""
-
-    def _receiver(self) -> Any:
-        """The adapter in this process that this is a half of, if any."""
-        return None
-
-    # --- identity
-
-    @property
-    def origin(self) -> Origin:
-        """Digests of both halves, of the weights as made or loaded: casting or moving them does not change it.
-
-        Computed when first asked, and again when a weight changes in place; reads all weights then.
-        """
-        self._check_cross_context("tell the origin of messages")
-        stamp, known = self._stamp(), self._known_origin
-        if known is None or known[0] != stamp or _is_inference(known[1]):
-            known = (stamp, list(self._weights().values()), self._make_origin())
-            self._known_origin = known
-        return known[2]
-
-    def _stamp(self) -> Stamp:
-        weights = self._weights().values()
-        return tuple((id(weight), -1 if weight.is_inference() else weight._version) for weight in weights)
-
-    def _set_origin(self, origin: Origin) -> None:
-        """The weights now held are those of ``origin``, in whatever dtype."""
-        self._known_origin = (self._stamp(), list(self._weights().values()), origin)
-
-    def _pending(self) -> Pending | None:
-        return None if torch.compiler.is_compiling() else Pending(self, self._stamp())
 
     # --- at once
 
@@ -438,11 +374,6 @@ class SharerSide(Summarizes, nn.Module):
     def extra_repr(self) -> str:
         sides = (f"{g.layers}x{g.kv_heads}x{g.head_dim}" for g in (self._sharer, self._to))
         return f"{' -> '.join(sides)}, bottleneck={self.down_weight.shape[1]}, layers={self._kept}"
-
-
-def _is_inference(weights: Iterable[Tensor]) -> bool:
-    """Whether changes of some weight go uncounted."""
-    return any(weight.is_inference() for weight in weights)
 
 
 def _in_order(shares: Tensor, spans: Spans) -> Tensor:

@@ -18,6 +18,8 @@ The tensors, each at a multiple of its item size, and nothing else:
   first two. Stored as F64, F32, BF16, F16, or, the first two, as I8 or F8_E4M3.
 - ``latent_scale (L, B)``, ``summary_scale (L, 2, B)``: F32, there if and only if the tensor is I8 or F8_E4M3, whose
   numbers they multiply.
+- of slots ``latent (L, B, k, width)``, its scale ``(L, B, k)``, and with it ``slot_weights (L, B, Hs, k, N)`` or not;
+  neither of the other two.
 
 The ``__metadata__`` of the safetensors header holds one entry, ``lcf_fast``, whose text is JSON again (of several
 entries the order in the file would not be fixed, and equal messages are equal bytes)::
@@ -28,8 +30,9 @@ entries the order in the file would not be fixed, and equal messages are equal b
 
 ``layers`` are the receiver's, in the shortest form; ``dtype`` names every tensor but the scales; ``origin`` is the
 digest of the receiver's half of the adapter and that of the sharer's half; ``metadata`` is the user's, at most 16,384
-bytes as JSON; ``width`` is null where there is no latent. All keys are there and no others. This description implies
-the name, dtype and shape of every tensor, and a reader holds the safetensors header to that.
+bytes as JSON; ``width`` is null where there is no latent. All keys are there and no others, but for ``"slots": k`` of
+slots and ``"tokens": N`` of ``slot_weights``, which are there only with them. This description implies the name, dtype
+and shape of every tensor, and a reader holds the safetensors header to that.
 
 A reader checks in this order, and makes nothing before the checks that come before it hold: magic, version, flags,
 length (as stated, as given, as allowed), digest, header, description, tensors' places, tensors' numbers.
@@ -76,6 +79,8 @@ PREAMBLE = 56
 _DIGEST = slice(24, PREAMBLE)
 _KEYED = 1
 _MAX_HEADER = 1 << 16
+#: Tensors of softmax weights.
+_SHARES = {"span_weights", "slot_weights"}
 #: What a message's tensors are before they are quantised.
 _FLOATS = tuple(storage.dtype for storage in STORAGES.values() if not storage.top)
 
@@ -92,17 +97,18 @@ def encode(message: Message, *, dtype: Any, contents: Sequence[str], key: bytes 
     wanted = None if dtype is None else storage_of(dtype)
     held = _asked_for(message, contents)
     storages = {name: storage_of(tensor.dtype) if wanted is None else wanted for name, tensor in held.items()}
-    if "span_weights" in storages and storages["span_weights"].top:
-        storages["span_weights"] = STORAGES["float16"]  # weights in [0, 1], only to be looked at: they need no scale
+    for name in storages.keys() & _SHARES:
+        if storages[name].top:
+            storages[name] = STORAGES["float16"]  # weights in [0, 1], only to be looked at: they need no scale
     description = _describe(message, held, {name: storage.name for name, storage in storages.items()})
     stored: dict[str, Tensor] = {}
     for name, tensor in held.items():
         if tuple(tensor.shape) != description.shape(name):
             expected = f"{description.shape(name)}, as the other fields say"
             raise ShapeError(f"message.{name}", expected=expected, got=str(tuple(tensor.shape)))
-        stored[name], scale = store(f"message.{name}", tensor, storages[name], SCALE_AXES.get(name, 0))
-        if name == "span_weights":
-            _check_weights(stored[name])
+        stored[name], scale = store(f"message.{name}", tensor, storages[name], description.scale_axes(name))
+        if name in _SHARES:
+            _check_weights(name, stored[name])
         if scale is not None:
             stored[f"{name}_scale"] = scale
     inside = save(stored, metadata={"lcf_fast": description.to_json()})
@@ -164,16 +170,18 @@ def _describe(message: Message, held: Mapping[str, Tensor], dtype: dict[str, str
         sharer=message.sharer,
         spans=message.spans,
         width=tensor.shape[-1] if name == "latent" else None,
+        slots=message.slots,
+        tokens=held["slot_weights"].shape[-1] if "slot_weights" in held else 0,
     )
     check_metadata_size(metadata)  # first: what UTF-8 cannot hold has no JSON that could be read back
     return parsed(made.to_json())
 
 
-def _check_weights(weights: Tensor) -> None:
+def _check_weights(name: str, weights: Tensor) -> None:
     """Softmax weights, but for rounding."""
     smallest, largest = (float(end) for end in weights.aminmax())
     if smallest < 0 or largest > 1.001:
-        refuse("span_weights", "weights in [0, 1]", (smallest, largest))
+        refuse(name, "weights in [0, 1]", (smallest, largest))
 
 
 # --- reading
@@ -263,6 +271,7 @@ def decode_with_layout(data: Any, *, key: bytes | None, max_bytes: int) -> tuple
         spans=description.spans,
         summary=tensors.get("summary"),
         span_weights=tensors.get("span_weights"),
+        slot_weights=tensors.get("slot_weights"),
         sharer=description.sharer,
         receiver=description.receiver,
         metadata=description.metadata,
@@ -344,8 +353,8 @@ def _tensors(view: memoryview, start: int, description: Description, places: Map
         dtype = next(storage.dtype for storage in STORAGES.values() if storage.code == code)
         parts[name] = memory.narrow(0, places[name], prod(shape) * itemsize).view(dtype).view(shape)
     tensors = {name: restore(f"message.{name}", parts[name], parts.get(f"{name}_scale")) for name in description.dtype}
-    if "span_weights" in tensors:
-        _check_weights(tensors["span_weights"])
+    for name in tensors.keys() & _SHARES:
+        _check_weights(name, tensors[name])
     return tensors
 
 

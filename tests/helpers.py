@@ -224,6 +224,39 @@ def make_weights(
     return {name: tensor.to(device, dtype) for name, tensor in weights.items()}
 
 
+def make_slot_weights(
+    sharer: GeometryLike,
+    receiver: GeometryLike,
+    bottleneck: int,
+    slots: int,
+    *,
+    blocks: int = 2,
+    expansion: int = 4,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """A slots adapter's stacked parameters, by their public names and shapes; activations come out of order 1."""
+    layers, wide = receiver.layers, expansion * bottleneck
+    fan_in, channels = 2 * sharer.kv_heads * sharer.head_dim, receiver.kv_heads * receiver.head_dim
+
+    def draw(*shape: int, scale: float) -> Tensor:
+        return torch.randn(layers, *shape, generator=generator) * scale
+
+    weights = {
+        "slot_query": draw(slots, sharer.kv_heads, sharer.head_dim, scale=1.0),
+        "slot_embedding": draw(slots, bottleneck, scale=0.5),
+        "down_weight": draw(bottleneck, fan_in, scale=fan_in**-0.5),
+        "down_bias": draw(bottleneck, scale=0.1),
+        "norm_weight": 1.0 + draw(blocks, bottleneck, scale=0.1),
+        "ffn_in_weight": draw(blocks, wide, bottleneck, scale=bottleneck**-0.5),
+        "ffn_out_weight": draw(blocks, bottleneck, wide, scale=wide**-0.5),
+        "up_weight": draw(2, channels, bottleneck, scale=bottleneck**-0.5),
+        "up_bias": draw(2, channels, scale=0.1),
+    }
+    return {name: tensor.to(device, dtype) for name, tensor in weights.items()}
+
+
 def beyond_int32(shape: tuple[int, int, int, int], axis: int, device: torch.device | str = "cpu") -> Tensor:
     """A float16 ``(B, H, N, D)`` whose steps along ``axis`` are 2^30 elements apart: the last lies beyond 2^31.
 

@@ -18,6 +18,7 @@ QWEN3 = CacheGeometry(28, 8, 128)
 #: The published LCF-X pair: Qwen3-0.6B informs Qwen3-0.6B, width 128.
 PUBLISHED: dict[str, Any] = {"sharer": QWEN3, "receiver": QWEN3, "width": 128}
 EVERYTHING = ("latent", "summary", "span_weights")
+SLOT_CONTENTS = ("latent", "slot_weights")
 PREAMBLE = 56
 
 
@@ -33,14 +34,28 @@ def make_message(
     contents: Sequence[str] = EVERYTHING,
     metadata: Mapping[str, str] | None = None,
     made_by: Any = ORIGIN,
+    slots: int = 0,
+    tokens: int = 6,
     generator: torch.Generator | None = None,
 ) -> Message:
-    """A random message, with those of its tensors that ``contents`` names."""
+    """A random message, with those of its tensors that ``contents`` names; of so many ``slots``, if any."""
     kept = tuple(range(receiver.layers)) if layers is None else tuple(layers)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(len(kept), *shape, generator=generator)
 
+    if slots:
+        shares = draw(batch, sharer.kv_heads, slots, tokens).softmax(-1).to(dtype)
+        return Message(
+            latent=draw(batch, slots, width).to(dtype),
+            receiver_layers=kept,
+            spans=1,
+            slot_weights=shares if "slot_weights" in contents else None,
+            sharer=sharer,
+            receiver=receiver,
+            metadata={} if metadata is None else metadata,
+            made_by=made_by,
+        )
     latent = draw(batch, width).to(dtype)
     summary = draw(2, batch, sharer.kv_heads, sharer.head_dim).to(dtype)
     weights = draw(batch, sharer.kv_heads, spans).softmax(-1).to(dtype)
@@ -57,11 +72,13 @@ def make_message(
     )
 
 
-def assert_same(got: Message, expected: Message, contents: Sequence[str] = EVERYTHING) -> None:
+def assert_same(
+    got: Message, expected: Message, contents: Sequence[str] = (*EVERYTHING, "slot_weights")
+) -> None:
     """Equal in all that ``contents`` sends, the tensors bit for bit."""
     for field in ("receiver_layers", "spans", "sharer", "receiver", "metadata", "origin"):
         assert getattr(got, field) == getattr(expected, field), field
-    for name in EVERYTHING:
+    for name in (*EVERYTHING, "slot_weights"):
         tensor, truth = getattr(got, name), getattr(expected, name) if name in contents else None
         if truth is None:
             assert tensor is None, name

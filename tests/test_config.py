@@ -121,6 +121,21 @@ def test_the_counts_are_those_of_the_module(cross_context: bool, blocks: int) ->
     assert sum(p.numel() for p in pruned.parameters()) == config.parameter_count(2)
 
 
+@pytest.mark.parametrize(("slots", "parameters"), [(4, 331_008), (8, 333_056)])
+def test_slots_parameter_count(slots: int, parameters: int) -> None:
+    """Four layers of 64 channels on both sides, d = 64."""
+    side = CacheGeometry(4, 2, 32)
+    assert LCFConfig(side, side, bottleneck=64, slots=slots).parameter_count() == parameters
+
+
+def test_the_published_pair_with_slots_has_fewer_parameters_than_lcf_x() -> None:
+    config = LCFConfig(QWEN3, QWEN3, slots=8)
+    # slots and their queries, W_down of 2 Cs alone, two blocks, W_up of all of the latent for K and for V
+    per_layer = 8 * (1024 + 128) + (2048 * 128 + 128) + 2 * (8 * 128**2 + 128) + 2 * (128 * 1024 + 1024)
+    assert config.parameters_per_layer == per_layer
+    assert per_layer < LCFConfig(QWEN3, QWEN3, cross_context=True).parameters_per_layer
+
+
 # --- layer maps
 # --------------------------------------------------------------------------------------------------
 
@@ -202,6 +217,7 @@ def test_defaults_are_those_of_the_contract() -> None:
         "norm_eps": 1e-6,
         "dropout": 0.1,
         "gate_init": 0.0,
+        "slots": 0,
     }
     assert LCFConfig(QWEN25, QWEN3, cross_context=True).gate_init == 1.0
     assert LCFConfig(QWEN25, QWEN3, cross_context=True, gate_init=-2).gate_init == -2.0
@@ -223,6 +239,10 @@ def test_defaults_are_those_of_the_contract() -> None:
         ({"dropout": "0.1"}, DTypeError),
         ({"gate_init": float("inf")}, GeometryError),
         ({"cross_context": 1}, DTypeError),
+        ({"slots": -1}, GeometryError),
+        ({"slots": True}, DTypeError),
+        ({"slots": False}, DTypeError),
+        ({"slots": 4.0}, DTypeError),
         ({"sharer": (24, 2, 64)}, DTypeError),
         ({"receiver": None}, DTypeError),
     ],
@@ -231,6 +251,18 @@ def test_bad_fields_are_named(change: dict[str, Any], error: type[Exception]) ->
     with pytest.raises(error) as caught:
         LCFConfig(**{"sharer": QWEN25, "receiver": QWEN3, **change})
     assert caught.value.argument == next(iter(change))  # type: ignore[attr-defined]
+
+
+def test_modes() -> None:
+    assert LCFConfig(QWEN25, QWEN3).mode == "lcf"
+    assert LCFConfig(QWEN25, QWEN3, cross_context=True).mode == "lcf_x"
+    slots = LCFConfig(QWEN25, QWEN3, slots=4)
+    assert (slots.mode, slots.cross_context, slots.in_channels) == ("slots", True, 2 * 128)
+
+
+def test_what_has_no_slots_is_written_as_before_there_were_any() -> None:
+    assert "slots" not in LCFConfig(QWEN25, QWEN3).to_dict()
+    assert LCFConfig(QWEN25, QWEN3, slots=4).to_dict()["slots"] == 4
 
 
 @pytest.mark.parametrize("fields", [(0, 2, 64), (24, -2, 64), (24, 2, 0)])
@@ -245,11 +277,9 @@ def test_geometry_fields_are_ints() -> None:
 
 
 @pytest.mark.parametrize("spec", ["last_aligned", "relative_depth", tuple(t % 24 for t in range(28))])
-@pytest.mark.parametrize("cross_context", [False, True])
-def test_json_round_trip(spec: Any, cross_context: bool) -> None:
-    config = LCFConfig(
-        QWEN25, QWEN3, bottleneck=64, layer_map=spec, cross_context=cross_context, norm_eps=1e-5, dropout=0.0
-    )
+@pytest.mark.parametrize("mode", [{}, {"cross_context": True}, {"slots": 8}])
+def test_json_round_trip(spec: Any, mode: dict[str, Any]) -> None:
+    config = LCFConfig(QWEN25, QWEN3, bottleneck=64, layer_map=spec, norm_eps=1e-5, dropout=0.0, **mode)
     again = LCFConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert again.sharer_layers == config.sharer_layers

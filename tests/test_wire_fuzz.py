@@ -19,7 +19,17 @@ from typing import Any
 
 import pytest
 import torch
-from messages import EVERYTHING, PREAMBLE, assert_same, edited, header_of, make_message, resigned, with_header
+from messages import (
+    EVERYTHING,
+    PREAMBLE,
+    SLOT_CONTENTS,
+    assert_same,
+    edited,
+    header_of,
+    make_message,
+    resigned,
+    with_header,
+)
 
 from lcf_fast import CacheGeometry, Message, MessageError
 from lcf_fast.fingerprint import is_digest
@@ -33,7 +43,10 @@ def corpus() -> list[bytes]:
     one = make_message(generator=generator, metadata={"topic": "café", "n": '"1"'})
     batch = make_message(generator=generator, batch=2, layers=(0, 2, 3), width=5, spans=1)
     wide = make_message(generator=generator, sharer=CacheGeometry(2, 1, 2), dtype=torch.float64, layers=(4,))
+    slots = make_message(generator=generator, slots=3, batch=2, contents=SLOT_CONTENTS)
     return [
+        slots.to_bytes(),
+        slots.to_bytes(dtype="int8", contents=SLOT_CONTENTS),
         one.to_bytes(),
         one.to_bytes(dtype="bfloat16", contents=EVERYTHING),
         one.to_bytes(dtype="int8", contents=EVERYTHING),
@@ -130,7 +143,8 @@ def replace_in(value: Any, rng: random.Random) -> Any:
         if rng.random() < 0.1:
             found.pop(name)
         elif rng.random() < 0.1:
-            found[rng.choice(("more", "latent", "summary", "span_weights", "latent_scale"))] = found[name]
+            more = ("more", "latent", "summary", "span_weights", "latent_scale", "slots", "tokens")
+            found[rng.choice(more)] = found[name]
         else:
             found[name] = replace_in(found[name], rng)
         return found
@@ -198,16 +212,20 @@ def assert_valid(message: Message, key: bytes | None) -> None:
     tensors = message.tensors
     assert "latent" in tensors or "summary" in tensors
     batch = len(message.split())
+    width, slots = tensors["latent"].shape[-1] if "latent" in tensors else 0, message.slots
+    assert not slots or ("summary" not in tensors and "span_weights" not in tensors)
+    tokens = tensors["slot_weights"].shape[-1] if "slot_weights" in tensors else 0
     shapes = {
-        "latent": (len(layers), batch, tensors["latent"].shape[-1] if "latent" in tensors else 0),
+        "latent": (len(layers), batch, *([slots] if slots else []), width),
+        "slot_weights": (len(layers), batch, sharer.kv_heads, slots, tokens),
         "summary": (len(layers), 2, batch, sharer.kv_heads, sharer.head_dim),
         "span_weights": (len(layers), batch, sharer.kv_heads, message.spans),
     }
     for name, tensor in tensors.items():
         assert tuple(tensor.shape) == shapes[name] and min(tensor.shape) > 0, name
         assert torch.isfinite(tensor).all(), name
-    if "span_weights" in tensors:
-        assert tensors["span_weights"].min() >= 0 and tensors["span_weights"].max() < 1.01
+    for name in tensors.keys() & {"span_weights", "slot_weights"}:
+        assert tensors[name].min() >= 0 and tensors[name].max() < 1.01
     again = Message.from_bytes(message.to_bytes(contents=tuple(tensors), key=key), key=key)
     assert_same(again, message)
 
@@ -274,6 +292,7 @@ REACHED = (
     *("signed: message.sharer", "signed: message.receiver", "signed: message.format", "signed: message.latent"),
     *("signed: message.header.latent.shape", "signed: message.header.latent.dtype", "signed: message.header.summary"),
     *("signed: message.header.latent.data_offsets", "signed: message.summary", "signed: message.latent_scale"),
+    *("signed: message.slots", "signed: message.tokens", "signed: message.header.slot_weights"),
 )
 
 
@@ -311,7 +330,7 @@ def address_space(spare: int) -> Iterator[None]:
 
 def promising() -> dict[str, bytes]:
     """Messages of a few hundred bytes that speak of gigabytes, each in another place, signed where it helps."""
-    data = corpus()[0]
+    data = corpus()[2]
     size = 1 << 33
 
     def giant(header: dict[str, Any]) -> None:
@@ -323,7 +342,11 @@ def promising() -> dict[str, bytes]:
         description["layers"] = ",".join(["0-4095"] * 8_000)
         description["receiver"] = [4096, 1, 1]
 
+    def slots(description: dict[str, Any]) -> None:
+        description["slots"] = 1 << 20
+
     return {
+        "slots": edited(corpus()[1], field=slots),
         "length": data[:16] + size.to_bytes(8, "little") + data[24:],
         "header's length": resigned(data[:PREAMBLE] + size.to_bytes(8, "little") + data[PREAMBLE + 8 :]),
         "shape": edited(data, entry=giant),

@@ -7,6 +7,7 @@ from .kvcomm_selection import LayerSelection
 from .lcf import LCFChannel, LCFXChannel, Sharer
 from .plain import FullContextChannel, NoneChannel
 from .request import Answer, Request, Timings
+from .slots import SlotsChannel
 from .text import TextChannel
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "NoneChannel",
     "Request",
     "Sharer",
+    "SlotsChannel",
     "TextChannel",
     "Timings",
 ]

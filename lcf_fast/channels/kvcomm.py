@@ -18,7 +18,7 @@ from ..caches import Pair
 from ..config import CacheGeometry
 from ..errors import GeometryError, IndexRangeError, ShapeError
 from ..reading.model_fingerprint import model_sample
-from ..reading.prefill import dynamic_cache, positions_of
+from ..reading.prefill import dynamic_cache, positions_of, sliding_window
 from .agent import Agent, padded_left
 from .base import Channel, Clock, Prepared, check_requests
 from .controls import Control, check_control, controlled_cache, sent_for
@@ -212,7 +212,7 @@ class KVCommChannel(Channel):
             length = sum(len(read[row]) for read in contexts.values() if row in read)
             receiver.check_length(length + len(prompt), room)
         columns = sum(max(map(len, read.values())) for read in contexts.values()) + max(map(len, prompts))
-        window = _window(receiver.model)
+        window = sliding_window(receiver.model)
         if contexts and window is not None and columns + room > window:
             expected = f"contexts and prompt within the sliding window of {window} tokens (shorten the contexts)"
             raise ShapeError(receiver.name, expected=expected, got=f"{columns} and {room} to come")
@@ -316,16 +316,6 @@ def _check_model(agent: Agent) -> None:
     if others or getattr(config, "attention_chunk_size", None):
         expected = "layers of full or sliding-window attention"
         raise GeometryError(agent.name, expected=expected, got=", ".join(sorted(others)) or "chunked attention")
-
-
-def _window(model: Any) -> int | None:
-    """Positions of the sliding window, where a layer has one."""
-    config = model.config
-    types = getattr(config, "layer_types", None)
-    if types is not None and "sliding_attention" not in types:
-        return None
-    window: int | None = getattr(config, "sliding_window", None)
-    return window
 
 
 def _by_name(receiver: Agent, sharers: Sequence[Agent]) -> dict[str, Agent]:

@@ -23,7 +23,7 @@ from .controls import check_control, controlled_cache, controlled_message, sent_
 from .request import Request
 from .routing import replace_rows, rows_of, take_rows
 
-__all__ = ["Fuser", "LCFChannel", "LCFXChannel", "Sharer"]
+__all__ = ["Fuser", "LCFChannel", "LCFXChannel", "Sharer", "sharers_by_name"]
 
 
 class Fuser(Protocol):
@@ -47,6 +47,7 @@ class Sharer:
     Attributes:
         agent: who reads.
         adapter: LCF: a `Fuser`. LCF-X: the adapter, or the sharer's half of one that the channel's adapter accepts.
+            Slots: a `LatentSlots`, likewise.
     """
 
     agent: Agent
@@ -82,7 +83,7 @@ class LCFChannel(Channel):
     ) -> None:
         super().__init__(receiver)
         self.name, self.control, self.seed = name, check_control(control), seed
-        self.sharers = _by_name(receiver, sharers)
+        self.sharers = sharers_by_name(receiver, sharers)
 
     def check(self, requests: Sequence[Request], room: int) -> None:
         """As `Channel.check`."""
@@ -180,7 +181,7 @@ class LCFXChannel(Channel):
         window_size(spans)
         self.name, self.adapter, self.dtype, self.spans = name, adapter, dtype, spans
         self.control, self.seed = check_control(control), seed
-        self.sharers = _by_name(receiver, sharers)
+        self.sharers = sharers_by_name(receiver, sharers)
 
     def check(self, requests: Sequence[Request], room: int) -> None:
         """As `Channel.check`."""
@@ -246,7 +247,7 @@ class LCFXChannel(Channel):
         return tokens, spans
 
 
-def _by_name(receiver: Agent, sharers: Sequence[Sharer]) -> dict[str, Sharer]:
+def sharers_by_name(receiver: Agent, sharers: Sequence[Sharer]) -> dict[str, Sharer]:
     """Sharers by name, each checked against its adapter."""
     found: dict[str, Sharer] = {}
     for sharer in sharers:

@@ -12,7 +12,7 @@ from .statistics import MARGIN, Equivalence, Interval, OneSided, equivalence, ho
 __all__ = ["Comparison", "compare", "default_pairs"]
 
 #: This package's own channels.
-OURS = ("lcf", "lcf_x")
+OURS = ("lcf", "slots", "lcf_x")
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,15 @@ class Comparison:
 def default_pairs(channels: Iterable[str]) -> list[tuple[str, str]]:
     """What is tested unless something else is asked for, whatever the scores.
 
-    Each of this package's channels against every other method (`none` has the verdicts), and each other way to cut
-    LCF-X's context (``lcf_x_...``) against the first.
+    Slots against LCF-X, each of this package's channels against every other method (`none` has the verdicts), and each
+    other way to cut LCF-X's context (``lcf_x_...``) against the first.
     """
     names = list(dict.fromkeys(channels))
     cuts = [(name, "lcf_x") for name in names if name.startswith("lcf_x_") and "lcf_x" in names]
+    mine = [name for name in OURS if name in names]
     others = [name for name in names if name != "none" and name not in OURS and (name, "lcf_x") not in cuts]
-    return [(ours, other) for ours in OURS if ours in names for other in others] + cuts
+    among = [("slots", "lcf_x")] if {"slots", "lcf_x"} <= set(names) else []
+    return among + [(ours, other) for ours in mine for other in others] + cuts
 
 
 def compare(

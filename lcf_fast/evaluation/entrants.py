@@ -19,9 +19,11 @@ from ..channels import (
     NoneChannel,
     Request,
     Sharer,
+    SlotsChannel,
     TextChannel,
 )
 from ..fingerprint import digest_of
+from ..slots import LatentSlots
 from .failures import EvaluationError
 from .predictions import MATCHED, MISMATCHED, RANDOM, SELF, ZERO
 from .run import AskedSet, Entrant
@@ -36,13 +38,14 @@ def entrants(
     receiver: Agent,
     sharer: Agent,
     *,
-    adapters: Sequence[LatentCacheFlow] = (),
+    adapters: Sequence[LatentCacheFlow | LatentSlots] = (),
     fuser: C2CFuser | None = None,
-    own_adapters: Sequence[LatentCacheFlow] = (),
+    own_adapters: Sequence[LatentCacheFlow | LatentSlots] = (),
     own_fuser: C2CFuser | None = None,
     text_tokens: Sequence[int] = (50, 200),
     text_options: dict[str, Any] | None = None,
     dtype: str = "bfloat16",
+    placement: str = "append",
     spans: Sequence[str] = ("paragraphs",),
     ratios: Sequence[float] = (0.5,),
     calibration: Request | None = None,
@@ -52,13 +55,14 @@ def entrants(
     """Everyone who can take part.
 
     Args:
-        adapters: at most one LCF and one LCF-X.
+        adapters: at most one LCF, one LCF-X and one of slots.
         fuser: of C2C.
         own_adapters, own_fuser: the same, trained with the receiver in the sharer's place, for the control of that
             name. Where both models have one geometry and there is none, the adapter itself serves.
         text_tokens: longest notes of the text channels, one channel each.
         text_options: ``instruction`` and ``template`` of those channels, where they are not the channel's own.
-        dtype: of LCF-X's messages.
+        dtype: of the messages of LCF-X and slots.
+        placement: of slots.
         spans: how LCF-X's contexts are cut: the first under every control, each other one as a channel of its own
             with the matching message alone.
         ratios: of layers that KVComm shares, one channel each.
@@ -96,7 +100,9 @@ def entrants(
 
         found.append(Entrant(f"text_{most}", text, limited(_TEXT), {"most_tokens": most, **options}))
     for made, own in ((one, _own(one, own_adapters)) for one in adapters):
-        if made.config.cross_context:
+        if isinstance(made, LatentSlots):
+            found.append(_slots(receiver, sharer, made, own, dtype, placement, limited, seed))
+        elif made.config.cross_context:
             found += _lcf_x(receiver, sharer, made, own, dtype, spans, limited, seed)
         else:
             found.append(_position_wise("lcf", receiver, sharer, made, own, limited, seed))
@@ -116,7 +122,7 @@ def entrants(
     names = [entrant.name for entrant in found]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise EvaluationError("adapters", expected="at most one LCF and one LCF-X", got=f"two of {twice[0]}")
+        raise EvaluationError("adapters", expected="at most one of a kind", got=f"two of {twice[0]}")
     return found
 
 
@@ -129,11 +135,11 @@ def suits(entrant: Entrant, asked: AskedSet) -> bool:
 _Limited = Callable[[Iterable[str]], tuple[str, ...]]
 
 
-def _own(adapter: LatentCacheFlow, among: Sequence[LatentCacheFlow]) -> LatentCacheFlow | None:
-    """The adapter that serves where the receiver is its own sharer."""
-    same_kind = [one for one in among if one.config.cross_context == adapter.config.cross_context]
+def _own(adapter: Any, among: Sequence[Any]) -> Any:
+    """The adapter that serves where the receiver is its own sharer; None."""
+    same_kind = [one for one in among if one.config.mode == adapter.config.mode]
     if len(same_kind) > 1:
-        raise EvaluationError("own_adapters", expected="at most one LCF and one LCF-X", got="two of a kind")
+        raise EvaluationError("own_adapters", expected="at most one of a kind", got="two")
     if same_kind:
         return same_kind[0].eval()
     return adapter if adapter.sharer_geometry == adapter.receiver_geometry else None
@@ -168,7 +174,7 @@ def _lcf_x(
     receiver: Agent,
     sharer: Agent,
     adapter: LatentCacheFlow,
-    own: LatentCacheFlow | None,
+    own: Any,
     dtype: str,
     spans: Sequence[str],
     limited: _Limited,
@@ -191,3 +197,31 @@ def _lcf_x(
             make(control)  # refuses other models' before anything runs
         found.append(Entrant(name, make, able, {**_weights(adapter, own), "dtype": dtype, "spans": cut}, "cross"))
     return found
+
+
+def _slots(
+    receiver: Agent,
+    sharer: Agent,
+    adapter: LatentSlots,
+    own: Any,
+    dtype: str,
+    placement: str,
+    limited: _Limited,
+    seed: int,
+) -> Entrant:
+    itself = receiver.called(sharer.name)
+    options: dict[str, Any] = {"dtype": dtype, "placement": placement, "seed": seed}
+    for made in (adapter, own):
+        if made is not None:
+            made.eval()
+
+    def make(control: str) -> Channel:
+        if control == SELF and own is not None:
+            return SlotsChannel(receiver, own, [Sharer(itself, own)], control=control, **options)
+        return SlotsChannel(receiver, adapter, [Sharer(sharer, adapter)], control=control, **options)
+
+    able = limited(_able(own))
+    for control in able:
+        make(control)  # refuses other models' before anything runs
+    settings = {**_weights(adapter, own), "dtype": dtype, "placement": placement}
+    return Entrant("slots", make, able, settings, "cross")

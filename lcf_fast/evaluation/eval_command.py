@@ -59,7 +59,7 @@ def add_eval_command(commands: Any) -> None:
     add = parser.add_argument
     add("--sharer", metavar="MODEL", help="a transformers model: folder or hub id; without one: two small agents")
     add("--receiver", metavar="MODEL", help="as --sharer")
-    add("--adapter", metavar="DIR", type=Path, action="append", default=[], help="LCF, LCF-X or both")
+    add("--adapter", metavar="DIR", type=Path, action="append", default=[], help="LCF, LCF-X, slots")
     add("--c2c", metavar="DIR", type=Path, help="a fuser of Cache-to-Cache, in its released layout")
     add("--out", metavar="OUT", type=Path, required=True, help="folder of the results")
     own = parser.add_argument_group("the receiver as its own sharer")
@@ -84,7 +84,8 @@ def add_eval_command(commands: Any) -> None:
     how.add_argument("--text-tokens", type=int, nargs="+", metavar="K", help="longest notes; default: 50 200")
     how.add_argument("--text-instruction", metavar="TEXT", help="to a sharer that writes")
     how.add_argument("--text-template", metavar="TEXT", help="a note in the receiver's prompt; default: {note}")
-    how.add_argument("--dtype", default="bfloat16", help="of LCF-X's messages on the wire; default: bfloat16")
+    how.add_argument("--dtype", default="bfloat16", help="of messages on the wire; default: bfloat16")
+    how.add_argument("--placement", choices=["append", "prefix"], default="append", help="of slots; default: append")
     how.add_argument("--spans", nargs="+", metavar="SCHEME", help="of LCF-X: paragraphs, sentences, one, windows:N; "
                      "the first with all controls; default: paragraphs")  # fmt: skip
     how.add_argument("--ratio", type=float, nargs="+", metavar="R", help="of layers that KVComm shares; default: 0.5")
@@ -255,6 +256,7 @@ def _entrants(
         text_tokens=arguments.text_tokens,
         text_options={name: value for name, value in options.items() if value is not None},
         dtype=arguments.dtype,
+        placement=arguments.placement,
         spans=material.spans,
         ratios=arguments.ratio,
         calibration=next(crossing, None),

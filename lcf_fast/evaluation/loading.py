@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..adapter import LatentCacheFlow
 from ..c2c.fuser import C2CFuser
 from ..channels.agent import Agent
+from ..checkpoint import load_any
 from ..training.models import load_model, load_tokenizer
 from .failures import EvaluationError
 
@@ -49,9 +49,9 @@ def load_agents(sharer: str, receiver: str, precision: str, device: torch.device
 
 def load_adapters(
     folders: Sequence[Path], models: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None = None
-) -> list[LatentCacheFlow]:
-    """Adapters for ``models`` (or configs), by role. Raises as `LatentCacheFlow.from_pretrained` does."""
-    return [LatentCacheFlow.from_pretrained(folder, device=device, dtype=dtype, **models) for folder in folders]
+) -> list[Any]:
+    """Adapters of any kind for ``models`` (or configs), by role. Raises as their ``from_pretrained`` does."""
+    return [load_any(folder, device=device, dtype=dtype, **models) for folder in folders]
 
 
 def load_fuser(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..caches import Pair, cache_layers
 
-__all__ = ["DTYPES", "dynamic_cache", "positions_of", "prefill"]
+__all__ = ["DTYPES", "dynamic_cache", "positions_of", "prefill", "sliding_window"]
 
 #: Of frozen models, by the name that settings give a precision.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -46,3 +46,13 @@ def dynamic_cache(layers: Iterable[Pair]) -> Any:
     for layer, (key, value) in enumerate(layers):
         cache.update(key, value, layer)
     return cache
+
+
+def sliding_window(model: Any) -> int | None:
+    """Positions of the sliding window, where a layer has one."""
+    config = model.config
+    types = getattr(config, "layer_types", None)
+    if types is not None and "sliding_attention" not in types:
+        return None
+    window: int | None = getattr(config, "sliding_window", None)
+    return window

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..adapter import LatentCacheFlow
+from ..errors import GeometryError
 from ..pruning import PruningReport, audit_gates, judged, live_layers
 from ..reading.data_errors import DataError
 from .step import Prefiller, TrainingStep
@@ -34,9 +36,12 @@ def rank_layers_by_loss(step: TrainingStep, prefiller: Prefiller, batches: Itera
         batches: examples that the adapter was not trained on.
 
     Raises:
-        PruningError: no layer has an open gate; a loss that is not finite. DataError: no batch.
+        PruningError: no layer has an open gate; a loss that is not finite. DataError: no batch. GeometryError: slots,
+            of which each layer has as many.
     """
     adapter = step.adapter
+    if not isinstance(adapter, LatentCacheFlow):
+        raise GeometryError("step", expected="an adapter whose layers can be left out", got="slots")
     report = audit_gates(adapter)
     live = live_layers(report)
     sums = torch.zeros(2 + len(live), dtype=torch.float64)

@@ -29,6 +29,9 @@ from .settings import TrainingSettings
 
 if TYPE_CHECKING:
     from ..adapter import LatentCacheFlow
+    from ..slots import LatentSlots
+
+    Adapter = LatentCacheFlow | LatentSlots
 
 __all__ = ["Checkpoint", "Checkpoints"]
 
@@ -86,7 +89,7 @@ class Checkpoints:
                     shutil.rmtree(path)
             self._drop_oldest()
 
-    def save(self, checkpoint: Checkpoint, adapter: LatentCacheFlow, optimizer: torch.optim.Optimizer) -> Path:
+    def save(self, checkpoint: Checkpoint, adapter: Adapter, optimizer: torch.optim.Optimizer) -> Path:
         """Write a checkpoint, then drop the oldest. One of that step that is there already is this one, and stays.
 
         Raises:
@@ -116,7 +119,7 @@ class Checkpoints:
             ) from error
         return path
 
-    def load(self, path: Path, adapter: LatentCacheFlow, optimizer: torch.optim.Optimizer) -> Checkpoint:
+    def load(self, path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer) -> Checkpoint:
         """Bring adapter and optimizer to where a checkpoint has them.
 
         Raises:
@@ -134,7 +137,7 @@ class Checkpoints:
         return Checkpoint(state["step"], settings, state["log_bytes"], state["next_data"], state["models"])
 
     def _write(
-        self, folder: Path, checkpoint: Checkpoint, adapter: LatentCacheFlow, optimizer: torch.optim.Optimizer
+        self, folder: Path, checkpoint: Checkpoint, adapter: Adapter, optimizer: torch.optim.Optimizer
     ) -> None:
         from safetensors.torch import save as to_bytes
 
@@ -213,7 +216,7 @@ def _optimizer_tensors(path: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _restore(
-    path: Path, adapter: LatentCacheFlow, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+    path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
     """The optimizer's state by its parameters' names; the numbers in its groups follow from the settings."""
     names = {parameter: name for name, parameter in adapter.named_parameters()}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..adapter import LatentCacheFlow
     from ..config import CacheGeometry, LCFConfig
+    from ..slots import LatentSlots
     from .batches import ExampleData
     from .data import ExampleSet
     from .settings import TrainingSettings
@@ -28,6 +29,8 @@ _TRAIN_EXAMPLES = """examples:
       LCF by the published protocol: 300 steps of 260 examples
   lcf-fast train --cross-context --sharer Qwen/Qwen3-0.6B --receiver Qwen/Qwen3-0.6B --data hotpotqa.jsonl --out run
       LCF-X by its protocol: 276 steps of 256 examples
+  lcf-fast train --slots 8 --sharer Qwen/Qwen3-0.6B --receiver Qwen/Qwen3-0.6B --data hotpotqa.jsonl --out run
+      8 slots of another context as positions of the receiver's cache; --slot-dropout trains for 1 to 8 of them
   lcf-fast train ... --out run --resume             go on from the newest checkpoint, bitwise as if it had not stopped
   torchrun --nproc-per-node 4 -m lcf_fast.cli train ... --out run         the same run on four GPUs
   lcf-fast train ... --cached prefills --out run    on what lcf-fast cache stored with the same arguments
@@ -60,6 +63,9 @@ _TRAINING_SETTINGS = {
     "warmup": (float, "fraction of the steps in which the rate rises; then it falls; default: 0.1"),
     "clip_norm": (float, "largest norm of the gradient; default: 1"),
 }
+
+#: Fields of LCFConfig that are arguments.
+_ADAPTER = ("bottleneck", "dropout", "gate_init", "layer_map", "slots")
 
 
 def layer_list(text: str) -> tuple[int, ...]:
@@ -123,6 +129,13 @@ def add_train_command(commands: Any) -> None:
         "--gate-init", type=float, metavar="LOGIT", help="default: 0, with --cross-context 1 (an open gate)"
     )
     adapter.add_argument("--init-from", metavar="DIR", type=Path, help="begin with this adapter, not with a fresh one")
+    slots = parser.add_argument_group("slots")
+    slots.add_argument("--slots", type=int, metavar="K", help="train K slots, with --cross-context, which it implies")
+    slots.add_argument("--slot-dropout", action="store_true", help="send the first 1 to K of them, drawn evenly")
+    slots.add_argument("--placement", choices=["append", "prefix"], help="behind the prompt (default) or before it")
+    guard = parser.add_argument_group("guard loss, of LCF-X and slots")
+    guard.add_argument("--guard-weight", type=float, metavar="X", help="how much it counts; default: 0")
+    guard.add_argument("--guard-margin", type=float, metavar="NATS", help="a token; default: 1")
     parser.set_defaults(run=_train)
 
 
@@ -212,9 +225,12 @@ class _Run:
 def _settings(arguments: argparse.Namespace) -> TrainingSettings:
     from .settings import TrainingSettings
 
-    names = [*_SHARED_SETTINGS, *_TRAINING_SETTINGS, "precision", "device"]
-    given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+    later = ("placement", "guard_weight", "guard_margin")
+    names = [*_SHARED_SETTINGS, *_TRAINING_SETTINGS, "precision", "device", *later]
+    given: dict[str, Any] = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
     temperature = getattr(arguments, "gate_temperature", None)
+    if getattr(arguments, "slot_dropout", False):
+        given["slot_dropout"] = True
     if temperature is not None:
         given["gate_temperature_start"], given["gate_temperature_end"] = temperature
     if "batch_size" in given:  # a batch of fewer than the default's four is one micro-batch
@@ -225,8 +241,7 @@ def _settings(arguments: argparse.Namespace) -> TrainingSettings:
 def _config(arguments: argparse.Namespace, sharer: CacheGeometry, receiver: CacheGeometry) -> LCFConfig:
     from ..config import LCFConfig
 
-    names = ("bottleneck", "dropout", "gate_init", "layer_map")
-    given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+    given = {name: value for name in _ADAPTER if (value := getattr(arguments, name, None)) is not None}
     return LCFConfig(sharer, receiver, cross_context=arguments.cross_context, **given)
 
 
@@ -239,6 +254,9 @@ def _prepare(arguments: argparse.Namespace, *, shown: bool, first: bool) -> _Run
 
     if not shown:
         hide_loading()
+    if getattr(arguments, "slots", None) is not None:
+        _check_slots(arguments)
+        arguments.cross_context = True
     settings = _settings(arguments)
     sharer, receiver = (load_geometry(role, getattr(arguments, role)) for role in ("sharer", "receiver"))
     config = _config(arguments, sharer, receiver)
@@ -266,6 +284,18 @@ def _prepare(arguments: argparse.Namespace, *, shown: bool, first: bool) -> _Run
     data = ExampleData(examples, settings=settings, progress=shown, **options)
     _say(first and not shown and bool(data.left_out), data.summary())
     return _Run(settings, config, data, _held_out(held, settings, options), kept)
+
+
+def _check_slots(arguments: argparse.Namespace) -> None:
+    """Arguments that say nothing of slots are not taken beside them."""
+    from ..errors import GeometryError
+
+    if arguments.slots < 1:
+        raise GeometryError("--slots", expected="1 or more", got=str(arguments.slots))
+    for name in ("keep_layers", "gate_init", "gate_temperature"):
+        if getattr(arguments, name) is not None:
+            expected = "nothing beside --slots, which have no gates and all layers"
+            raise GeometryError(f"--{name.replace('_', '-')}", expected=expected, got=str(getattr(arguments, name)))
 
 
 def _held_out(held: ExampleSet, settings: TrainingSettings, options: dict[str, Any]) -> ExampleData | None:
@@ -359,28 +389,35 @@ def _report_held_out(arguments: argparse.Namespace, run: _Run, trainer: Trainer)
     print(found.summary())
 
 
-def _adapter(arguments: argparse.Namespace, run: _Run) -> LatentCacheFlow:
+def _adapter(arguments: argparse.Namespace, run: _Run) -> LatentCacheFlow | LatentSlots:
     import torch
 
     from ..adapter import LatentCacheFlow
+    from ..checkpoint import load_any
     from ..errors import GeometryError
+    from ..slots import LatentSlots
 
     if arguments.init_from is None:
         torch.manual_seed(run.settings.seed)
+        if run.config.slots:
+            return LatentSlots(run.config)
         return LatentCacheFlow(run.config, keep_layers=run.kept)
-    names = ("bottleneck", "dropout", "gate_init", "layer_map")
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
+    given = [f"--{name.replace('_', '-')}" for name in _ADAPTER if getattr(arguments, name) is not None]
     if given:
         raise GeometryError(", ".join(given), expected="nothing beside --init-from, which fixes it", got="both")
-    adapter = LatentCacheFlow.from_pretrained(
+    adapter = load_any(
         arguments.init_from, dtype=torch.float32, sharer=run.config.sharer, receiver=run.config.receiver
     )
     if adapter.config.cross_context != arguments.cross_context:
-        kinds = {True: "an LCF-X adapter (--cross-context)", False: "an LCF adapter (no --cross-context)"}
+        kinds = {True: "an LCF-X or slots adapter (--cross-context)", False: "an LCF adapter (no --cross-context)"}
         raise GeometryError(
             "--init-from", expected=kinds[arguments.cross_context], got=kinds[adapter.config.cross_context]
         )
-    return adapter if arguments.keep_layers is None else adapter.prune(arguments.keep_layers)
+    if arguments.keep_layers is None:
+        return adapter
+    if isinstance(adapter, LatentSlots):
+        raise GeometryError("--keep-layers", expected="all layers with slots", got="some")
+    return adapter.prune(arguments.keep_layers)
 
 
 def _cache(arguments: argparse.Namespace) -> None:

@@ -35,6 +35,7 @@ from .step import Prefill, receiver_prefill, sharer_tokens
 
 if TYPE_CHECKING:
     from ..adapter import LatentCacheFlow
+    from ..slots import LatentSlots
     from .batches import Batch
 
 __all__ = ["Entry", "Manifest", "StoredPrefills", "token_digest"]
@@ -153,7 +154,11 @@ class StoredPrefills:
     """
 
     def __init__(
-        self, folder: Path | str, adapter: LatentCacheFlow, receiver: Any, settings: TrainingSettings | None = None
+        self,
+        folder: Path | str,
+        adapter: LatentCacheFlow | LatentSlots,
+        receiver: Any,
+        settings: TrainingSettings | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
@@ -200,7 +205,7 @@ class StoredPrefills:
 
     # --- checks
 
-    def _check(self, adapter: LatentCacheFlow, receiver: Any, settings: TrainingSettings) -> None:
+    def _check(self, adapter: LatentCacheFlow | LatentSlots, receiver: Any, settings: TrainingSettings) -> None:
         manifest, config = self.manifest, adapter.config
         wanted: dict[str, tuple[Any, Any]] = {
             "sharer": (_sizes(config.sharer), manifest.sharer),

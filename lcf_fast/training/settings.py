@@ -8,10 +8,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..errors import DTypeError, GeometryError
+from ..placement import check_placement
 
 __all__ = ["TrainingSettings"]
 
 PRECISIONS = ("bf16", "fp32")
+#: Fields that the first runs did not have, and what those did.
+_LATER = {"placement": "append", "slot_dropout": False, "guard_weight": 0.0, "guard_margin": 1.0}
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,14 @@ class TrainingSettings:
         precision: ``"bf16"`` or ``"fp32"``: of the two frozen models, and with them of their caches and of the
             adapter's products. The adapter's parameters, the optimizer, the loss and its sums are float32 in both.
         device: where the run lives; None: a GPU if there is one, else the CPU.
+        placement: where slots stand, ``"append"`` or ``"prefix"`` (`lcf_fast.placement`).
+        slot_dropout: whether a micro-batch sends the first k' of k slots alone, k' drawn evenly from 1 to k: what is
+            trained with it can send any number of them.
+        guard_weight: of the guard loss, 0 is none: for each item the hinge ``max(0, guard_margin - (matched -
+            mismatched))`` on the response's mean log-likelihoods (nats a token) under its own message and under that
+            of the item before it in the micro-batch. It punishes a gain that another item's message gives as well.
+            Weighs each response token alike, as the loss that it is added to. LCF-X and slots.
+        guard_margin: of the guard loss, in nats a token.
 
     Dropout is a property of the adapter (``LCFConfig.dropout``), 0.1 by default.
 
@@ -53,6 +64,10 @@ class TrainingSettings:
     gate_temperature_end: float = 0.001
     precision: str = "bf16"
     device: str | None = None
+    placement: str = "append"
+    slot_dropout: bool = False
+    guard_weight: float = 0.0
+    guard_margin: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch_size", "max_tokens"):
@@ -63,6 +78,14 @@ class TrainingSettings:
         _in_range("warmup", self.warmup, float, 0, 1)
         for name in ("clip_norm", "gate_temperature_start", "gate_temperature_end"):
             _in_range(name, getattr(self, name), float, math.ulp(0.0), None)
+        _in_range("guard_weight", self.guard_weight, float, 0, None)
+        _in_range("guard_margin", self.guard_margin, float, math.ulp(0.0), None)
+        check_placement(self.placement)
+        if not isinstance(self.slot_dropout, bool):
+            raise DTypeError("slot_dropout", expected="a bool", got=repr(self.slot_dropout))
+        if self.guard_weight and self.micro_batch_size < 2:
+            expected = "2 or more, since the guard loss takes another item's message"
+            raise GeometryError("micro_batch_size", expected=expected, got=str(self.micro_batch_size))
         if self.precision not in PRECISIONS:
             raise GeometryError("precision", expected=f"one of {', '.join(PRECISIONS)}", got=repr(self.precision))
         if self.micro_batch_size > self.batch_size:
@@ -81,7 +104,8 @@ class TrainingSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; :meth:`from_dict` reads it back."""
-        return asdict(self)
+        # Of what came later only what is set: a run from before then goes on.
+        return {name: value for name, value in asdict(self).items() if _LATER.get(name, ...) != value}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainingSettings:

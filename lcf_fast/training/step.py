@@ -4,13 +4,16 @@ Both models read their prompts without gradients. The receiver's cache of the pr
 adapter; the receiver then reads that last token and the response, attending to the edited cache, and its cross-entropy
 on the response is what the adapter learns from (spec, sections 2 and 5). Rows may be ragged: prompts are padded on the
 left, responses on the right, and positions count real tokens only.
+
+Slots are not an edit but further positions of that cache, before the last token or before the prompt; then the receiver
+reads its prompt with gradients, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +21,18 @@ from torch import Tensor, nn
 from ..caches import Pair
 from ..config import CacheGeometry
 from ..errors import GeometryError, ShapeError
+from ..message import Message
+from ..placement import check_placement
 from ..reading.prefill import DTYPES, dynamic_cache, positions_of, prefill
 from .timing import Stopwatch
 
 if TYPE_CHECKING:
     from ..adapter import LatentCacheFlow
+    from ..slots import LatentSlots
     from .batches import Batch
 
 __all__ = ["OnlinePrefills", "Prefill", "TrainingStep", "frozen"]
+
 
 @dataclass(frozen=True)
 class Prefill:
@@ -87,15 +94,33 @@ class TrainingStep(nn.Module):
         receiver: a frozen transformers causal LM on the adapter's device.
         prefiller: where caches come from.
         stopwatch: counts ``prefill`` and ``adapter``, the latter with its backward.
+        placement, slot_dropout, guard_weight, guard_margin: as in `TrainingSettings`.
 
     Raises:
-        GeometryError: a receiver of another geometry than the adapter's.
+        GeometryError: a receiver of another geometry than the adapter's; settings of slots for an adapter without, or
+            a guard loss for one that has no message.
     """
 
     def __init__(
-        self, adapter: LatentCacheFlow, receiver: Any, prefiller: Prefiller, stopwatch: Stopwatch | None = None
+        self,
+        adapter: LatentCacheFlow | LatentSlots,
+        receiver: Any,
+        prefiller: Prefiller,
+        stopwatch: Stopwatch | None = None,
+        *,
+        placement: str = "append",
+        slot_dropout: bool = False,
+        guard_weight: float = 0.0,
+        guard_margin: float = 1.0,
     ) -> None:
         super().__init__()
+        self.placement = check_placement(placement)
+        if not adapter.config.slots and (slot_dropout or placement != "append"):
+            name = "slot_dropout" if slot_dropout else "placement"
+            raise GeometryError(name, expected="a slots adapter", got=adapter.config.mode)
+        if guard_weight and not adapter.config.cross_context:
+            raise GeometryError("guard_weight", expected="an adapter that sends messages", got="LCF")
+        self.slot_dropout, self.guard_weight, self.guard_margin = slot_dropout, guard_weight, guard_margin
         if (found := CacheGeometry.of(receiver)) != adapter.config.receiver:
             raise GeometryError("receiver", expected=f"{adapter.config.receiver} as the adapter's", got=str(found))
         self.adapter = adapter
@@ -104,14 +129,32 @@ class TrainingStep(nn.Module):
         self.stopwatch = Stopwatch(receiver.device) if stopwatch is None else stopwatch
 
     def forward(self, batch: Batch) -> Tensor:
-        """Scalar float32: the sum over the batch's response tokens. Call `backward` with what it returns."""
+        """Scalar float32: the sum over the batch's response tokens, with the guard loss where there is one.
+
+        Call `backward` with what it returns.
+        """
         if batch.receiver_ids.shape[1] < 2:
             raise ShapeError("receiver_ids", expected="prompts of two tokens or more", got="prompts of one token")
         with self.stopwatch.of("prefill"):
             caches = self._prefiller(batch)
+        if self.guard_weight and len(batch.ids) > 1:
+            return self._guarded(batch, caches)
         with self.stopwatch.of("adapter"):
             edited = self.edit(batch, caches)
         return self.loss(batch, edited)
+
+    def _guarded(self, batch: Batch, caches: Prefill) -> Tensor:
+        """The loss and, of each item, the hinge on what its own message is worth above its neighbour's."""
+        with self.stopwatch.of("adapter"):
+            message = self._message(batch, caches)
+            assert message.latent is not None
+            other = replace(message, latent=message.latent.roll(1, 1), summary=None)
+            edited = [self._informed(batch, caches, one) for one in (message, other)]
+            self._watch([pair for one in edited for pair in one])
+        matched, mismatched = (self._losses(batch, one) for one in edited)
+        tokens = batch.response_mask.to(matched.device).sum(1)
+        hinge = (self.guard_margin - (mismatched - matched) / tokens).clamp_min(0)
+        return matched.sum() + self.guard_weight * (tokens * hinge).sum()
 
     def backward(self, loss: Tensor) -> None:
         """``loss.backward()``, counting the adapter's part of it."""
@@ -123,25 +166,58 @@ class TrainingStep(nn.Module):
     _edit_done: Any = None
 
     def edit(self, batch: Batch, caches: Prefill) -> Sequence[Pair]:
-        """The receiver's cache of the prompt but its last token, edited by the adapter."""
-        device = caches.receiver[0][0].device
-        mask = batch.receiver_mask[:, :-1].to(device)
-        _, sharer_mask = sharer_tokens(batch)
-        sharer_mask = sharer_mask.to(device)
+        """The receiver's cache of the prompt but its last token, edited by the adapter, or with its slots."""
         if self.adapter.config.cross_context:
-            message = self.adapter.summarize(caches.sharer, batch.spans, attention_mask=sharer_mask)
-            edited = self.adapter.inject(caches.receiver, message, attention_mask=mask)
+            edited = self._informed(batch, caches, self._message(batch, caches))
         else:
+            device, adapter = caches.receiver[0][0].device, cast("LatentCacheFlow", self.adapter)
             index = None if batch.sharer_index is None else batch.sharer_index[:, :-1].to(device)
-            edited = self.adapter.fuse(
+            edited = adapter.fuse(
                 caches.sharer,
                 caches.receiver,
                 sharer_index=index,
-                attention_mask=mask,
-                sharer_attention_mask=sharer_mask,
+                attention_mask=batch.receiver_mask[:, :-1].to(device),
+                sharer_attention_mask=sharer_tokens(batch)[1].to(device),
             )
         self._watch(edited)
         return edited
+
+    def _message(self, batch: Batch, caches: Prefill) -> Message:
+        """What the sharer sends."""
+        mask = sharer_tokens(batch)[1].to(caches.sharer[0][0].device)
+        adapter: Any = self.adapter
+        if not adapter.config.slots:
+            message: Message = adapter.summarize(caches.sharer, batch.spans, attention_mask=mask)
+            return message
+        most = count = adapter.config.slots
+        if self.slot_dropout and adapter.training:
+            # From torch's generator, as all noise is: a trainer seeds it by the micro-batch's place in the run.
+            count = int(torch.randint(1, most + 1, ()))
+        message = adapter.summarize(caches.sharer, attention_mask=mask, slots=count)
+        return message
+
+    def _informed(self, batch: Batch, caches: Prefill, message: Message) -> Sequence[Pair]:
+        """What the receiver goes on from, given a message."""
+        (receiver,) = self._frozen
+        adapter: Any = self.adapter
+        key = caches.receiver[0][0]
+        mask = batch.receiver_mask[:, :-1].to(key.device)
+        if not adapter.config.slots:
+            injected: Sequence[Pair] = adapter.inject(caches.receiver, message, attention_mask=mask)
+            return injected
+        if self.placement == "append":
+            appended: Sequence[Pair] = adapter.append(receiver, caches.receiver, message, attention_mask=mask)
+            return appended
+        cache = adapter.prefix(receiver, message, dtype=key.dtype)
+        whole = torch.cat([mask.new_ones(len(mask), message.slots), mask], 1).long()
+        receiver.base_model(
+            input_ids=batch.receiver_ids[:, :-1].to(key.device),
+            attention_mask=whole,
+            position_ids=positions_of(whole)[:, message.slots :],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return [(layer.keys, layer.values) for layer in cache.layers]
 
     def _watch(self, edited: Sequence[Pair]) -> None:
         # The receiver's backward is over when all of the edited cache has its gradient; what follows is the adapter's.
@@ -155,11 +231,26 @@ class TrainingStep(nn.Module):
 
     def loss(self, batch: Batch, edited: Sequence[Pair]) -> Tensor:
         """Sum of the receiver's cross-entropy on the response, given the edited cache."""
+        return nn.functional.cross_entropy(*self._predicted(batch, edited), reduction="sum")
+
+    def _losses(self, batch: Batch, edited: Sequence[Pair]) -> Tensor:
+        """``(B,)``: each item's part of `loss`."""
+        losses = nn.functional.cross_entropy(*self._predicted(batch, edited), reduction="none")
+        mask = batch.response_mask.to(losses.device).bool()
+        return losses.new_zeros(mask.shape).masked_scatter(mask, losses).sum(1)
+
+    def _predicted(self, batch: Batch, edited: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        """Logits ``(R, V)`` and ids ``(R,)`` of all response tokens, item by item."""
         (receiver,) = self._frozen
         device = edited[0][0].device
         cache = dynamic_cache(edited)
         response, response_mask = batch.response_ids.to(device), batch.response_mask.to(device).bool()
         prompt_mask = batch.receiver_mask.to(device).long()
+        slots = edited[0][0].shape[2] - (prompt_mask.shape[1] - 1)
+        if slots:
+            at = prompt_mask.shape[1] - 1 if self.placement == "append" else 0
+            there = prompt_mask.new_ones(len(prompt_mask), slots)
+            prompt_mask = torch.cat([prompt_mask[:, :at], there, prompt_mask[:, at:]], 1)
         last = batch.receiver_ids[:, -1:].to(device)
         mask = torch.cat([prompt_mask, response_mask[:, :-1].long()], 1)
         logits = receiver(
@@ -170,4 +261,4 @@ class TrainingStep(nn.Module):
             use_cache=True,
         ).logits
         # Only rows that count become float32: the vocabulary is what takes memory here.
-        return nn.functional.cross_entropy(logits[response_mask].float(), response[response_mask], reduction="sum")
+        return logits[response_mask].float(), response[response_mask]

@@ -34,6 +34,7 @@ from .timing import Stopwatch
 
 if TYPE_CHECKING:
     from ..adapter import LatentCacheFlow
+    from ..slots import LatentSlots
     from .batches import Batch
 
 __all__ = ["CHECKPOINTS", "LOG_FILE", "Data", "Trainer", "check_unused"]
@@ -77,7 +78,7 @@ class Trainer:
 
     def __init__(
         self,
-        adapter: LatentCacheFlow,
+        adapter: LatentCacheFlow | LatentSlots,
         receiver: Any,
         data: Data,
         out: Path | str,
@@ -127,7 +128,16 @@ class Trainer:
         self.checkpoints = Checkpoints(self.out / CHECKPOINTS, keep)
         self.stopwatch = Stopwatch(self.device)
         self.prefiller = prefiller
-        self.step = TrainingStep(self.adapter, receiver, prefiller, self.stopwatch)
+        self.step = TrainingStep(
+            self.adapter,
+            receiver,
+            prefiller,
+            self.stopwatch,
+            placement=self.settings.placement,
+            slot_dropout=self.settings.slot_dropout,
+            guard_weight=self.settings.guard_weight,
+            guard_margin=self.settings.guard_margin,
+        )
         self.optimizer = torch.optim.AdamW(
             self.adapter.parameters(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
         )
@@ -136,7 +146,7 @@ class Trainer:
             # In training mode every parameter gets a gradient in every micro-batch, since soft gates are never shut.
             self.forward = nn.parallel.DistributedDataParallel(self.step, broadcast_buffers=False)
 
-    def run(self, *, resume: bool = False) -> LatentCacheFlow:
+    def run(self, *, resume: bool = False) -> LatentCacheFlow | LatentSlots:
         """Train to the last step; returns the adapter, in eval mode, which is also saved to ``out/adapter``.
 
         Args:
@@ -201,10 +211,10 @@ class Trainer:
             if state["models"].get(name, digest) != digest:
                 raise RunError(name, expected=f"the model that {path} was trained with", got="another")
         found, mine = state["settings"], self.settings.to_dict()
-        changed = [name for name in mine if name != "device" and found.get(name) != mine[name]]
+        changed = [name for name in mine | found if name != "device" and found.get(name) != mine.get(name)]
         if changed:
             expected = ", ".join(f"{name} {found.get(name)}" for name in changed)
-            got = ", ".join(f"{name} {mine[name]}" for name in changed)
+            got = ", ".join(f"{name} {mine.get(name)}" for name in changed)
             raise RunError("settings", expected=f"{expected}, as {path} has it", got=got)
 
     def _check_space(self) -> None:

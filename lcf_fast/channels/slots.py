@@ -1,0 +1,194 @@
+"""Slots as a channel: what the sharers alone have read, as positions of the receiver's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..caches import Pair, extend_cache
+from ..errors import ShapeError
+from ..message import Message
+from ..placement import check_placement, slot_positions, with_slots
+from ..reading.prefill import dynamic_cache, positions_of, sliding_window
+from ..slots import LatentSlots
+from .agent import Agent, padded_left
+from .base import Channel, Clock, Prepared
+from .controls import check_control, controlled_message, sent_for
+from .lcf import Sharer, sharers_by_name
+from .request import Request
+from .routing import rows_of
+
+__all__ = ["SlotsChannel"]
+
+
+class SlotsChannel(Channel):
+    """Cross context: each sharer reads its own paragraphs and sends a message of k slots, through its bytes.
+
+    A request that a sharer has no context for, or does not choose it, has no slots of it; slots of several sharers lie
+    side by side. Rows of a batch may have different ones, or none: what a row has not is masked out.
+
+    Args:
+        adapter: the receiver's.
+        sharers: with that adapter, or with others that it accepts (`LatentSlots.for_sharer`), in eval mode.
+        dtype: of the messages on the wire.
+        placement: ``"append"``, behind the prompt but its last token; or ``"prefix"``, before the prompt, which then
+            reads them as it is prefilled.
+        slots: send the first so many of each message; None: all.
+        control: what is sent (`lcf_fast.channels.controls`).
+        seed: of the random control.
+
+    Raises:
+        GeometryError: an adapter for other models, an unknown placement or control.
+    """
+
+    name = "slots"
+
+    def __init__(
+        self,
+        receiver: Agent,
+        adapter: LatentSlots,
+        sharers: Sequence[Sharer],
+        *,
+        dtype: str = "bfloat16",
+        placement: str = "append",
+        slots: int | None = None,
+        control: str = "matched",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(receiver)
+        self.adapter, self.dtype, self.slots = adapter, dtype, slots
+        self.placement = check_placement(placement)
+        self.control, self.seed = check_control(control), seed
+        self.sharers = sharers_by_name(receiver, sharers)
+
+    def check(self, requests: Sequence[Request], room: int) -> None:
+        """As `Channel.check`."""
+        told = sent_for(requests, self.control)
+        count = self.adapter.config.slots if self.slots is None else self.slots
+        prompts = self.receiver.prompts([request.asked() for request in requests], room)
+        slots = [0] * len(requests)
+        for name, sharer in self.sharers.items():
+            for row in self._told_by(name, told):
+                self._read(sharer.agent, told[row].sharer_contexts[name])
+                slots[row] += count
+        for prompt, own in zip(prompts, slots):
+            self.receiver.check_length(len(prompt) + own, room)
+
+    def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
+        receiver, batch = self.receiver, len(requests)
+        sent: list[list[bytes]] = [[] for _ in requests]
+        told = sent_for(requests, self.control)
+        generator = torch.Generator().manual_seed(self.seed)
+        for name, sharer in self.sharers.items():
+            rows = self._told_by(name, told)
+            if rows:
+                written = self._messages(sharer, [told[row].sharer_contexts[name] for row in rows], clock, generator)
+                for row, data in zip(rows, written):
+                    sent[row].append(data)
+        prompts = receiver.prompts([request.asked() for request in requests], room)
+        ids, mask = padded_left(prompts, receiver.padding(), receiver.device)
+        sizes = [sum(map(len, messages)) for messages in sent]
+        if not any(sent):
+            with clock.of("receiver"):
+                cache = receiver.read(ids[:, :-1], mask[:, :-1])
+            return Prepared(ids, mask, cache, sizes)
+        with clock.of("communication"):
+            message, there = self._received(sent)
+        self._check_lengths(prompts, there, room)
+        if self.placement == "append":
+            with clock.of("receiver"):
+                own = receiver.read(ids[:, :-1], mask[:, :-1])
+            with clock.of("communication"):
+                placed = self._place(message, there, mask[:, :-1].sum(1), batch)
+                cache = list(extend_cache(own, own, placed))
+        else:
+            with clock.of("communication"):
+                placed = self._place(message, there, 0, batch)
+            with clock.of("receiver"):
+                cache = self._read_behind(placed, there, ids[:, :-1], mask[:, :-1])
+        long_ids, long_mask = with_slots(ids, mask, there, placement=self.placement)
+        return Prepared(long_ids, long_mask, cache, sizes)
+
+    def _told_by(self, name: str, told: Sequence[Request]) -> list[int]:
+        """The requests that a sharer has something to say to."""
+        return [row for row in rows_of(told, name, self.sharers) if name in told[row].sharer_contexts]
+
+    def _read(self, agent: Agent, paragraphs: Sequence[str]) -> list[int]:
+        """Tokens of a sharer's context, without a template as it is asked nothing."""
+        tokens: list[int] = agent.reader.text("\n\n".join(paragraphs))[0]
+        agent.check_length(max(2, len(tokens)))
+        return tokens
+
+    def _messages(
+        self, sharer: Sharer, contexts: Sequence[Sequence[str]], clock: Clock, generator: torch.Generator
+    ) -> list[bytes]:
+        agent = sharer.agent
+        read = [self._read(agent, paragraphs) for paragraphs in contexts]
+        ids, mask = padded_left(read, agent.padding(), agent.device)
+        with clock.of("sharer"):
+            cache = agent.read(ids, mask)
+        with clock.of("communication"):
+            made = sharer.adapter.summarize(cache, attention_mask=mask, slots=self.slots)
+            made = controlled_message(made, self.control, generator)
+            return [one.to_bytes(dtype=self.dtype) for one in made.split()]
+
+    def _received(self, sent: Sequence[Sequence[bytes]]) -> tuple[Message, Tensor]:
+        """What came over the wire, as one message of the rows that have any, and which slots ``(B, k)`` a row has."""
+        joined: dict[int, Message] = {}
+        for row, messages in enumerate(sent):
+            if messages:
+                read = [Message.from_bytes(data).to(self.receiver.device) for data in messages]
+                joined[row] = self.adapter.join(read)
+        width = max(message.slots for message in joined.values())
+        there = torch.zeros(len(sent), width, dtype=torch.int64, device=self.receiver.device)
+        filled = []
+        for row, message in joined.items():
+            there[row, : message.slots] = 1
+            assert message.latent is not None
+            # A row of fewer sharers is filled up with zeros, which are masked out.
+            latent = torch.nn.functional.pad(message.latent, (0, 0, 0, width - message.slots))
+            filled.append(replace(message, latent=latent))
+        return Message.stack(filled), there
+
+    def _check_lengths(self, prompts: Sequence[Sequence[int]], there: Tensor, room: int) -> None:
+        for prompt, count in zip(prompts, there.sum(1).tolist()):
+            self.receiver.check_length(len(prompt) + count, room)
+        window = sliding_window(self.receiver.model)
+        columns = max(map(len, prompts)) + there.shape[1]
+        # A window counts columns, also those of slots that a row has not.
+        if window is not None and columns + room > window and not bool(there.all()):
+            expected = f"prompts and slots within the sliding window of {window}, or as many slots in every row"
+            raise ShapeError(self.receiver.name, expected=expected, got=f"{columns} and {room} to come")
+
+    def _place(self, message: Message, there: Tensor, before: Tensor | int, batch: int) -> list[Pair]:
+        """Keys and values ``(B, Hr, k, Dr)`` a layer, zeros in rows without a message."""
+        rows = there.any(1).nonzero().flatten()
+        positions = slot_positions(before, there, batch, there.device)[rows]
+        placed = self.adapter.place(self.receiver.model, message, positions)
+        if len(rows) == batch:
+            return placed
+        return [(_spread(key, rows, batch), _spread(value, rows, batch)) for key, value in placed]
+
+    def _read_behind(self, placed: Sequence[Pair], there: Tensor, ids: Tensor, mask: Tensor) -> list[Pair]:
+        """The receiver's cache of slots and prompt, the prompt read behind the slots."""
+        dtype = self.receiver.model.dtype
+        cache: Any = dynamic_cache((key.to(dtype), value.to(dtype)) for key, value in placed)
+        whole = torch.cat([there, mask], 1)
+        self.receiver.model.base_model(
+            input_ids=ids,
+            attention_mask=whole,
+            position_ids=positions_of(whole)[:, there.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _spread(part: Tensor, rows: Tensor, batch: int) -> Tensor:
+    whole = part.new_zeros(batch, *part.shape[1:])
+    whole[rows] = part
+    return whole

@@ -1,0 +1,107 @@
+"""The eager back end of slots: products over all layers at once, differentiable, on any device.
+
+A layer's cache is read as often as two products need it; what is as small as a message (summaries, latents, the
+receiver's half) goes through one batched product for all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .noise import TrainingNoise
+from .reference import Pair, accumulation_dtype, rms_norm
+
+__all__ = ["expand_slots", "fold_slots", "pool_slots", "slot_weights"]
+
+# A layer of up to this many elements is cheaper to copy next to its neighbours than to launch alone.
+_STACK_ELEMENTS = 1 << 16
+
+
+def pool_slots(sharer: Sequence[Pair], slot_query: Tensor, attention_mask: Tensor | None) -> Pair:
+    """``K~, V~ (L, B, k, Hs, Ds)`` in float32 (float64 for float64 caches).
+
+    Args:
+        sharer: one ``(key, value)``, ``(B, Hs, N, Ds)`` each, a layer.
+        slot_query: ``(L, k, Hs, Ds)``.
+        attention_mask: ``(B, N)`` bool, False at padding, which may hold anything.
+    """
+    parts = [_pool(key, value, query, attention_mask) for key, value, query in _stacks(sharer, slot_query)]
+    keys, values = (torch.cat(part) if len(part) > 1 else part[0] for part in zip(*parts))
+    return keys, values
+
+
+def slot_weights(sharer: Sequence[Pair], slot_query: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """What each token weighs in each slot: ``(L, B, Hs, k, N)`` in float32 (or float64), 0 at padding."""
+    parts = []
+    for key, _, query in _stacks(sharer, slot_query):
+        found = _weights(_cleared(key, attention_mask), query, attention_mask)
+        parts.append(found if attention_mask is None else found * attention_mask[:, None, None])
+    return torch.cat(parts)
+
+
+def _stacks(sharer: Sequence[Pair], slot_query: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Keys, values ``(l, B, H, N, D)`` and queries ``(l, H, k, D)`` in their wide dtype: all layers, or one by one."""
+    dtype = accumulation_dtype(sharer[0][0].dtype)
+    queries = slot_query.to(dtype).transpose(1, 2)
+    if len(sharer) > 1 and sharer[0][0].numel() <= _STACK_ELEMENTS:
+        keys, values = (torch.stack(side).to(dtype) for side in zip(*sharer))
+        return [(keys, values, queries)]
+    return [
+        (key[None].to(dtype), value[None].to(dtype), query[None]) for (key, value), query in zip(sharer, queries)
+    ]
+
+
+def _cleared(cache: Tensor, mask: Tensor | None) -> Tensor:
+    """``(l, B, H, N, D)`` with zeros at padding: a weight of zero would not hide what is not finite there."""
+    return cache if mask is None else cache.masked_fill(~mask[:, None, :, None], 0.0)
+
+
+def _weights(key: Tensor, query: Tensor, mask: Tensor | None) -> Tensor:
+    scores = torch.matmul(query[:, None] * key.shape[-1] ** -0.5, key.mT)  # (l, B, H, k, N)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    return scores.softmax(-1)
+
+
+def _pool(key: Tensor, value: Tensor, query: Tensor, mask: Tensor | None) -> Pair:
+    key, value = _cleared(key, mask), _cleared(value, mask)
+    weights = _weights(key, query, mask)
+    return torch.matmul(weights, key).transpose(2, 3), torch.matmul(weights, value).transpose(2, 3)
+
+
+def fold_slots(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """``(L, B, k, Hs, Ds)`` twice to the latent ``(L, B, k, d)``; ``k`` may be fewer than ``slot_embedding`` has."""
+    layers, batch, slots = slot_key.shape[:3]
+    dtype = accumulation_dtype(slot_key.dtype)
+    flat = torch.cat([slot_key.flatten(3), slot_value.flatten(3)], -1).to(dtype).flatten(1, 2)
+    down = weights["down_weight"].to(dtype)
+    latent = torch.baddbmm(weights["down_bias"].to(dtype)[:, None], flat, down.mT)
+    embedding = weights["slot_embedding"][:, None, :slots].to(dtype)
+    return latent.view(layers, batch, slots, -1) + embedding
+
+
+def expand_slots(
+    latent: Tensor, weights: Mapping[str, Tensor], kv_heads: int, norm_eps: float, noise: TrainingNoise | None
+) -> list[Pair]:
+    """``(L, B, k, d)`` to one key and value ``(B, Hr, k, Dr)`` a layer; all layers in each product."""
+    layers, batch, slots, width = latent.shape
+    dtype = accumulation_dtype(latent.dtype)
+    z = latent.to(dtype).flatten(1, 2)  # (L, B·k, d)
+    for block in range(weights["norm_weight"].shape[1]):
+        scale, w_in, w_out = (
+            weights[name][:, block].to(dtype) for name in ("norm_weight", "ffn_in_weight", "ffn_out_weight")
+        )
+        added = torch.bmm(F.gelu(torch.bmm(rms_norm(z, scale[:, None], norm_eps), w_in.mT)), w_out.mT)
+        if noise is not None and noise.threshold:
+            shape = (batch, slots, width)
+            kept = torch.stack([noise.keep(layer, block, shape, z.device) for layer in range(layers)])
+            added = torch.where(kept.view_as(z), added * noise.keep_scale, 0.0)
+        z = z + added
+    up, bias = weights["up_weight"].to(dtype).flatten(1, 2), weights["up_bias"].to(dtype).flatten(1)
+    flat = torch.baddbmm(bias[:, None], z, up.mT).view(layers, batch, slots, 2, kv_heads, -1)
+    made = flat.permute(0, 3, 1, 4, 2, 5)  # (L, 2, B, Hr, k, Dr)
+    return [(pair[0], pair[1]) for pair in made.unbind(0)]

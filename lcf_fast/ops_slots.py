@@ -1,0 +1,299 @@
+"""The public functions of slots; `lcf_fast.ops` exports them.
+
+Same names and signatures as `lcf_fast.reference`. `slot_pool`, `fold_slots` and `expand_slots` serve one layer,
+`summarize_slots_layers` and `expand_slots_layers` all of them at once, on a GPU in one launch a step. Softmax, sums,
+latents and norms run in float32 (float64 for float64 caches). Where gradients or dropout are needed the eager path
+serves, which autograd goes through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks as check
+from . import eager_slots, reference
+from .backends import current_backend, resolve
+from .dispatch import needs_grad
+from .errors import BackendError, DeviceError, DTypeError, GeometryError, ShapeError, SpanError
+from .library import unit_rows
+from .noise import TrainingNoise
+
+__all__ = ["expand_slots", "expand_slots_layers", "fold_slots", "slot_pool", "summarize_slots_layers"]
+
+Pair = tuple[Tensor, Tensor]
+
+#: Slots that the kernels serve.
+TRITON_SLOTS = 64
+
+
+def slot_pool(
+    key: Tensor,
+    value: Tensor,
+    slot_query: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    return_weights: bool = False,
+) -> tuple[Tensor, ...]:
+    """Pool a whole cache to k keys and values a head: slot j weighs tokens by ``softmax(q_j·K / sqrt(D))``.
+
+    Args:
+        key, value: ``(B, H, N, D)``, one layer's cache.
+        slot_query: ``(k, H, D)``.
+        attention_mask: ``(B, N)``, zero where the token is padding, which is not pooled.
+        return_weights: whether the third result is returned, too; the eager path makes it, with another pass over the
+            keys.
+
+    Returns:
+        ``K~, V~``, each ``(B, k, H, D)`` in the cache's dtype; and the weights ``(B, k, H, N)``, float32 (float64 for
+        float64 caches), 0 at padding.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, SpanError, BackendError: named by argument.
+    """
+    check.check_pair(key, value, ("key", "value"))
+    query = check.check_tensor("slot_query", slot_query)
+    if query.dim() != 3 or not query.shape[0] or query.shape[1:] != (key.shape[1], key.shape[3]):
+        raise ShapeError("slot_query", expected=f"(k, {key.shape[1]}, {key.shape[3]})", got=check.describe(query))
+    if query.dtype not in check.FLOATS:
+        raise DTypeError("slot_query", expected="a float dtype", got=check.describe(query))
+    if query.device != key.device:
+        raise DeviceError("slot_query", expected=f"{key.device}, as the cache", got=str(query.device))
+    mask = _token_mask(attention_mask, key)
+    layers = [(key, value)]
+    slot_key, slot_value = (x[0].to(key.dtype) for x in _pool(layers, slot_query[None], mask))
+    if not return_weights:
+        return slot_key, slot_value
+    return slot_key, slot_value, eager_slots.slot_weights(layers, slot_query[None], mask)[0].transpose(1, 2)
+
+
+def fold_slots(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """The message of one layer's slots: ``c_j = W_down·[K~_j; V~_j] + b_down + slot_embedding_j``.
+
+    Args:
+        slot_key, slot_value: ``(B, k, Hs, Ds)``.
+        weights: one layer's ``down_weight (d, 2Cs)``, ``down_bias (d)``, ``slot_embedding (at least k, d)``, of which
+            the first k are used.
+
+    Returns:
+        The latent ``(B, k, d)``, float32 (float64 for float64 slots).
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, GeometryError, BackendError: named by argument.
+    """
+    check.check_pair(slot_key, slot_value, ("slot_key", "slot_value"))
+    one = {name: weights[name][None] for name in ("down_weight", "down_bias", "slot_embedding") if name in weights}
+    slots, columns = slot_key.shape[1], 2 * slot_key.shape[2] * slot_key.shape[3]
+    width = _check_fold(one, 1, slots, columns, slot_key.device)
+    return _fold(slot_key[None], slot_value[None], one, slots, width)[0]
+
+
+def summarize_slots_layers(
+    sharer: Sequence[Pair], weights: Mapping[str, Tensor], *, attention_mask: Tensor | None = None
+) -> Tensor:
+    """Pool every layer's sharer cache to slots and fold them: the latent ``(L, B, k, d)``.
+
+    Args:
+        sharer: one ``(key, value)``, ``(B, Hs, N, Ds)`` each, a receiver layer: what that layer reads.
+        weights: stacked ``slot_query (L, k, Hs, Ds)``, ``down_weight (L, d, 2Cs)``, ``down_bias (L, d)`` and
+            ``slot_embedding (L, at least k, d)``; other names are ignored.
+        attention_mask: ``(B, N)``, zero where the token is padding, which is not pooled.
+
+    Returns:
+        float32 (float64 for float64 caches).
+
+    Raises:
+        As `slot_pool`, and GeometryError for weights or layers that do not fit.
+    """
+    query = check.check_tensor("weights['slot_query']", weights.get("slot_query"))
+    layers = query.shape[0] if query.dim() else 0
+    check.check_layers("sharer", sharer, layers)
+    if not layers:
+        raise GeometryError("sharer", expected="at least one layer", got="none")
+    key = sharer[0][0]
+    heads, head_dim = key.shape[1], key.shape[3]
+    slots = check.check_weight(weights, "slot_query", (layers, None, heads, head_dim), key.device).shape[1]
+    if not slots:
+        raise ShapeError("weights['slot_query']", expected="at least one slot", got=check.describe(query))
+    width = _check_fold(weights, layers, slots, 2 * heads * head_dim, key.device)
+    mask = _token_mask(attention_mask, key)
+    pooled = _pool(sharer, query, mask)
+    return _fold(*pooled, weights, slots, width)
+
+
+def expand_slots(
+    latent: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    kv_heads: int,
+    norm_eps: float = 1e-6,
+    noise: TrainingNoise | None = None,
+    layer: int = 0,
+) -> Pair:
+    """The receiver's half: a latent as one key and value a slot and head, the key not rotated to any position.
+
+    Args:
+        latent: ``(B, k, d)`` float.
+        weights: one layer's ``norm_weight (blocks, d)``, ``ffn_in_weight (blocks, 4d, d)``, ``ffn_out_weight (blocks,
+            d, 4d)``, ``up_weight (2, Cr, d)``, ``up_bias (2, Cr)``.
+        kv_heads: Hr, the receiver's.
+        norm_eps: epsilon of the norm.
+        noise: dropout on what each block adds, as in training; ``layer``: the row that its numbers are drawn for.
+
+    Returns:
+        Key and value ``(B, Hr, k, Dr)``, float32 (float64 for a float64 latent).
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, GeometryError, BackendError: named by argument.
+    """
+    check.check_tensor("latent", latent)
+    if latent.dim() != 3:
+        raise ShapeError("latent", expected="(B, k, d)", got=check.describe(latent))
+    one = {name: weights[name][None] for name in _EXPANSION if name in weights}
+    if noise is not None and layer:  # all layers at once draw for rows from 0 on
+        _check_expand(latent[None], one, kv_heads)
+        return reference.expand_slots(latent, weights, kv_heads=kv_heads, norm_eps=norm_eps, noise=noise, layer=layer)
+    return expand_slots_layers(latent[None], one, kv_heads=kv_heads, norm_eps=norm_eps, noise=noise)[0]
+
+
+def expand_slots_layers(
+    latent: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    kv_heads: int,
+    norm_eps: float = 1e-6,
+    noise: TrainingNoise | None = None,
+) -> list[Pair]:
+    """`expand_slots` of every layer: ``latent (L, B, k, d)`` to one ``(B, Hr, k, Dr)`` key and value a layer.
+
+    Args:
+        weights: as in `expand_slots`, stacked over L layers; other names are ignored.
+
+    Raises:
+        As `expand_slots`.
+    """
+    channels, hidden = _check_expand(latent, weights, kv_heads)
+    layers, batch, slots, width = latent.shape
+    own = [weights[name] for name in _EXPANSION]
+    if _backend(latent, slots, width, hidden, latent, *own, is_noisy=noise is not None) == "eager":
+        return eager_slots.expand_slots(latent, weights, kv_heads, norm_eps, noise)
+    from .kernels import slot_projection
+
+    made = latent.new_empty(layers, 2, batch, kv_heads, slots, channels // kv_heads)
+    destinations = [(pair[0], pair[1]) for pair in made.unbind(0)]
+    with torch.no_grad():
+        slot_projection.expand_slots(latent.contiguous(), weights, destinations, norm_eps=norm_eps)
+    return destinations
+
+
+# --- what is checked, and where it goes
+# ---------------------------------------------------------------------
+
+_EXPANSION = ("norm_weight", "ffn_in_weight", "ffn_out_weight", "up_weight", "up_bias")
+
+
+def _token_mask(attention_mask: Tensor | None, key: Tensor) -> Tensor | None:
+    """``(B, N)`` bool on the cache's device; None where every token counts, as far as the host can tell."""
+    batch, _, tokens, _ = key.shape
+    if attention_mask is not None:
+        check.check_mask("attention_mask", attention_mask, batch, tokens)
+    if batch and not tokens:
+        raise SpanError("attention_mask", expected="a token to pool in every row", got="a cache of no tokens")
+    if attention_mask is None:
+        return None
+    mask = attention_mask != 0
+    if check.reads_values(mask):
+        empty = (~mask.any(1)).nonzero().flatten().tolist()
+        if empty:
+            got = f"none in rows {empty}"[:200]
+            raise SpanError("attention_mask", expected="a token to pool in every row", got=got)
+        if bool(mask.all()):
+            return None
+    return mask.to(key.device, non_blocking=True)
+
+
+def _check_fold(
+    weights: Mapping[str, Tensor], layers: int, slots: int, columns: int, device: torch.device
+) -> int:
+    """``W_down`` and embeddings fit; the width d."""
+    width = check.check_weight(weights, "down_weight", (layers, None, columns), device).shape[1]
+    check.check_weight(weights, "down_bias", (layers, width), device)
+    embedding = check.check_weight(weights, "slot_embedding", (layers, None, width), device)
+    if embedding.shape[1] < slots:
+        expected = f"embeddings of {slots} slots or more"
+        raise ShapeError("weights['slot_embedding']", expected=expected, got=check.describe(embedding))
+    return width
+
+
+def _check_expand(latent: Tensor, weights: Mapping[str, Tensor], kv_heads: int) -> tuple[int, int]:
+    """The latent and the receiver's half fit; channels Cr and the FFN's inner width."""
+    check.check_tensor("latent", latent)
+    if latent.dim() != 4 or not latent.shape[0]:
+        raise ShapeError("latent", expected="(L, B, k, d), at least one layer", got=check.describe(latent))
+    if latent.dtype not in check.FLOATS:
+        raise DTypeError("latent", expected="a float dtype", got=check.describe(latent))
+    layers, _, _, width = latent.shape
+    device = latent.device
+    blocks = check.check_weight(weights, "norm_weight", (layers, None, width), device).shape[1]
+    hidden = check.check_weight(weights, "ffn_in_weight", (layers, blocks, None, width), device).shape[2]
+    check.check_weight(weights, "ffn_out_weight", (layers, blocks, width, hidden), device)
+    channels = check.check_weight(weights, "up_weight", (layers, 2, None, width), device).shape[2]
+    check.check_weight(weights, "up_bias", (layers, 2, channels), device)
+    if type(kv_heads) is not int:
+        raise DTypeError("kv_heads", expected="an int", got=repr(kv_heads))
+    if kv_heads < 1 or channels % kv_heads:
+        raise GeometryError("kv_heads", expected=f"a divisor of {channels} channels", got=str(kv_heads))
+    return channels, hidden
+
+
+def _pool(sharer: Sequence[Pair], slot_query: Tensor, mask: Tensor | None) -> Pair:
+    flat = [tensor for pair in sharer for tensor in pair]
+    if _backend(flat[0], slot_query.shape[1], None, None, slot_query, *flat) == "eager":
+        return eager_slots.pool_slots(sharer, slot_query, mask)
+    from .kernels import slot_pooling
+
+    pairs = [(unit_rows(key), unit_rows(value)) for key, value in sharer]
+    with torch.no_grad():
+        pooled: Pair = slot_pooling.pool_slots(pairs, slot_query, attention_mask=mask)
+    return pooled
+
+
+def _fold(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str, Tensor], slots: int, width: int) -> Tensor:
+    own = [weights[name] for name in ("down_weight", "down_bias", "slot_embedding")]
+    if _backend(slot_key, slots, width, None, slot_key, slot_value, *own) == "eager":
+        return eager_slots.fold_slots(slot_key, slot_value, weights)
+    from .kernels import slot_projection
+
+    with torch.no_grad():
+        latent: Tensor = slot_projection.fold_slots(slot_key, slot_value, weights)
+    return latent
+
+
+@lru_cache(maxsize=1)
+def _has_kernels() -> bool:
+    return all(find_spec(f"lcf_fast.kernels.{name}") is not None for name in ("slot_pooling", "slot_projection"))
+
+
+def _backend(
+    like: Tensor, slots: int, width: int | None, hidden: int | None, *tensors: Any, is_noisy: bool = False
+) -> str:
+    """The back end; BackendError where the kernels were asked for by name and cannot serve."""
+    if torch.compiler.is_compiling() or resolve(like.device, like.dtype, width, hidden) == "eager":
+        return "eager"
+    obstacle = None
+    if not _has_kernels():
+        obstacle = "kernels without slots"
+    elif not 1 <= slots <= TRITON_SLOTS:
+        obstacle = f"{slots} slots, not 1 to {TRITON_SLOTS}"
+    elif needs_grad(*tensors) or is_noisy:
+        obstacle = "training, for which the kernels of slots have no backward"
+    if obstacle is None:
+        return "triton"
+    if current_backend() == "triton":
+        raise BackendError("backend", expected="slots that the Triton kernels serve", got=obstacle)
+    return "eager"

@@ -1,0 +1,168 @@
+"""Keys of a model to and from their positions, by the model's own rotary embedding.
+
+Nothing is computed here that the model computes itself: angles come from ``base_model.rotary_emb`` (so every rope type
+of transformers is served), and are applied by the ``apply_rotary_pos_emb`` of the model's own module. Which of its
+layers rotate, and with which of its angles (Gemma 3 has local and global ones, others have layers without any), is not
+read off names: one token, read at two positions, shows it, since what a lone token gives a layer does not depend on its
+position but for the rotation.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .caches import cache_layers
+from .errors import DTypeError, GeometryError, IndexRangeError, ShapeError
+
+__all__ = ["Rotary"]
+
+#: A layer whose keys are not rotated, and one whose model has a single kind of angles.
+_NONE, _ONLY = "none", ""
+#: Where the token is read the second time: far enough that angles of different bases part.
+_PROBE = 37
+#: Relative error within which a kind of rotation counts as the layer's. A wrong one is off by some 0.5 or more.
+_TOLERANCE = 0.05
+
+_known: weakref.WeakKeyDictionary[Any, Rotary] = weakref.WeakKeyDictionary()
+
+
+class Rotary:
+    """How each layer of a model rotates its keys. Make one with `Rotary.of`; `kinds` has a name a layer."""
+
+    def __init__(self, embedding: Any, apply: Callable[..., Any], kinds: Sequence[str]) -> None:
+        self._embedding, self._apply, self.kinds = embedding, apply, tuple(kinds)
+
+    @classmethod
+    def of(cls, model: Any) -> Rotary:
+        """Of a causal LM of transformers; found once for each model, which then reads one token.
+
+        Raises:
+            GeometryError: a model without rotary positions of this form (learned positions, ALiBi, several axes), or
+                one whose keys do not turn as its rotary embedding says.
+        """
+        if isinstance(model, cls):
+            return model
+        try:
+            found = _known.get(model)
+        except TypeError:
+            found = None
+        if found is None:
+            found = cls._probed(model)
+            _known[model] = found
+        return found
+
+    @classmethod
+    def _probed(cls, model: Any) -> Rotary:
+        base = getattr(model, "base_model", None)
+        embedding = getattr(base, "rotary_emb", None)
+        apply = getattr(sys.modules.get(type(base).__module__), "apply_rotary_pos_emb", None)
+        if embedding is None or apply is None or list(inspect.signature(apply).parameters)[:4] != [*"qk", "cos", "sin"]:
+            raise _unserved(model, "neither a rotary_emb nor an apply_rotary_pos_emb of that form")
+        names = [_ONLY]
+        if "layer_type" in inspect.signature(embedding.forward).parameters:
+            names = sorted(set(model.config.layer_types))
+        keys, positions = _keys_of_one_token(model)
+        rotary = cls(embedding, apply, [_NONE] * len(keys))
+        kinds = []
+        for layer, key in enumerate(keys):
+            here, there = key.split(1)
+            errors = {}
+            for kind in (_NONE, *names):
+                try:
+                    turned = here if kind == _NONE else rotary._turned(here, positions[:1], positions[1:], kind)
+                except RuntimeError as error:  # sizes: only a part of each key turns, and the module cuts it out
+                    raise _unserved(model, f"keys that do not turn whole: {error}") from error
+                errors[kind] = float((turned.float() - there.float()).norm() / there.float().norm())
+            kind = min(errors, key=lambda name: errors[name])
+            if not errors[kind] <= _TOLERANCE:
+                raise _unserved(model, f"keys of layer {layer} that turn otherwise (off by {errors[kind]:.2g})")
+            kinds.append(kind)
+        return cls(embedding, apply, kinds)
+
+    def rotate(self, keys: Sequence[Tensor], positions: Tensor) -> list[Tensor]:
+        """Keys that are at no position, ``(B, H, n, D)`` a layer of the model, to ``positions (B, n)``; new tensors.
+
+        Raises:
+            GeometryError: another number of layers. ShapeError, DTypeError, IndexRangeError: ``positions`` that do not
+                fit, are no ints, or (looked at where they lie on the CPU) negative.
+        """
+        return self._all(keys, positions, inverse=False)
+
+    def unrotate(self, keys: Sequence[Tensor], positions: Tensor) -> list[Tensor]:
+        """The inverse of `rotate`: keys as a cache has them, without their positions. Arguments and errors as there."""
+        return self._all(keys, positions, inverse=True)
+
+    def _all(self, keys: Sequence[Tensor], positions: Tensor, *, inverse: bool) -> list[Tensor]:
+        if len(keys) != len(self.kinds):
+            raise GeometryError("keys", expected=f"{len(self.kinds)} layers, as the model's", got=str(len(keys)))
+        if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
+            got = str(getattr(positions, "dtype", type(positions).__name__))
+            raise DTypeError("positions", expected="a tensor of ints", got=got)
+        key = keys[0]
+        if positions.dim() != 2 or positions.shape[1] != key.shape[2] or positions.shape[0] not in (1, key.shape[0]):
+            expected = f"({key.shape[0]}, {key.shape[2]}), or one row for all"
+            raise ShapeError("positions", expected=expected, got=str(tuple(positions.shape)))
+        if positions.device.type == "cpu" and positions.numel() and int(positions.min()) < 0:
+            raise IndexRangeError("positions", expected="0 or more", got=f"values down to {int(positions.min())}")
+        positions = positions.to(key.device, torch.int64)
+        angles = {kind: self._angles(key, positions, kind, inverse) for kind in dict.fromkeys(self.kinds)}
+        return [self._applied(key, *angles[kind]) for key, kind in zip(keys, self.kinds)]
+
+    def _turned(self, key: Tensor, before: Tensor, after: Tensor, kind: str) -> Tensor:
+        """A rotated key from one position to another."""
+        bare = self._applied(key, *self._angles(key, before, kind, True))
+        return self._applied(bare, *self._angles(key, after, kind, False))
+
+    def _angles(self, key: Tensor, positions: Tensor, kind: str, inverse: bool) -> tuple[Tensor | None, Tensor | None]:
+        if kind == _NONE:
+            return None, None
+        with torch.no_grad():
+            options = () if kind == _ONLY else (kind,)
+            cos, sin = self._embedding(key, positions, *options)
+        if not inverse:
+            return cos, sin
+        # Some rope types scale cosine and sine, and so the key; its length is set back as well.
+        square = cos.float().square() + sin.float().square()
+        return (cos / square).to(cos.dtype), (-sin / square).to(sin.dtype)
+
+    def _applied(self, key: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        if cos is None:
+            return key.clone()
+        turned: Tensor = self._apply(key[:, :1], key, cos, sin)[1]
+        return turned
+
+
+def _unserved(model: Any, got: str) -> GeometryError:
+    expected = "a causal LM of transformers whose keys are rotated by its base model's rotary_emb"
+    return GeometryError("receiver", expected=expected, got=f"{type(model).__name__}: {got}")
+
+
+@torch.no_grad()
+def _keys_of_one_token(model: Any) -> tuple[list[Tensor], Tensor]:
+    """Each layer's keys ``(2, H, 1, D)`` of one token, read alone at two positions ``(2, 1)``."""
+    from transformers import DynamicCache
+
+    limit = getattr(model.config, "max_position_embeddings", None) or _PROBE + 1
+    positions = torch.tensor([[0], [max(1, min(_PROBE, limit - 1))]], device=model.device)
+    # Not the padding: its embedding may be zero, and zeros show no rotation.
+    token = next(i for i in (1, 2) if i != getattr(model.config, "pad_token_id", None))
+    cache, training = DynamicCache(), model.training
+    model.eval()
+    try:
+        model.base_model(
+            input_ids=torch.full_like(positions, token),
+            attention_mask=torch.ones_like(positions),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+    finally:
+        model.train(training)
+    return [key for key, _ in cache_layers(cache, name="receiver")], positions

@@ -1,0 +1,413 @@
+"""`LatentSlots`: a message that holds more than one thing, as positions of the receiver's cache. Beyond the paper.
+
+LCF-X gives every receiver position the same pooled vector. Here k learned slots a layer each pool the sharer's cache
+by a query of their own, go through the same kind of bottleneck, and become k positions of the receiver's cache, beside
+its own. Nothing of that cache is edited, and it is not needed to make them: only the receiver's attention decides
+what it reads of a slot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import eager_slots
+from . import ops_slots as ops
+from .caches import Pair, cache_layers, check_pairs, extend_cache
+from .config import CacheGeometry, LCFConfig
+from .errors import DTypeError, GeometryError, IndexRangeError, LCFError, MessageError, ShapeError
+from .fingerprint import SHARER_OF_SLOTS, Origin, is_digest, slots_origin
+from .identity import HasOrigin
+from .inputs import check_device, known_length, real_tokens
+from .message import Message
+from .noise import TrainingNoise
+from .placement import slot_positions
+from .receiving import check_origin
+from .rotary import Rotary
+
+__all__ = ["LatentSlots", "slot_parameter_shapes"]
+
+
+def slot_parameter_shapes(config: LCFConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a slots adapter's parameters, in their order; axis 0 runs over all receiver layers."""
+    layers, slots, d, blocks = config.receiver.layers, config.slots, config.bottleneck, config.ffn_blocks
+    wide, channels = config.ffn_expansion * d, config.receiver.channels
+    return {
+        "slot_query": (layers, slots, config.sharer.kv_heads, config.sharer.head_dim),
+        "slot_embedding": (layers, slots, d),
+        "down_weight": (layers, d, config.in_channels),
+        "down_bias": (layers, d),
+        "norm_weight": (layers, blocks, d),
+        "ffn_in_weight": (layers, blocks, wide, d),
+        "ffn_out_weight": (layers, blocks, d, wide),
+        "up_weight": (layers, 2, channels, d),
+        "up_bias": (layers, 2, channels),
+    }
+
+
+class LatentSlots(HasOrigin, nn.Module):
+    """A slots adapter: :meth:`summarize` on the sharer's side, :meth:`append` or :meth:`prefix` on the receiver's.
+
+    Parameters are stacked over all receiver layers on axis 0 (a cache has as many positions in each layer, so none can
+    be pruned); where an axis has two entries, 0 is the key's and 1 the value's. There are no gates.
+
+    Like any module a fresh adapter is in training mode, and one from :meth:`from_pretrained` in eval mode. In training
+    mode there is dropout (``config.dropout``), from a seed that each call draws from torch's default CPU generator.
+
+    Args:
+        config: with ``slots`` above 0.
+        device, dtype: of the parameters, as in ``nn.Linear``.
+
+    Attributes:
+        accepted_sharers: digests of other sharers' halves whose messages are taken.
+        trained_between: of "sharer" and "receiver", where known, which models it was trained between.
+    """
+
+    receiver_layers: Tensor
+    sharer_layers: Tensor
+    #: What a trainer anneals in other adapters; there are no gates here.
+    gate_temperature: float = 1.0
+
+    def __init__(
+        self,
+        config: LCFConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(config, LCFConfig):
+            raise DTypeError("config", expected="an LCFConfig", got=type(config).__name__)
+        if not config.slots:
+            expected = "a configuration with slots (others are LatentCacheFlow's)"
+            raise GeometryError("config.slots", expected=expected, got="0")
+        self.config = config
+        for name, shape in slot_parameter_shapes(config).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self._kept, self._reads = tuple(range(config.receiver.layers)), config.sharer_layers
+        for name, layers in (("receiver_layers", self._kept), ("sharer_layers", self._reads)):
+            self.register_buffer(name, torch.tensor(layers, dtype=torch.int64, device=device))
+        self.accepted_sharers: frozenset[str] = frozenset()
+        self.trained_between: dict[str, str] = {}
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fresh parameters: linears like ``nn.Linear``, norms 1; queries and embeddings that tell the slots apart."""
+        for name, parameter in self.named_parameters():
+            if name == "norm_weight":
+                parameter.fill_(1.0)
+            elif name in ("slot_query", "slot_embedding"):
+                parameter.normal_()
+            else:
+                # A bias takes the bound of its weight; the weight's last axis is the fan-in.
+                weight = self.get_parameter(name.replace("_bias", "_weight"))
+                bound = 1 / math.sqrt(weight.shape[-1])
+                parameter.uniform_(-bound, bound)
+
+    # --- the sharer's half
+    # -----------------------------------------------------------------------------------------
+
+    def summarize(
+        self,
+        sharer_cache: Any,
+        *,
+        attention_mask: Tensor | None = None,
+        slots: int | None = None,
+        slot_weights: bool = False,
+    ) -> Message:
+        """Pool the sharer's cache to a message of k latents a layer, whatever its length.
+
+        Args:
+            sharer_cache: a cache of the sharer, ``(B, Hs, N, Ds)`` a layer.
+            attention_mask: ``(B, N)`` as transformers has it; padding is not pooled.
+            slots: make the first so many alone; None: all of ``config.slots``.
+            slot_weights: whether the message tells what each token weighs in each slot, for inspection; that costs
+                another pass over the keys.
+
+        Returns:
+            A :class:`Message` with ``latent (L, B, k, d)``, float32.
+
+        Raises:
+            SpanError: a row without a token to pool. IndexRangeError: ``slots`` out of range.
+            GeometryError, ShapeError, DTypeError, DeviceError: naming the argument, before anything is computed.
+        """
+        count = self.config.slots if slots is None else slots
+        if type(count) is not int or not 1 <= count <= self.config.slots:
+            raise IndexRangeError("slots", expected=f"1 to {self.config.slots}", got=repr(slots))
+        sharer = cache_layers(
+            sharer_cache,
+            name="sharer_cache",
+            geometry=self.config.sharer,
+            length=known_length(attention_mask),
+            every_layer=False,
+        )
+        key = sharer[0][0]
+        check_device("sharer_cache", key, self.receiver_layers, "the adapter")
+        mask = real_tokens("attention_mask", attention_mask, key)
+        weights = {**self._weights()}
+        weights["slot_query"] = weights["slot_query"][:, :count]
+        layers = [sharer[s] for s in self._reads]
+        try:
+            latent = ops.summarize_slots_layers(layers, weights, attention_mask=mask)
+        except LCFError:
+            check_pairs(sharer, "sharer_cache", self.config.sharer)
+            raise
+        shares = None
+        if slot_weights:
+            with torch.no_grad():
+                shares = eager_slots.slot_weights(layers, weights["slot_query"], mask)
+        return self._message(latent, shares)
+
+    def _message(self, latent: Tensor, slot_weights: Tensor | None = None) -> Message:
+        return Message(
+            latent=latent,
+            receiver_layers=self._kept,
+            spans=1,
+            sharer=self.config.sharer,
+            receiver=self.config.receiver,
+            made_by=self._pending(),
+            slot_weights=slot_weights,
+        )
+
+    # --- the receiver's half
+    # -----------------------------------------------------------------------------------------
+
+    def expand(self, message: Message) -> list[Pair]:
+        """The message's slots as keys and values, ``(B, Hr, k, Dr)`` a layer in float32, the keys at no position yet.
+
+        Raises:
+            MessageError: a message for another adapter, of a sharer that this one does not know, or without slots.
+            GeometryError, ShapeError, DTypeError, DeviceError: naming the argument.
+        """
+        latent = self._latent(message, "message")
+        noise = None
+        if self.training and self.config.dropout:
+            seed = int(torch.randint(1 << 31, (), dtype=torch.int64))
+            noise = TrainingNoise(seed, 1.0, self.config.dropout)
+        return ops.expand_slots_layers(
+            latent,
+            self._weights(),
+            kv_heads=self.config.receiver.kv_heads,
+            norm_eps=self.config.norm_eps,
+            noise=noise,
+        )
+
+    def place(self, receiver: Any, message: Message, positions: Tensor) -> list[Pair]:
+        """:meth:`expand`, the keys rotated to positions by the receiver's own rotary embedding.
+
+        Args:
+            receiver: the receiver's model, of transformers, or its `lcf_fast.rotary.Rotary`.
+            positions: ``(B, k)`` int, counted as the model counts them, or ``(1, k)`` for all rows.
+
+        Raises:
+            As :meth:`expand` and `Rotary.of`; ShapeError, DTypeError, IndexRangeError for positions.
+        """
+        rotary = Rotary.of(receiver)
+        expanded = self.expand(message)
+        keys = rotary.rotate([key for key, _ in expanded], positions)
+        return [(key, value) for key, (_, value) in zip(keys, expanded)]
+
+    def append(
+        self, receiver: Any, receiver_cache: Any, message: Message, *, attention_mask: Tensor | None = None
+    ) -> Any:
+        """The receiver's cache with the slots behind it: of the prompt but its last token, which then sees them.
+
+        `lcf_fast.placement.with_slots` makes the ids and the mask that ``generate()`` takes beside it.
+
+        Args:
+            receiver: as in :meth:`place`.
+            receiver_cache: a ``DynamicCache`` or a sequence of ``(key, value)``, ``(B, Hr, N, Dr)`` a layer.
+            message: of batch size B, or 1 for every row.
+            attention_mask: ``(B, N)`` as transformers has it, of the cache's positions: the slots' positions go on
+                from a row's real tokens.
+
+        Returns:
+            A new cache of the same kind and dtype with k more positions; the given one stays as it is.
+
+        Raises:
+            As :meth:`place`; GeometryError for a cache that cannot grow.
+        """
+        layers = cache_layers(
+            receiver_cache, name="receiver_cache", geometry=self.config.receiver, length=known_length(attention_mask)
+        )
+        key = layers[0][0]
+        check_device("receiver_cache", key, self.receiver_layers, "the adapter")
+        mask = real_tokens("attention_mask", attention_mask, key)
+        latent = self._latent(message, "message", key.shape[0])
+        before = key.shape[2] if mask is None else mask.sum(1)
+        positions = slot_positions(before, latent.shape[2], key.shape[0], key.device)
+        placed = self.place(receiver, replace(message, latent=latent), positions)
+        return extend_cache(receiver_cache, layers, placed, "receiver_cache")
+
+    def prefix(self, receiver: Any, message: Message, *, dtype: torch.dtype | None = None) -> Any:
+        """A cache of the slots alone, at positions 0 to k - 1: the receiver then reads its whole prompt behind them.
+
+        Args:
+            receiver, message: as in :meth:`place`.
+            dtype: of the cache; None: the receiver model's own, float32 where that is not known.
+
+        Returns:
+            A ``DynamicCache`` of k positions.
+
+        Raises: as :meth:`place`.
+        """
+        from .reading.prefill import dynamic_cache
+
+        latent = self._latent(message, "message")
+        positions = torch.arange(latent.shape[2], device=latent.device)[None]
+        placed = self.place(receiver, message, positions)
+        wanted = getattr(receiver, "dtype", torch.float32) if dtype is None else dtype
+        return dynamic_cache((key.to(wanted), value.to(wanted)) for key, value in placed)
+
+    # --- messages
+
+    def join(self, messages: Sequence[Message]) -> Message:
+        """Several sharers' messages as one, their slots side by side in the order given; any subset of them will do.
+
+        Args:
+            messages: for this adapter, each of the batch size of the widest, or of batch size 1. Their numbers of
+                slots add up, and may differ.
+
+        Returns:
+            A message with the latent alone, of this adapter's own origin.
+
+        Raises:
+            MessageError, GeometryError, ShapeError, DTypeError, DeviceError: naming the message.
+        """
+        listed = [messages] if isinstance(messages, Message) else messages
+        if not isinstance(listed, Sequence) or not listed:
+            raise DTypeError("messages", expected="a sequence of one Message or more", got=repr(messages)[:80])
+        latents = [self._latent(message, f"messages[{i}]") for i, message in enumerate(listed)]
+        batch = max(latent.shape[1] for latent in latents)
+        latents = [self._latent(message, f"messages[{i}]", batch) for i, message in enumerate(listed)]
+        return self._message(torch.cat(latents, 2))
+
+    def _latent(self, message: Any, name: str, batch: int | None = None) -> Tensor:
+        """The message's latent ``(L, B, k, d)``, checked: for this adapter, by a sharer that it knows, of its form."""
+        if not isinstance(message, Message):
+            raise DTypeError(name, expected="a Message", got=type(message).__name__)
+        latent, layers, d = message.latent, len(self._kept), self.config.bottleneck
+        if latent is None or latent.dim() != 4:
+            raise MessageError(name, expected="slots, a latent (L, B, k, d)", got="a message without")
+        if tuple(message.receiver_layers) != self._kept:
+            got = f"{tuple(message.receiver_layers)}"
+            raise GeometryError(f"{name}.receiver_layers", expected=f"all {layers} layers", got=got)
+        if message.receiver is not None and message.receiver != self.config.receiver:
+            expected = f"{self.config.receiver}"
+            raise GeometryError(f"{name}.receiver", expected=expected, got=f"{message.receiver}")
+        check_origin(self, message, name)
+        if latent.shape[0] != layers or latent.shape[3] != d or not latent.shape[2]:
+            raise ShapeError(f"{name}.latent", expected=f"(L={layers}, B, k, d={d})", got=str(tuple(latent.shape)))
+        if not latent.is_floating_point():
+            raise DTypeError(f"{name}.latent", expected="a float dtype", got=str(latent.dtype))
+        check_device(f"{name}.latent", latent, self.receiver_layers, "the adapter")
+        if batch is None or latent.shape[1] == batch:
+            return latent
+        if latent.shape[1] != 1:
+            raise ShapeError(f"{name}.latent", expected=f"batch size {batch} or 1", got=str(latent.shape[1]))
+        return latent.expand(-1, batch, -1, -1)
+
+    # --- several sharers
+
+    def for_sharer(
+        self, sharer: CacheGeometry, *, layer_map: str | Sequence[int] = "last_aligned", slots: int | None = None
+    ) -> LatentSlots:
+        """An adapter for one more sharer of the same receiver: a fresh sharer's half, and a frozen copy of the other.
+
+        Train it with the usual loss, then let this adapter take its messages with :meth:`accept_sharer`.
+
+        Args:
+            sharer: geometry of the new sharer's cache.
+            layer_map: as ``LCFConfig.layer_map``.
+            slots: of the new sharer's messages; None: as many as this one's.
+        """
+        count = self.config.slots if slots is None else slots
+        config = replace(self.config, sharer=sharer, layer_map=layer_map, slots=count)
+        like = self.get_parameter("up_weight")
+        made = LatentSlots(config, device=like.device, dtype=like.dtype)
+        for name, parameter in made.named_parameters():
+            if name not in SHARER_OF_SLOTS:
+                parameter.requires_grad_(False).copy_(self.get_parameter(name).detach())
+        return made
+
+    def accept_sharer(self, sharer: LatentSlots | str) -> LatentSlots:
+        """Take messages of another sharer's half, too: an adapter made by :meth:`for_sharer`, or its sharer's digest.
+
+        Saved with the adapter. Returns self.
+
+        Raises:
+            MessageError: an adapter of another receiver's half. DTypeError: neither.
+        """
+        if isinstance(sharer, LatentSlots):
+            if sharer.origin.adapter != self.origin.adapter:
+                expected = f"an adapter with the receiver's half {self.origin.adapter}"
+                raise MessageError("sharer", expected=expected, got=sharer.origin.adapter)
+            sharer = sharer.origin.sharer
+        if not is_digest(sharer):
+            raise DTypeError("sharer", expected="a LatentSlots, or a digest of 32 hex digits", got=repr(sharer)[:80])
+        self.accepted_sharers |= {sharer}
+        return self
+
+    # --- what is asked of any adapter
+
+    @property
+    def sharer_geometry(self) -> CacheGeometry:
+        return self.config.sharer
+
+    @property
+    def receiver_geometry(self) -> CacheGeometry:
+        return self.config.receiver
+
+    def _weights(self) -> Mapping[str, Tensor]:
+        return cast("Mapping[str, Tensor]", self._parameters)
+
+    def _make_origin(self) -> Origin:
+        config = self.config
+        return slots_origin(config.sharer, config.receiver, self._reads, config.norm_eps, self._weights())
+
+    def parameter_count(self) -> int:
+        """Number of parameters held."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+        """Write ``config.json`` and ``adapter.safetensors`` to a folder; see :mod:`lcf_fast.checkpoint`."""
+        from .checkpoint import save
+
+        save(self, directory)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        sharer: Any = None,
+        receiver: Any = None,
+    ) -> LatentSlots:
+        """Read what :meth:`save_pretrained` wrote.
+
+        Args:
+            directory: the folder.
+            device, dtype: of the parameters; None: the CPU, as saved.
+            sharer, receiver: the models it is meant for (or their configs, or CacheGeometry), to be checked.
+
+        Raises:
+            CheckpointError: missing, damaged, of an unknown version, or without slots (then it is LatentCacheFlow's).
+            GeometryError: not for these models. Both before any weight is used.
+        """
+        from .checkpoint import load
+
+        return load(cls, directory, device=device, dtype=dtype, sharer=sharer, receiver=receiver)
+
+    def extra_repr(self) -> str:
+        c = self.config
+        sides = (f"{g.layers}x{g.kv_heads}x{g.head_dim}" for g in (c.sharer, c.receiver))
+        return f"slots, {' -> '.join(sides)}, bottleneck={c.bottleneck}, {c.slots} slots"

@@ -1,0 +1,239 @@
+"""The public functions of slots on the eager path: within the error budget, checked, differentiable, batched right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers import (
+    ADVERSARIES,
+    LAYOUTS,
+    Adversary,
+    Geometry,
+    Layout,
+    assert_within_budget,
+    make_cache,
+    make_slot_weights,
+    to_double,
+)
+from lcf_fast import ops, reference, use_backend
+from lcf_fast.errors import BackendError, DTypeError, GeometryError, LCFError, ShapeError, SpanError
+from lcf_fast.noise import TrainingNoise
+
+SHARER, RECEIVER = Geometry(4, 2, 16), Geometry(4, 3, 8)
+WIDTH = 64
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def weights_of(slots: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return make_slot_weights(SHARER, RECEIVER, WIDTH, slots, generator=generator)
+
+
+def ragged(batch: int, length: int, generator: torch.Generator) -> Tensor:
+    """A mask with padding on the left, on the right and in between, and a token in every row."""
+    mask = torch.rand(batch, length, generator=generator) < 0.6
+    mask[:, length // 2] = True
+    return mask
+
+
+def check_whole(sharer: Any, weights: dict[str, Tensor], mask: Tensor | None) -> None:
+    """`ops` within the budget of the reference at the same dtype, against float64."""
+    double = {name: tensor.double() for name, tensor in weights.items()}
+    truth = reference.summarize_slots_layers(to_double(sharer), double, attention_mask=mask)
+    plain = reference.summarize_slots_layers(sharer, weights, attention_mask=mask)
+    latent = ops.summarize_slots_layers(sharer, weights, attention_mask=mask)
+    assert_within_budget(latent, truth, plain)
+    made = ops.expand_slots_layers(latent, weights, kv_heads=3, norm_eps=1e-5)
+    expected = reference.expand_slots_layers(latent.double(), double, kv_heads=3, norm_eps=1e-5)
+    same = reference.expand_slots_layers(latent, weights, kv_heads=3, norm_eps=1e-5)
+    for got, truths, plains in zip(made, expected, same, strict=True):
+        for side, exact, simple in zip(got, truths, plains):
+            assert side.shape == (len(latent[0]), 3, latent.shape[2], 8)
+            assert_within_budget(side, exact, simple)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize(("slots", "length"), [(1, 1), (3, 17), (8, 63), (16, 16), (64, 1000)])
+def test_numbers(slots: int, length: int, dtype: torch.dtype, generator: torch.Generator) -> None:
+    sharer = make_cache(SHARER, 2, length, dtype=dtype, generator=generator)
+    check_whole(sharer, weights_of(slots, generator), ragged(2, length, generator))
+
+
+@pytest.mark.parametrize("adversary", ADVERSARIES)
+def test_adversarial_numbers(adversary: Adversary, generator: torch.Generator) -> None:
+    sharer = make_cache(SHARER, 2, 40, adversary=adversary, generator=generator)
+    check_whole(sharer, weights_of(4, generator), None)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: Layout, generator: torch.Generator) -> None:
+    sharer = make_cache(SHARER, 3, 33, layout=layout, generator=generator)
+    check_whole(sharer, weights_of(5, generator), ragged(3, 33, generator))
+
+
+def test_layers_stacked_and_one_by_one_are_alike(
+    monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    sharer, weights = make_cache(SHARER, 2, 20, generator=generator), weights_of(4, generator)
+    mask = ragged(2, 20, generator)
+    stacked = ops.summarize_slots_layers(sharer, weights, attention_mask=mask)
+    monkeypatch.setattr("lcf_fast.eager_slots._STACK_ELEMENTS", 0)
+    torch.testing.assert_close(ops.summarize_slots_layers(sharer, weights, attention_mask=mask), stacked)
+
+
+def test_padding_may_hold_anything(generator: torch.Generator) -> None:
+    sharer, weights = make_cache(SHARER, 2, 9, generator=generator), weights_of(4, generator)
+    mask = ragged(2, 9, generator)
+    clean = ops.summarize_slots_layers(sharer, weights, attention_mask=mask)
+    for key, value in sharer:
+        for side, dirt in ((key, torch.nan), (value, torch.inf)):
+            side.masked_fill_(~mask[:, None, :, None], dirt)
+    assert torch.equal(ops.summarize_slots_layers(sharer, weights, attention_mask=mask), clean)
+    alone = ops.summarize_slots_layers(
+        [tuple(side[1:, :, mask[1]] for side in pair) for pair in sharer],  # type: ignore[misc]
+        weights,
+    )
+    torch.testing.assert_close(alone, clean[:, 1:])
+
+
+def test_one_layer_is_a_row_of_all(generator: torch.Generator) -> None:
+    sharer, weights = make_cache(SHARER, 2, 9, generator=generator), weights_of(4, generator)
+    mask = ragged(2, 9, generator)
+    latent = ops.summarize_slots_layers(sharer, weights, attention_mask=mask)
+    made = ops.expand_slots_layers(latent, weights, kv_heads=3)
+    for layer, pair in enumerate(sharer):
+        one = {name: stacked[layer] for name, stacked in weights.items()}
+        slot_key, slot_value, shares = ops.slot_pool(
+            *pair, one["slot_query"], attention_mask=mask, return_weights=True
+        )
+        truth = reference.slot_pool(*pair, one["slot_query"], attention_mask=mask, return_weights=True)
+        for got, expected in zip((slot_key, slot_value, shares), truth, strict=True):
+            torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(ops.fold_slots(slot_key, slot_value, one), latent[layer])
+        for got, expected in zip(ops.expand_slots(latent[layer], one, kv_heads=3), made[layer]):
+            torch.testing.assert_close(got, expected)
+        noise = TrainingNoise(3, 1.0, 0.5)
+        noisy = ops.expand_slots_layers(latent, weights, kv_heads=3, noise=noise)[layer]
+        for got, expected in zip(ops.expand_slots(latent[layer], one, kv_heads=3, noise=noise, layer=layer), noisy):
+            torch.testing.assert_close(got, expected)
+
+
+def test_gradients_are_those_of_the_reference(generator: torch.Generator) -> None:
+    sharer = to_double(make_cache(SHARER, 2, 9, generator=generator))
+    mask = ragged(2, 9, generator)
+    noise = TrainingNoise(7, 1.0, 0.2)
+
+    def gradients(functions: Any) -> list[Tensor]:
+        weights = {n: w.double().requires_grad_() for n, w in weights_of(4, torch.Generator().manual_seed(3)).items()}
+        latent = functions.summarize_slots_layers(sharer, weights, attention_mask=mask)
+        made = functions.expand_slots_layers(latent, weights, kv_heads=3, noise=noise)
+        loss = sum((side * (1 + torch.arange(8.0))).square().mean() for pair in made for side in pair)
+        return list(torch.autograd.grad(loss, list(weights.values())))
+
+    for got, expected in zip(gradients(ops), gradients(reference), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_inputs_are_left_alone_and_no_output_is_one_of_them(generator: torch.Generator) -> None:
+    sharer, weights = make_cache(SHARER, 2, 1, generator=generator), weights_of(1, generator)
+    before = [side.clone() for pair in sharer for side in pair]
+    latent = ops.summarize_slots_layers(sharer, weights, attention_mask=torch.ones(2, 1))
+    ops.expand_slots_layers(latent, weights, kv_heads=3)
+    assert all(torch.equal(a, b) for a, b in zip(before, [side for pair in sharer for side in pair]))
+    key, value = ops.slot_pool(*sharer[0], weights["slot_query"][0])[:2]
+    assert key.data_ptr() != sharer[0][0].data_ptr()
+    assert value.data_ptr() != sharer[0][1].data_ptr()
+
+
+def test_it_compiles_whole(generator: torch.Generator) -> None:
+    sharer, weights = make_cache(SHARER, 2, 9, generator=generator), weights_of(4, generator)
+    mask = ragged(2, 9, generator)
+
+    def both(mask: Tensor) -> Any:
+        latent = ops.summarize_slots_layers(sharer, weights, attention_mask=mask)
+        return latent, ops.expand_slots_layers(latent, weights, kv_heads=3)
+
+    compiled: Any = torch.compile(both, fullgraph=True, backend="eager")(mask)
+    torch.testing.assert_close(compiled, both(mask))
+
+
+# --- what is refused
+# ---------------------------------------------------------------------
+
+
+def changed(name: str, change: Callable[[Tensor], Any]) -> Callable[[dict[str, Any]], None]:
+    def edit(arguments: dict[str, Any]) -> None:
+        arguments["weights"] = {**arguments["weights"], name: change(arguments["weights"][name])}
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "argument"),
+    [
+        (lambda a: a.update(sharer=a["sharer"][:3]), GeometryError, "sharer"),
+        (lambda a: a.update(attention_mask=torch.ones(2, 8)), ShapeError, "attention_mask"),
+        (lambda a: a.update(attention_mask=torch.tensor([[1] * 9, [0] * 9])), SpanError, "attention_mask"),
+        (lambda a: a["weights"].pop("slot_embedding"), GeometryError, "weights['slot_embedding']"),
+        (changed("slot_query", lambda q: q[:, :, :1]), ShapeError, "weights['slot_query']"),
+        (changed("slot_query", lambda q: q[:, :0]), ShapeError, "weights['slot_query']"),
+        (changed("slot_embedding", lambda e: e[:, :3]), ShapeError, "weights['slot_embedding']"),
+        (changed("down_weight", lambda w: w[..., :-1]), ShapeError, "weights['down_weight']"),
+        (changed("down_bias", lambda b: b.long()), DTypeError, "weights['down_bias']"),
+    ],
+)
+def test_bad_summaries(edit: Any, error: type[LCFError], argument: str, generator: torch.Generator) -> None:
+    arguments: dict[str, Any] = {
+        "sharer": make_cache(SHARER, 2, 9, generator=generator),
+        "weights": weights_of(4, generator),
+        "attention_mask": torch.ones(2, 9),
+    }
+    edit(arguments)
+    with pytest.raises(error) as caught:
+        ops.summarize_slots_layers(**arguments)
+    assert caught.value.argument == argument
+
+
+def test_an_empty_cache_is_refused(generator: torch.Generator) -> None:
+    with pytest.raises(SpanError):
+        ops.summarize_slots_layers(make_cache(SHARER, 1, 0), weights_of(4, generator))
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "argument"),
+    [
+        (lambda a: a.update(latent=a["latent"][0]), ShapeError, "latent"),
+        (lambda a: a.update(latent=a["latent"].long()), DTypeError, "latent"),
+        (lambda a: a.update(latent=a["latent"][..., :32]), ShapeError, "weights['norm_weight']"),
+        (lambda a: a.update(kv_heads=5), GeometryError, "kv_heads"),
+        (lambda a: a.update(kv_heads=3.0), DTypeError, "kv_heads"),
+        (changed("up_bias", lambda b: b[:, :1]), ShapeError, "weights['up_bias']"),
+        (changed("ffn_out_weight", lambda w: w.mT), ShapeError, "weights['ffn_out_weight']"),
+    ],
+)
+def test_bad_expansions(edit: Any, error: type[LCFError], argument: str, generator: torch.Generator) -> None:
+    arguments: dict[str, Any] = {
+        "latent": torch.randn(4, 2, 4, WIDTH, generator=generator),
+        "weights": weights_of(4, generator),
+        "kv_heads": 3,
+    }
+    edit(arguments)
+    with pytest.raises(error) as caught:
+        ops.expand_slots_layers(**arguments)
+    assert caught.value.argument == argument
+
+
+def test_kernels_asked_for_by_name_serve_or_say_why_not(generator: torch.Generator) -> None:
+    sharer, weights = make_cache(SHARER, 1, 9, generator=generator), weights_of(4, generator)
+    trained = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
+    with use_backend("triton"), pytest.raises(BackendError):
+        ops.summarize_slots_layers(sharer, trained)
+    with use_backend("triton"), pytest.raises(BackendError):
+        ops.expand_slots_layers(torch.randn(4, 1, 4, WIDTH), weights, kv_heads=3, noise=TrainingNoise(1, 1.0, 0.1))
+    double = {name: tensor.double() for name, tensor in weights.items()}
+    with use_backend("triton"), pytest.raises(BackendError):
+        ops.summarize_slots_layers(to_double(sharer), double)

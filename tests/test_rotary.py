@@ -1,0 +1,113 @@
+"""Keys to and from their positions: against what the models themselves put into their caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_slots import FAMILIES, family_model
+from torch import Tensor
+
+from lcf_fast.errors import DTypeError, GeometryError, IndexRangeError, LCFError, ShapeError
+from lcf_fast.rotary import Rotary
+
+
+def keys_of(model: Any, ids: Tensor, positions: Tensor) -> list[Tensor]:
+    cache = model(ids, position_ids=positions, use_cache=True).past_key_values
+    return [layer.keys for layer in cache.layers]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_models_own_keys_turn_as_the_model_turns_them(name: str) -> None:
+    """Attention knows differences of positions alone: the same tokens further on have the same keys, but turned."""
+    model = family_model(name)
+    rotary = Rotary.of(model)
+    ids = torch.randint(3, 61, (2, 7))
+    here = torch.arange(7).expand(2, 7)
+    there = here + torch.tensor([[11], [40]])
+    first, second = keys_of(model, ids, here), keys_of(model, ids, there)
+    bare = rotary.unrotate(first, here)
+    for got, own, moved, other in zip(rotary.rotate(bare, here), first, rotary.rotate(bare, there), second):
+        torch.testing.assert_close(got, own, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(moved, other, rtol=2e-4, atol=2e-4)
+    for a, b in zip(rotary.unrotate(second, there), bare):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4)
+    if name != "smollm3":
+        assert all(float((a - b).abs().max()) > 0.1 for a, b in zip(first, second)), "nothing was turned"
+
+
+def test_layers_of_several_kinds_are_told_apart() -> None:
+    assert Rotary.of(family_model("gemma3")).kinds == ("sliding_attention", "full_attention", "sliding_attention")
+    kinds = Rotary.of(family_model("smollm3")).kinds
+    assert (kinds[0], kinds[1]) == (kinds[2], "none")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "llama, yarn"])
+def test_in_bfloat16_the_kinds_are_the_same(name: str) -> None:
+    assert Rotary.of(family_model(name).bfloat16()).kinds == Rotary.of(family_model(name)).kinds
+
+
+def test_it_is_found_once_and_the_model_stays_as_it_was() -> None:
+    model = family_model("qwen3").train()
+    calls = []
+    hook = model.base_model.register_forward_hook(lambda *_: calls.append(1))
+    rotary = Rotary.of(model)
+    assert Rotary.of(model) is rotary
+    assert Rotary.of(rotary) is rotary
+    hook.remove()
+    assert len(calls) == 1
+    assert model.training
+
+
+def test_a_padding_token_of_zeros_does_not_mislead() -> None:
+    model = family_model("qwen3")
+    model.config.pad_token_id = 1
+    model.get_input_embeddings().weight[1] = 0
+    assert Rotary._probed(model).kinds == ("",) * 3
+
+
+def gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_head=2, n_layer=2)).eval()
+
+
+def half_turned() -> Any:
+    """Its rotary embedding says one thing, its layers do another."""
+    model = family_model("qwen3")
+    right = model.base_model.rotary_emb.forward
+    own = {"count": 0}
+
+    def wrong(x: Tensor, position_ids: Tensor) -> Any:
+        own["count"] += 1
+        return right(x, position_ids if own["count"] == 1 else 2 * position_ids)
+
+    model.base_model.rotary_emb.forward = wrong
+    return model
+
+
+@pytest.mark.parametrize("make", [gpt2, half_turned, lambda: torch.nn.Linear(2, 2), lambda: None])
+def test_a_model_that_cannot_be_served_is_refused(make: Any) -> None:
+    with pytest.raises(GeometryError) as caught:
+        Rotary.of(make())
+    assert caught.value.argument == "receiver"
+
+
+@pytest.mark.parametrize(
+    ("positions", "error"),
+    [
+        (torch.zeros(2, 3), DTypeError),
+        ([[0, 1, 2]], DTypeError),
+        (torch.zeros(2, 4, dtype=torch.int64), ShapeError),
+        (torch.zeros(3, 3, dtype=torch.int64), ShapeError),
+        (torch.tensor([[0, -1, 2]]), IndexRangeError),
+    ],
+)
+def test_bad_positions(positions: Any, error: type[LCFError]) -> None:
+    rotary = Rotary.of(family_model("qwen3"))
+    keys = [torch.randn(2, 2, 3, 16)] * 3
+    with pytest.raises(error):
+        rotary.rotate(keys, positions)
+    with pytest.raises(GeometryError):
+        rotary.rotate(keys[:2], torch.zeros(1, 3, dtype=torch.int64))
