@@ -259,7 +259,7 @@ def _pool(sharer: Sequence[Pair], slot_query: Tensor, mask: Tensor | None) -> Pa
 
     pairs = [(unit_rows(key), unit_rows(value)) for key, value in sharer]
     with torch.no_grad():
-        pooled: Pair = slot_pooling.pool_slots(pairs, slot_query, attention_mask=mask)
+        pooled: Pair = slot_pooling.pool_slots(pairs, slot_query.contiguous(), attention_mask=mask)
     return pooled
 
 
@@ -269,8 +269,10 @@ def _fold(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str, Tensor], s
         return eager_slots.fold_slots(slot_key, slot_value, weights)
     from .kernels import slot_projection
 
+    named = dict(zip(("down_weight", "down_bias", "slot_embedding"), own))
+    named["slot_embedding"] = named["slot_embedding"][:, :slots].contiguous()
     with torch.no_grad():
-        latent: Tensor = slot_projection.fold_slots(slot_key, slot_value, weights)
+        latent: Tensor = slot_projection.fold_slots(slot_key, slot_value, named)
     return latent
 
 

@@ -20,7 +20,7 @@ from helpers import (
     make_slot_weights,
     to_double,
 )
-from lcf_fast import ops, reference, use_backend
+from lcf_fast import ops, ops_slots, reference, use_backend
 from lcf_fast.errors import BackendError, DTypeError, GeometryError, LCFError, ShapeError, SpanError
 from lcf_fast.noise import TrainingNoise
 
@@ -227,13 +227,38 @@ def test_bad_expansions(edit: Any, error: type[LCFError], argument: str, generat
     assert caught.value.argument == argument
 
 
-def test_kernels_asked_for_by_name_serve_or_say_why_not(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("count", [4, 2])
+def test_kernels_asked_for_by_name_serve_or_say_why_not(count: int, generator: torch.Generator) -> None:
+    sharer, weights = make_cache(SHARER, 2, 9, generator=generator), weights_of(4, generator)
+    weights["slot_query"] = weights["slot_query"][:, :count]
+    mask = ragged(2, 9, generator)
+
+    def both() -> Any:
+        latent = ops.summarize_slots_layers(sharer, weights, attention_mask=mask)
+        return latent, ops.expand_slots_layers(latent, weights, kv_heads=3)
+
+    with use_backend("triton"):
+        if not ops_slots._has_kernels():
+            with pytest.raises(BackendError, match="without slots"):
+                both()
+        else:
+            latent, made = both()
+            expected, others = reference.summarize_slots_layers(sharer, weights, attention_mask=mask), both()[1]
+            torch.testing.assert_close(latent, expected, rtol=1e-5, atol=1e-5)
+            truth = reference.expand_slots_layers(latent, weights, kv_heads=3)
+            torch.testing.assert_close(made, truth, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(others, truth, rtol=1e-4, atol=1e-4)
+
+
+def test_kernels_asked_for_by_name_do_not_train(generator: torch.Generator) -> None:
     sharer, weights = make_cache(SHARER, 1, 9, generator=generator), weights_of(4, generator)
     trained = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
-    with use_backend("triton"), pytest.raises(BackendError):
-        ops.summarize_slots_layers(sharer, trained)
-    with use_backend("triton"), pytest.raises(BackendError):
-        ops.expand_slots_layers(torch.randn(4, 1, 4, WIDTH), weights, kv_heads=3, noise=TrainingNoise(1, 1.0, 0.1))
     double = {name: tensor.double() for name, tensor in weights.items()}
-    with use_backend("triton"), pytest.raises(BackendError):
-        ops.summarize_slots_layers(to_double(sharer), double)
+    latent = torch.randn(4, 1, 4, WIDTH, generator=generator)
+    with use_backend("triton"):
+        with pytest.raises(BackendError):
+            ops.summarize_slots_layers(sharer, trained)
+        with pytest.raises(BackendError):
+            ops.expand_slots_layers(latent, weights, kv_heads=3, noise=TrainingNoise(1, 1.0, 0.1))
+        with pytest.raises(BackendError):
+            ops.summarize_slots_layers(to_double(sharer), double)

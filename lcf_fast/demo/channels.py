@@ -10,7 +10,7 @@ then, with shared context it has not read the question yet. It ends when the rec
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -22,10 +22,11 @@ from ..adapter import LatentCacheFlow
 from ..caches import Pair
 from ..message import Message
 from ..reading.prefill import dynamic_cache, prefill
+from ..slots import LatentSlots
 from .agents import answers_of
 from .tasks import CrossItems, SharedItems, written
 
-__all__ = ["CHANNELS", "CrossChannels", "SharedChannels", "first_token_times"]
+__all__ = ["CHANNELS", "CrossChannels", "SharedChannels", "SlotsChannels", "first_token_times"]
 
 NONE, MATCHED, MISMATCHED, ZERO, TEXT = CHANNELS = (
     "no message",
@@ -41,8 +42,9 @@ WIRE_DTYPE = "bfloat16"
 class CrossChannels:
     """LCF-X: the sharer's facts as a message of fixed size."""
 
-    def __init__(self, adapter: LatentCacheFlow, sharer: Any, receiver: Any) -> None:
-        self.adapter, self.sharer, self.receiver = adapter, sharer, receiver
+    def __init__(self, adapter: LatentCacheFlow | LatentSlots, sharer: Any, receiver: Any) -> None:
+        self.adapter: Any = adapter
+        self.sharer, self.receiver = sharer, receiver
 
     @torch.no_grad()
     def answers(self, items: CrossItems, other: Tensor) -> dict[str, Tensor]:
@@ -61,7 +63,8 @@ class CrossChannels:
 
     def message(self, sharer_cache: list[Pair], items: CrossItems) -> bytes:
         """What is sent."""
-        return self.adapter.summarize(sharer_cache, items.spans).to_bytes(dtype=WIRE_DTYPE)
+        sent: bytes = self.adapter.summarize(sharer_cache, items.spans).to_bytes(dtype=WIRE_DTYPE)
+        return sent
 
     def answer(self, prompts: Tensor, sent: bytes) -> Tensor:
         """``(B,)``: the receiver's answers to ``prompts (B, N)``, given what was sent."""
@@ -91,6 +94,21 @@ class CrossChannels:
             ZERO: lambda: self.answer(prompts, nothing),
             TEXT: lambda: answers_of(self.receiver, self.with_text(item)),
         }
+
+
+class SlotsChannels(CrossChannels):
+    """Slots: the sharer's facts as k further positions of the receiver's cache, before the key that is asked."""
+
+    def message(self, sharer_cache: list[Pair], items: CrossItems) -> bytes:
+        """What is sent; where one fact ends is not told."""
+        sent: bytes = self.adapter.summarize(sharer_cache).to_bytes(dtype=WIRE_DTYPE)
+        return sent
+
+    def answer(self, prompts: Tensor, sent: bytes) -> Tensor:
+        """As `CrossChannels.answer`."""
+        message = Message.from_bytes(sent).to(torch.float32)
+        own = read(self.receiver, prompts[:, :-1])
+        return go_on(self.receiver, self.adapter.append(self.receiver, own, message), prompts)
 
 
 class SharedChannels:
@@ -150,10 +168,10 @@ def read(model: Any, ids: Tensor) -> list[Pair]:
     return prefill(model, ids, torch.ones_like(ids))
 
 
-def go_on(receiver: Any, edited: list[Pair], ids: Tensor) -> Tensor:
-    """``(B,)``: what the receiver says after the last token of ``ids (B, N)``, with a cache of the N - 1 others."""
+def go_on(receiver: Any, edited: Sequence[Pair], ids: Tensor) -> Tensor:
+    """``(B,)``: what the receiver says after the last token of ``ids (B, N)``, with a cache of all before it."""
     cache = dynamic_cache(edited)
-    at = torch.full((len(ids), 1), ids.shape[1] - 1)
+    at = torch.full((len(ids), 1), edited[0][0].shape[2])
     logits: Tensor = receiver(input_ids=ids[:, -1:], position_ids=at, past_key_values=cache, use_cache=True).logits
     return logits[:, -1].argmax(-1)
 

@@ -11,6 +11,7 @@ __all__ = ["add_demo_command"]
 
 _EXAMPLES = """examples:
   lcf-fast demo                      1, 2 and 4 facts with LCF-X, a secret table with LCF; minutes on two cores
+  lcf-fast demo --slots 8            8 slots, too: a message that holds more than one thing
   lcf-fast demo --seed 3 --facts 1   other agents, other items; one fact alone
   lcf-fast demo --quick              everything in seconds, with nothing learned
 """
@@ -31,6 +32,7 @@ def add_demo_command(commands: Any) -> None:
     parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path("out/demo"), help="default: out/demo")
     parser.add_argument("--seed", type=int, default=0, help="of weights, table and items; default: 0")
     parser.add_argument("--facts", type=int, nargs="+", default=None, metavar="N", help="1 to 4; default: 1 2 4")
+    parser.add_argument("--slots", type=int, nargs="+", default=[], metavar="K", help="slots, too; default: none")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each; default: 2")
     parser.add_argument("--quick", action="store_true", help="seconds: everything is done, nothing learned")
     parser.set_defaults(run=run)
@@ -47,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         ("--facts", facts, 1, most),
         ("--seed", [arguments.seed], 0, 10**9),
         ("--workers", [arguments.workers], 1, 64),
+        ("--slots", arguments.slots, 1, 64),
     ):
         for value in values:
             if not least <= value <= limit:
@@ -64,7 +67,12 @@ def run(arguments: argparse.Namespace) -> None:
     from .run import FULL, QUICK, run_demo
 
     plan = QUICK if arguments.quick else FULL
-    results = run_demo(plan, facts=sorted(set(facts)), seed=arguments.seed, out=out, workers=arguments.workers)
+    slots = sorted(set(arguments.slots))
+    if len(slots) > 6:
+        raise IndexRangeError("--slots", expected="6 numbers at most", got=str(len(slots)))
+    results = run_demo(
+        plan, facts=sorted(set(facts)), seed=arguments.seed, out=out, workers=arguments.workers, slots=slots
+    )
     write_json(results, out / "demo.json")
     write_png(results, out / "demo.png")
     # Into a file or a pipe nothing is to be cut off at the width of a terminal.

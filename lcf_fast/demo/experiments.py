@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 
 from ..adapter import LatentCacheFlow
+from ..slots import LatentSlots
 from .agents import AgentSize, make_agent, teach_recall, teach_table
-from .channels import CHANNELS, CrossChannels, SharedChannels
+from .channels import CHANNELS, CrossChannels, SharedChannels, SlotsChannels
 from .jobs import Watch, pack, unpack
-from .lessons import Sample, Stage, make_adapter, train_adapter
+from .lessons import Sample, Stage, make_adapter, make_slots_adapter, train_adapter
 from .tasks import CrossItems, SecretTable, SharedItems, cross_items, others
 
 __all__ = [
@@ -53,13 +54,14 @@ class Agents:
 
 @dataclass(frozen=True)
 class Study:
-    """One adapter's task: LCF-X with so many facts in as many spans, or LCF on the secret table."""
+    """One adapter's task: facts, with LCF-X in as many spans or with so many slots; or with LCF the secret table."""
 
-    method: Literal["LCF-X", "LCF"]
+    method: Literal["LCF-X", "LCF", "slots"]
     facts: int
     stages: tuple[Stage, ...]
     items: int
     seed: int
+    slots: int = 0
 
     @property
     def steps(self) -> int:
@@ -69,7 +71,8 @@ class Study:
     def name(self) -> str:
         if self.method == "LCF":
             return "LCF, secret table"
-        return f"LCF-X, {self.facts} fact{'s' if self.facts > 1 else ''}"
+        facts = f"{self.facts} fact{'s' if self.facts > 1 else ''}"
+        return f"{self.slots} slot{'s' if self.slots > 1 else ''}, {facts}" if self.slots else f"LCF-X, {facts}"
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def carry_out(study: Study, agents: Agents, watch: Watch) -> Findings:
     watch("begins")
     sharer, receiver = agents.load()
     table = agents.table()
-    adapter = make_adapter(sharer, receiver, cross_context=study.method == "LCF-X", seed=study.seed)
+    adapter = _fresh(study, sharer, receiver, study.seed)
     began = time.process_time()
     lessons = [(stage, _sample(study, stage, table)) for stage in study.stages]
     train_adapter(adapter, sharer, receiver, lessons, seed=study.seed + 1, watch=watch)
@@ -125,15 +128,21 @@ def items_of(study: Study, table: SecretTable, generator: torch.Generator) -> Cr
     return table.held_out if study.method == "LCF" else cross_items(study.items, study.facts, generator)
 
 
-def channels_of(study: Study, adapter: LatentCacheFlow, sharer: Any, receiver: Any) -> Any:
-    """`CrossChannels` or `SharedChannels`."""
-    kind = SharedChannels if study.method == "LCF" else CrossChannels
+def channels_of(study: Study, adapter: Any, sharer: Any, receiver: Any) -> Any:
+    """`CrossChannels`, `SlotsChannels` or `SharedChannels`."""
+    kind = {"LCF": SharedChannels, "LCF-X": CrossChannels, "slots": SlotsChannels}[study.method]
     return kind(adapter, sharer, receiver)
 
 
-def adapter_of(study: Study, findings: Findings, sharer: Any, receiver: Any) -> LatentCacheFlow:
+def _fresh(study: Study, sharer: Any, receiver: Any, seed: int) -> LatentCacheFlow | LatentSlots:
+    if study.slots:
+        return make_slots_adapter(sharer, receiver, slots=study.slots, seed=seed)
+    return make_adapter(sharer, receiver, cross_context=study.method == "LCF-X", seed=seed)
+
+
+def adapter_of(study: Study, findings: Findings, sharer: Any, receiver: Any) -> LatentCacheFlow | LatentSlots:
     """The adapter that a study trained."""
-    adapter = make_adapter(sharer, receiver, cross_context=study.method == "LCF-X", seed=0)
+    adapter = _fresh(study, sharer, receiver, 0)
     unpack(adapter, findings.adapter)
     return adapter.eval()
 

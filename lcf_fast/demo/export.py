@@ -6,13 +6,18 @@ So what works with published models works with these, without a download: ``lcf-
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..files import write_whole
+from ..reading.prefill import prefill
+from ..slots import LatentSlots
 from .tasks import CrossItems, SharedItems, characters, written
 
-__all__ = ["agent_tokenizer", "save_agent", "save_items", "save_questions"]
+__all__ = ["agent_tokenizer", "save_agent", "save_items", "save_message", "save_questions"]
 
 #: A chat is its contents, one after the other: the agents know no roles.
 _TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -63,3 +68,22 @@ def save_questions(items: SharedItems, path: Path) -> None:
 
 def _write(lines: list[dict[str, Any]], path: Path) -> None:
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+
+
+@torch.no_grad()
+def save_message(adapter: LatentSlots, sharer: Any, item: CrossItems, path: Path) -> None:
+    """One item's message of slots with what each drew on: ``path.lcf``, for `lcf-fast inspect`, and a picture of it.
+
+    The message's metadata has the text that the sharer read.
+    """
+    from ..inspection import message_map, write_png
+
+    ids = item.sharer_ids
+    message = adapter.summarize(prefill(sharer, ids, torch.ones_like(ids)), slot_weights=True)
+    (text,) = written(ids)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = replace(message, metadata={"the sharer read": text})
+    told.save(path.with_suffix(".lcf"), dtype="bfloat16", contents=("latent", "slot_weights"))
+    heat = message_map(message)
+    # The picture names the tokens themselves.
+    write_png([replace(heat, columns=tuple(text), title=f"what each slot drew on of {text}")], path.with_suffix(".png"))

@@ -12,13 +12,14 @@ import torch
 
 from ..adapter import LatentCacheFlow
 from ..config import CacheGeometry, LCFConfig
+from ..slots import LatentSlots
 from ..training.batches import Batch
 from ..training.settings import TrainingSettings
 from ..training.trainer import Trainer
 from .jobs import Watch
 from .tasks import KEYS
 
-__all__ = ["Lessons", "Sample", "Stage", "make_adapter", "train_adapter"]
+__all__ = ["Lessons", "Sample", "Stage", "make_adapter", "make_slots_adapter", "train_adapter"]
 
 BOTTLENECK = 64
 LEARNING_RATE, ITEMS = 3e-3, 64  # items a step
@@ -75,8 +76,17 @@ def make_adapter(sharer: Any, receiver: Any, *, cross_context: bool, seed: int) 
         return LatentCacheFlow(config)
 
 
+def make_slots_adapter(sharer: Any, receiver: Any, *, slots: int, seed: int) -> LatentSlots:
+    """As `make_adapter`, of slots."""
+    sides = CacheGeometry.of(sharer), CacheGeometry.of(receiver)
+    config = LCFConfig(*sides, bottleneck=BOTTLENECK, slots=slots, dropout=0.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LatentSlots(config)
+
+
 def train_adapter(
-    adapter: LatentCacheFlow,
+    adapter: LatentCacheFlow | LatentSlots,
     sharer: Any,
     receiver: Any,
     stages: Sequence[tuple[Stage, Sample]],

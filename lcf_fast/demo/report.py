@@ -141,7 +141,8 @@ def _heading(experiment: Experiment) -> str:
         what = "both read the question, the sharer alone knows the table; pairs that the adapter never saw"
     else:
         plural = "s" if e.facts > 1 else ""
-        what = f"the sharer holds {e.facts} fact{plural} ({e.spans} span{plural}), the receiver two others"
+        told = f"{e.slots} slot{'s' if e.slots > 1 else ''}" if e.slots else f"{e.spans} span{plural}"
+        what = f"the sharer holds {e.facts} fact{plural} ({told}), the receiver two others"
     steps = f"{e.training_steps} steps, {e.training_cpu:.0f} s of CPU time"
     return f"{e.name}: {what}. Adapter: {e.parameters:,} parameters, {steps}"
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..slots import LatentSlots
 from .agents import AgentSize, recall_accuracy, table_accuracy
 from .channels import CHANNELS, MATCHED, MISMATCHED, first_token_times
 from .experiments import (
@@ -27,7 +28,7 @@ from .experiments import (
     learn_receiver,
     learn_sharer,
 )
-from .export import save_agent, save_items
+from .export import save_agent, save_items, save_message
 from .jobs import Display, Job, Workers
 from .lessons import Stage
 from .statistics import Accuracy, Verdict, accuracy, verdict
@@ -44,6 +45,7 @@ class Plan:
         sharer, receiver: the two models' sizes.
         cross: LCF-X's training, by number of facts; that of the nearest smaller number serves for others.
         shared: LCF's training.
+        slots: training of slots, whatever the number of facts.
         most_facts: that an agent learns to recall from its context: its own two and those told in text.
         agent_steps: at which an agent is taken as it is; None: when it has learned its task.
         items: that each accuracy of LCF-X is measured on (LCF: all pairs held out).
@@ -54,6 +56,7 @@ class Plan:
     receiver: AgentSize
     cross: dict[int, tuple[Stage, ...]]
     shared: tuple[Stage, ...]
+    slots: tuple[Stage, ...]
     items: int
     rounds: int
     most_facts: int = 6
@@ -94,6 +97,7 @@ class Experiment:
     training_cpu: float
     channels: tuple[Channel, ...]
     verdict: Verdict
+    slots: int = 0
 
     def channel(self, name: str) -> Channel:
         return next(channel for channel in self.channels if channel.name == name)
@@ -126,6 +130,7 @@ FULL = Plan(
         3: (Stage(450, keys=4), Stage(450)),
     },
     shared=(Stage(350),),
+    slots=(Stage(1500),),
     items=1000,
     rounds=30,
 )
@@ -135,21 +140,25 @@ QUICK = Plan(
     receiver=AgentSize(layers=2, width=64, heads=2, kv_heads=1),
     cross={1: (Stage(10),)},
     shared=(Stage(10),),
+    slots=(Stage(10),),
     items=50,
     rounds=3,
     agent_steps=30,
 )
 
 
-def run_demo(plan: Plan, *, facts: Sequence[int], seed: int, out: Path, workers: int) -> Results:
+def run_demo(
+    plan: Plan, *, facts: Sequence[int], seed: int, out: Path, workers: int, slots: Sequence[int] = ()
+) -> Results:
     """Train both agents and an adapter for each experiment, and measure every channel.
 
     Args:
         facts: numbers of facts that the sharer holds, one LCF-X experiment each.
         seed: of everything random: weights, table, items.
         out: each adapter is saved to ``out/adapters/<name>``, the agents to ``out/agents``, and LCF-X's items, as what
-            `lcf-fast eval` reads, to ``out/items``.
+            `lcf-fast eval` reads, to ``out/items``, a message of slots to ``out/messages/<name>.lcf``, with a picture.
         workers: processes, of one thread each.
+        slots: numbers of slots, one experiment each for each number of facts.
 
     Raises:
         PlateauError: an agent does not learn its task.
@@ -169,6 +178,8 @@ def run_demo(plan: Plan, *, facts: Sequence[int], seed: int, out: Path, workers:
             Study("LCF-X", n, plan.cross[max(m for m in plan.cross if m <= n)], plan.items, seeds[20 + n])
             for n in facts
         ]
+        for i, k in enumerate(slots):
+            studies += [Study("slots", n, plan.slots, plan.items, seeds[40 + 10 * i + n], k) for n in facts]
         studies.append(Study("LCF", 1, plan.shared, plan.items, seeds[20]))
         longest_first = sorted(studies, key=lambda study: -study.steps)
         found = pool.run([Job(study.name, carry_out, (study, agents)) for study in longest_first])
@@ -211,9 +222,12 @@ def _experiment(
 ) -> Experiment:
     """Bytes and times are measured here, when nothing else of the demo runs."""
     adapter = adapter_of(study, findings, sharer, receiver)
-    adapter.save_pretrained(out / "adapters" / study.name.lower().replace(", ", "-").replace(" ", "-"))
+    name = study.name.lower().replace(", ", "-").replace(" ", "-")
+    adapter.save_pretrained(out / "adapters" / name)
     channels = channels_of(study, adapter, sharer, receiver)
     items = items_of(study, agents.table(), torch.Generator().manual_seed(study.seed + 3))
+    if isinstance(adapter, LatentSlots) and isinstance(items, CrossItems):
+        save_message(adapter, sharer, items[:1], out / "messages" / name)
     sent = channels.sent(items[:1])
     times = first_token_times(channels.ways(items[:1], items[1:2]), plan.rounds)
     right = findings.right
@@ -222,6 +236,7 @@ def _experiment(
         method=study.method,
         facts=study.facts,
         spans=study.facts if study.method == "LCF-X" else 0,
+        slots=study.slots,
         parameters=adapter.parameter_count(),
         training_steps=study.steps,
         training_cpu=findings.training_cpu,

@@ -11,8 +11,17 @@ pytest.importorskip("transformers")
 
 from lcf_fast import Message
 from lcf_fast.demo.agents import AgentSize, answers_of, make_agent
-from lcf_fast.demo.channels import CHANNELS, CrossChannels, SharedChannels, first_token_times, go_on, read, zeros
-from lcf_fast.demo.lessons import make_adapter
+from lcf_fast.demo.channels import (
+    CHANNELS,
+    CrossChannels,
+    SharedChannels,
+    SlotsChannels,
+    first_token_times,
+    go_on,
+    read,
+    zeros,
+)
+from lcf_fast.demo.lessons import make_adapter, make_slots_adapter
 from lcf_fast.demo.tasks import SecretTable, cross_items, others
 
 
@@ -53,6 +62,32 @@ def test_messages_are_their_own_items(agents: tuple[Any, Any], generator: torch.
             assert int(answers_of(agents[1], mine.receiver_ids)) == int(found["no message"][row])
             text = torch.cat([mine.sharer_ids, mine.receiver_ids], 1)
             assert int(answers_of(agents[1], text)) == int(found["facts as text"][row])
+
+
+def test_messages_of_slots_are_their_own_items(agents: tuple[Any, Any], generator: torch.Generator) -> None:
+    """By hand: the receiver's own keys, the slots behind them, and the asked key one position further for each."""
+    adapter = make_slots_adapter(*agents, slots=3, seed=0)
+    with torch.no_grad():
+        adapter.get_parameter("up_weight").mul_(4.0)
+    channels = SlotsChannels(adapter, *agents)
+    items = cross_items(60, 2, generator)
+    other = others(items, generator)
+    found = channels.answers(items, other)
+    with torch.no_grad():
+        for row in range(0, 60, 7):
+            mine, theirs = items[row : row + 1], items[int(other[row]) : int(other[row]) + 1]
+            for channel, source in (("matching message", mine), ("another item's message", theirs)):
+                message = adapter.summarize(read(agents[0], source.sharer_ids)).to(torch.bfloat16).to(torch.float32)
+                placed = adapter.place(agents[1], message, torch.tensor([[4, 5, 6]]))
+                own = read(agents[1], mine.receiver_ids[:, :-1])
+                joined = [
+                    (torch.cat([key, new_key], 2), torch.cat([value, new_value], 2))
+                    for (key, value), (new_key, new_value) in zip(own, placed)
+                ]
+                assert int(go_on(agents[1], joined, mine.receiver_ids)) == int(found[channel][row])
+    assert (found["matching message"] != found["no message"]).any()
+    sent = channels.sent(items[:1])
+    assert 2 * 3 * 64 * 2 < sent["matching message"] < 2 * 3 * 64 * 2 + 1024  # layers, slots, d, bfloat16; a header
 
 
 def test_a_zero_message_says_nothing_and_costs_the_same(agents: tuple[Any, Any], generator: torch.Generator) -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 
-from lcf_fast import LatentCacheFlow
+from lcf_fast import LatentCacheFlow, LatentSlots, Message
 from lcf_fast.cli import main
 from lcf_fast.demo.agents import AgentSize, PlateauError, make_agent, teach_recall, teach_table
 from lcf_fast.demo.channels import CHANNELS
@@ -61,9 +61,25 @@ def test_quick_does_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "A quick run: nothing has been trained long enough" in said
 
 
+def test_quick_with_slots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--quick", "--workers", "1", "--slots", "3", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "demo.json").read_text())
+    assert [e["name"] for e in found["experiments"]] == ["LCF-X, 1 fact", "3 slots, 1 fact", "LCF, secret table"]
+    assert "the sharer holds 1 fact (3 slots), the receiver two others" in capsys.readouterr().out
+    adapter = LatentSlots.from_pretrained(tmp_path / "adapters" / "3-slots-1-fact")
+    assert adapter.config.slots == found["experiments"][1]["slots"] == 3
+    message = Message.load(tmp_path / "messages" / "3-slots-1-fact.lcf")
+    adapter.expand(message)
+    assert message.slots == 3 and message.slot_weights is not None and message.slot_weights.shape[-1] == 2
+    assert len(message.metadata["the sharer read"]) == 2
+    assert (tmp_path / "messages" / "3-slots-1-fact.png").read_bytes()[:4] == b"\x89PNG"
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
+        (["--slots", "0"], "--slots"),
+        (["--slots", "8", "65"], "--slots"),
         (["--facts", "0"], "--facts"),
         (["--facts", "1", "5"], "--facts"),
         (["--seed", "-1"], "--seed"),
