@@ -1,8 +1,8 @@
 """The demo's agents with everything that `lcf-fast eval` compares on them, made once and kept in a folder.
 
-Beside the adapters of the demo: a C2C fuser of the secret table, and for each method one that was trained with the
-receiver in the sharer's place, reading what the receiver itself has read. All are trained for as many steps on as many
-items, by the same loop. A part that the folder holds is not made again, so that a run goes on where it was stopped.
+Beside the adapters of the demo: 8 slots, a C2C fuser of the secret table, and for each method one that was trained with
+the receiver in the sharer's place, reading what the receiver itself has read; all by the same loop. A part that the
+folder holds is not made again, so that a run goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .agents import make_agent
 from .experiments import learn_receiver, learn_sharer, secret_table
 from .export import save_agent, save_items, save_questions
 from .jobs import Display, Job, Watch, Workers, unpack
-from .lessons import GATE, Sample, Stage, make_adapter, train_adapter
+from .lessons import GATE, Sample, Stage, make_adapter, make_slots_adapter, train_adapter
 from .run import FULL, Plan
 from .tasks import SecretTable, cross_items
 
@@ -32,6 +32,8 @@ __all__ = ["Suite", "SuiteSet", "prepare_suite"]
 
 #: Facts that the sharer holds, a set of questions each.
 FACTS = (1, 4)
+#: That a message of slots has, whatever the number of facts.
+SLOTS = 8
 _MARK = "suite.json"
 _FORMAT = 1
 
@@ -42,8 +44,8 @@ class SuiteSet:
 
     name: str
     data: Path
-    adapter: Path
-    own_adapter: Path
+    adapters: tuple[Path, ...]
+    own_adapters: tuple[Path, ...]
     c2c: Path | None = None
     own_c2c: Path | None = None
     #: How LCF-X's contexts are cut: as in training, and for several facts otherwise, too.
@@ -61,7 +63,7 @@ class Suite:
 
 @dataclass(frozen=True)
 class _Part:
-    """One thing to be trained. ``method``: "lcf_x", "lcf" or "c2c"; ``own``: the receiver is the sharer, too."""
+    """One thing to be trained. ``method``: "lcf_x", "slots", "lcf" or "c2c". ``own``: the receiver is the sharer."""
 
     name: str
     method: str
@@ -90,6 +92,8 @@ def prepare_suite(folder: Path, *, seed: int = 0, workers: int = 2, plan: Plan =
     parts = [
         *(_Part(f"lcf-x-{n}", "lcf_x", cross[n], seeds[20 + n], facts=n) for n in FACTS),
         _Part("lcf-x-own", "lcf_x", cross[1], seeds[41], own=True),
+        *(_Part(f"slots-{n}", "slots", plan.slots if n > 1 else cross[1], seeds[45 + n], facts=n) for n in FACTS),
+        _Part("slots-own", "slots", cross[1], seeds[50], own=True),
         _Part("lcf", "lcf", plan.shared, seeds[20]),
         _Part("lcf-own", "lcf", plan.shared, seeds[42], own=True),
         _Part("c2c", "c2c", plan.shared, seeds[43]),
@@ -102,21 +106,21 @@ def prepare_suite(folder: Path, *, seed: int = 0, workers: int = 2, plan: Plan =
         pool.run([Job(part.name, _train, (part, folder, seeds[0])) for part in missing])
     items.mkdir(parents=True, exist_ok=True)
     for n in FACTS:
-        generator = torch.Generator().manual_seed(seeds[50 + n])
+        generator = torch.Generator().manual_seed(seeds[60 + n])
         save_items(cross_items(plan.items, n, generator), items / f"facts-{n}.jsonl")
     save_questions(table.held_out, items / "secret-table.jsonl")
     found = [
         SuiteSet(
             f"facts-{n}",
             items / f"facts-{n}.jsonl",
-            adapters / f"lcf-x-{n}",
-            adapters / "lcf-x-own",
+            (adapters / f"lcf-x-{n}", adapters / f"slots-{n}"),
+            (adapters / "lcf-x-own", adapters / "slots-own"),
             spans=("paragraphs", "windows:4", "one") if n > 1 else ("paragraphs",),  # a fact has two tokens
         )
         for n in FACTS
     ]
     lcf, lcf_own, c2c, c2c_own = (adapters / name for name in ("lcf", "lcf-own", "c2c", "c2c-own"))
-    found.append(SuiteSet("secret-table", items / "secret-table.jsonl", lcf, lcf_own, c2c, c2c_own))
+    found.append(SuiteSet("secret-table", items / "secret-table.jsonl", (lcf,), (lcf_own,), c2c, c2c_own))
     return Suite(folder / "agents" / "sharer", folder / "agents" / "receiver", tuple(found))
 
 
@@ -174,6 +178,8 @@ def _fresh(part: _Part, sharer: Any, receiver: Any) -> Any:
     sharer = receiver if part.own else sharer
     if part.method == "c2c":
         return _make_fuser(sharer, receiver, seed=part.seed)
+    if part.method == "slots":
+        return make_slots_adapter(sharer, receiver, slots=SLOTS, seed=part.seed)
     return make_adapter(sharer, receiver, cross_context=part.method == "lcf_x", seed=part.seed)
 
 
@@ -192,7 +198,7 @@ def _make_fuser(sharer: Any, receiver: Any, *, seed: int) -> C2CFuser:
 
 
 def _sample(part: _Part, stage: Stage, table: SecretTable) -> Sample:
-    if part.method == "lcf_x":
+    if part.method in ("lcf_x", "slots"):
 
         def cross(items: int, generator: torch.Generator) -> Any:
             made = cross_items(items, part.facts, generator, keys=stage.keys)

@@ -194,7 +194,7 @@ def _small_sets(arguments: argparse.Namespace) -> list[tuple[AskedSet, _Material
     found = []
     for part in suite.sets:
         spans = tuple(arguments.spans or part.spans)
-        material = _Material((part.adapter,), (part.own_adapter,), part.c2c, part.own_c2c, spans)
+        material = _Material(part.adapters, part.own_adapters, part.c2c, part.own_c2c, spans)
         found.append((asked_lines(str(part.data), source, _say, name=part.name), material))
     return found
 

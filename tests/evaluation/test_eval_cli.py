@@ -160,7 +160,8 @@ def test_without_models_it_is_two_small_agents(
         for one in summary["sets"]
     }
     five = ["matched", "mismatched", "zero", "random", "self"]
-    peers = {"none": five[:1], "full_context": five[:2], "text_1": [*five[:2], "self"], "lcf_x": five}
+    text = [*five[:2], "self"]
+    peers = {"none": five[:1], "full_context": five[:2], "text_1": text, "lcf_x": five, "slots": five}
     shares = {f"kvcomm_{ratio}": five for ratio in (0.3, 0.5, 0.7)}
     assert controls == {
         "facts-1": {**peers, **shares},
