@@ -33,10 +33,10 @@ def run(code: str, folder: Path) -> str:
     return done.stdout.strip()
 
 
-def test_there_are_three_examples() -> None:
+def test_there_are_four_examples() -> None:
     lines = [len([line for line in block.splitlines() if line.strip()]) for block in BLOCKS]
-    assert len(lines) == 3
-    assert all(count <= most for count, most in zip(lines, (15, 15, 21))), lines
+    assert len(lines) == 4
+    assert all(count <= most for count, most in zip(lines, (15, 15, 21, 18))), lines
 
 
 def test_plain_tensors_need_no_transformers(tmp_path: Path) -> None:
@@ -47,6 +47,12 @@ def test_plain_tensors_need_no_transformers(tmp_path: Path) -> None:
 def test_transformers_models_go_on_from_the_edited_cache(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     tokens = run(BLOCKS[1], tmp_path)
+    assert len(tokens.strip("[]").split(",")) == 8, tokens
+
+
+def test_slots_are_gone_on_from(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    tokens = run(BLOCKS[3], tmp_path)
     assert len(tokens.strip("[]").split(",")) == 8, tokens
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_folders import save_tiny_model, write_lines
 
-from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig
+from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig
 from lcf_fast.c2c import C2CConfig, C2CFuser
 from lcf_fast.cli import main
 
@@ -187,6 +187,21 @@ def test_one_model_on_both_sides_brings_kvcomm(world: Path, tmp_path: Path) -> N
     assert main([*same, "--no-controls", "--no-plots"]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
     assert [channel["channel"] for channel in summary["sets"][0]["channels"]] == ["none", "kvcomm_0.5"]
+
+
+@pytest.mark.parametrize("placement", ["append", "prefix"])
+def test_slots_take_part_by_their_folder(placement: str, world: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    sides = CacheGeometry(2, 1, 16), CacheGeometry(2, 2, 16)
+    LatentSlots(LCFConfig(*sides, bottleneck=64, slots=3)).save_pretrained(tmp_path / "slots")
+    more = ["--adapter", str(tmp_path / "slots"), "--adapter", str(world / "lcf_x"), "--placement", placement]
+    more += ["--data", str(world / "facts.jsonl"), "--channels", "lcf_x", "slots", "--no-plots"]
+    assert main(arguments(world, tmp_path / "out", *more)) == 0
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {row["channel"] for row in rows} == {"lcf_x", "slots"}
+    assert {row["control"] for row in rows if row["channel"] == "slots"} == {"matched", "mismatched", "zero", "random"}
+    assert len([row for row in rows if row["channel"] == "slots"]) == 20
 
 
 @pytest.mark.parametrize(
