@@ -1,0 +1,200 @@
+"""Launch configurations of the slot kernels as data. Imports neither torch nor triton.
+
+Rows come from cross-compilation (registers, spills, vector loads; tests/compile) and from counting bytes and FLOPs:
+none has been measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class SlotPoolConfig:
+    """How the pooling and the merge of slots work.
+
+    Attributes:
+        block_slots: slots a program, padded to what a tensor instruction takes; programs for more run side by side.
+        block_tokens: tokens a step.
+        num_warps: warps a program.
+        num_stages: depth of the software pipeline.
+        masked_stages: the same where a mask's loads go before those of the tokens.
+        merge_parts: states a step of the merge.
+        merge_warps: warps a program of the merge.
+    """
+
+    block_slots: int
+    block_tokens: int
+    num_warps: int
+    num_stages: int
+    masked_stages: int
+    merge_parts: int
+    merge_warps: int
+
+
+@dataclass(frozen=True)
+class SlotFoldConfig:
+    """How the fold of slots through W_down works.
+
+    Attributes:
+        block_rows: rows (batch item, slot) that share one read of the weights.
+        block_width: latent channels a program.
+        block_channels: channels of the pooled keys and values a step.
+        num_warps: warps a program.
+        num_stages: depth of the software pipeline.
+    """
+
+    block_rows: int
+    block_width: int
+    block_channels: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class SlotExpandConfig:
+    """How FFN blocks and up-projection of slots work.
+
+    Attributes:
+        block_rows: rows (batch item, slot) a tile.
+        block_channels: widest step over a head's channels; `common.head_chunk` narrows it for odd head dims.
+        block_hidden: FFN hidden units a step.
+        num_warps: warps a program.
+        num_stages: depth of the software pipeline.
+        splits: programs that share a tile's up-projection, each of which makes z itself.
+    """
+
+    block_rows: int
+    block_channels: int
+    block_hidden: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+
+
+#: Fewest rows of a tensor instruction, to which slots are padded.
+FEWEST_SLOTS = 16
+#: Programs a multiprocessor that even out the end of a launch: four at a time, two rounds.
+PROGRAMS_EACH = 8
+#: A state's bytes are written and read: up to this part of the tokens' bytes that is little.
+STATE_PART = 8
+#: Shorter contexts go whole where layers, items and heads alone fill the chip: the second launch would take longer
+#: than what even chunks save.
+WHOLE_TOKENS = 256
+#: Programs that pull weights at a multiprocessor's full rate before the L2 cache is the limit: it hands out some
+#: 5.5 TB/s (H100), a multiprocessor takes at most 64 bytes a cycle, 0.11 TB/s: 50, and somewhat more do no harm.
+PULLING_PROGRAMS = 64
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def slot_block(slots: int) -> int:
+    """Slots padded to a power of two that a tensor instruction takes."""
+    return max(FEWEST_SLOTS, _next_power_of_2(slots))
+
+
+def slot_pool_config(head_dim: int, itemsize: int, slots: int, target: str) -> SlotPoolConfig:
+    """The row for a head width, element size in bytes, number of slots and chip (``sm_90``, ``gfx942``).
+
+    A step's keys and values are 16 KB: 126 registers and 40 KB of shared memory for 128 channels of 16 bits, so that
+    four programs with two steps under way have 128 KB on a multiprocessor (latency times bandwidth of an H200 is about
+    25 KB) and compute in turns. 32 KB take 250 registers for the same bytes, and spill where addresses are odd.
+    """
+    width = max(16, _next_power_of_2(head_dim))
+    block_slots = min(slot_block(slots), 64)
+    # 64 slots: of 256 channels 430 spills, 206 in the loop; float32 11,000; sm_100 compiles 128 channels to an empty
+    # kernel (Triton 3.7.1). Two programs of 32 read the same tokens at the same time, one of them from L2.
+    if itemsize == 4 or width > 128 or target == "sm_100":
+        block_slots = min(block_slots, 32)
+    step_bytes = 16 * 1024
+    warps = 8 if block_slots * width > 4096 or (itemsize == 4 and block_slots > 16) else 4
+    if target == "sm_90" and block_slots == 64:
+        # One warpgroup's HGMMA, and registers for two programs a multiprocessor instead of one.
+        step_bytes, warps = 32 * 1024, 4
+    stages, masked = 3, 5  # the mask's loads take two stages of every step
+    if target == "gfx942":
+        stages, masked, warps = 2, 3, 4  # a stage more is kept in registers; 8 warps have 256 each, 4 have 512
+    tokens = min(max(step_bytes // (2 * width * itemsize), 16), 64)
+    return SlotPoolConfig(block_slots, tokens, warps, stages, masked, merge_parts=16, merge_warps=4)
+
+
+def chunk_tokens(config: SlotPoolConfig, rows: int, tokens: int, slots: int, itemsize: int, processors: int) -> int:
+    """Tokens a program: a power of two of steps, at least one.
+
+    As long as that leaves `PROGRAMS_EACH` programs a multiprocessor; or one, while states would cost more than a
+    part of the cache's own bytes: 2 transfers of ``2·D`` float32 a slot against ``2·D`` elements a token.
+
+    Args:
+        config: the row of `slot_pool_config`.
+        rows: layers times batch items times KV heads times groups of slots.
+        tokens, slots: N and k.
+        itemsize: bytes an element of the cache.
+        processors: of the chip.
+    """
+    chunk = config.block_tokens
+    cheap = STATE_PART * 2 * 4 * slots // itemsize
+    while chunk < tokens:
+        programs = rows * -(-tokens // (2 * chunk))
+        is_even = programs >= PROGRAMS_EACH * processors
+        is_short = tokens <= WHOLE_TOKENS and rows >= processors
+        if not (is_even or is_short or (chunk < cheap and programs >= processors)):
+            break
+        chunk *= 2
+    return chunk
+
+
+def slot_fold_config(width: int, itemsize: int, rows: int) -> SlotFoldConfig:
+    """The row for d, bytes an element of the weights, and rows (batch items times slots).
+
+    16 latent channels a program: 28 layers of d = 128 make 224 programs, all resident at once. Two warps are what
+    a 16 x 16 product has work for.
+    """
+    block_rows = min(slot_block(rows), 64)
+    warps = {16: 2, 32: 4, 64: 4}[block_rows]
+    return SlotFoldConfig(block_rows, min(width, 16), 128 if itemsize < 4 else 32, warps, num_stages=4)
+
+
+#: Half precision: d -> tiles from the largest to the smallest. The largest has the most products a weight read. The
+#: smallest is what a message needs (k = 8, one item): it waits for weights, one program a multiprocessor, so that
+#: its pipeline is as deep as shared memory allows.
+_HALF: dict[int, tuple[SlotExpandConfig, ...]] = {
+    64: (SlotExpandConfig(64, 64, 64, 4, 3), SlotExpandConfig(16, 64, 64, 4, 4)),
+    128: (SlotExpandConfig(64, 64, 64, 4, 3), SlotExpandConfig(16, 64, 64, 4, 4)),
+    256: (SlotExpandConfig(64, 64, 32, 8, 2), SlotExpandConfig(16, 64, 32, 4, 3)),
+    512: (SlotExpandConfig(32, 64, 32, 8, 2), SlotExpandConfig(16, 32, 32, 8, 3)),
+}
+#: float32 multiplies on the plain cores: small tiles, or the unrolled products fill the register file.
+_SINGLE: dict[int, tuple[SlotExpandConfig, ...]] = {
+    64: (SlotExpandConfig(16, 32, 32, 4, 2),),
+    128: (SlotExpandConfig(16, 32, 32, 4, 2),),
+    256: (SlotExpandConfig(16, 32, 32, 8, 2),),
+    512: (SlotExpandConfig(16, 32, 32, 8, 2),),
+}
+
+
+def slot_expand_options(width: int, itemsize: int, target: str) -> tuple[SlotExpandConfig, ...]:
+    """All tiles for d, bytes an element of the destination and chip, from the largest to the smallest, unsplit."""
+    return (_SINGLE if itemsize == 4 else _HALF)[width]
+
+
+def slot_expand_config(
+    width: int, itemsize: int, target: str, layers: int, rows: int, processors: int
+) -> SlotExpandConfig:
+    """The largest tile that gives every multiprocessor a program, else the smallest, split while that pays.
+
+    A program reads the FFN's ``16·d²`` weights and its part of the up-projection's ``2·Cr·d``, as many for the
+    published pair, of which the FFN's come from L2 for all splits but one. So a split shortens what one program pulls
+    by a quarter (28 layers: 1 MB at 0.11 TB/s is 9.6 us, 768 KB in 56 programs 7.0), until `PULLING_PROGRAMS` share
+    L2's bandwidth; then it only adds to the bytes (112 programs of 640 KB: 13 us).
+    """
+    options = slot_expand_options(width, itemsize, target)
+    for config in options:
+        programs = layers * -(-rows // config.block_rows)
+        if programs >= processors:
+            return config
+    splits = 1
+    while 2 * splits * programs <= PULLING_PROGRAMS and splits < 8:
+        splits *= 2
+    return replace(options[-1], splits=splits)
