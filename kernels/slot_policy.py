@@ -145,26 +145,42 @@ def chunk_tokens(config: SlotPoolConfig, rows: int, tokens: int, slots: int, ite
     return chunk
 
 
-def slot_fold_config(width: int, itemsize: int, rows: int) -> SlotFoldConfig:
-    """The row for d, bytes an element of the weights, and rows (batch items times slots).
+def slot_fold_config(itemsize: int, rows: int) -> SlotFoldConfig:
+    """The row for bytes an element of the weights and rows (batch items times slots).
 
-    16 latent channels a program: 28 layers of d = 128 make 224 programs, all resident at once. Two warps are what
-    a 16 x 16 product has work for.
+    32 latent channels a program: 28 layers of d = 128 make 112 programs, which pull 14.7 MB of weights and, for k = 8,
+    four times 1.8 MB of slots. 16 channels would read the slots eight times (29 MB from L2, 5.3 us at 5.5 TB/s), 64
+    would leave half the multiprocessors idle.
     """
-    block_rows = min(slot_block(rows), 64)
-    warps = {16: 2, 32: 4, 64: 4}[block_rows]
-    return SlotFoldConfig(block_rows, min(width, 16), 128 if itemsize < 4 else 32, warps, num_stages=4)
+    return SlotFoldConfig(min(slot_block(rows), 64), 32, 128 if itemsize < 4 else 32, num_warps=4, num_stages=4)
 
 
-#: Half precision: d -> tiles from the largest to the smallest. The largest has the most products a weight read. The
-#: smallest is what a message needs (k = 8, one item): it waits for weights, one program a multiprocessor, so that
+#: Half precision: chip -> d -> tiles from the largest to the smallest. The largest has the most products a weight read.
+#: The smallest is what a message needs (k = 8, one item): it waits for weights, one program a multiprocessor, so that
 #: its pipeline is as deep as shared memory allows.
-_HALF: dict[int, tuple[SlotExpandConfig, ...]] = {
-    64: (SlotExpandConfig(64, 64, 64, 4, 3), SlotExpandConfig(16, 64, 64, 4, 4)),
-    128: (SlotExpandConfig(64, 64, 64, 4, 3), SlotExpandConfig(16, 64, 64, 4, 4)),
-    256: (SlotExpandConfig(64, 64, 32, 8, 2), SlotExpandConfig(16, 64, 32, 4, 3)),
-    512: (SlotExpandConfig(32, 64, 32, 8, 2), SlotExpandConfig(16, 32, 32, 8, 3)),
+_HALF: dict[str, dict[int, tuple[SlotExpandConfig, ...]]] = {
+    "sm_90": {
+        64: (SlotExpandConfig(64, 64, 64, 4, 3), SlotExpandConfig(16, 64, 64, 4, 4)),
+        128: (SlotExpandConfig(64, 64, 64, 4, 3), SlotExpandConfig(16, 64, 64, 4, 4)),
+        256: (SlotExpandConfig(64, 64, 32, 8, 2), SlotExpandConfig(16, 64, 32, 4, 3)),
+        512: (SlotExpandConfig(32, 64, 32, 8, 2), SlotExpandConfig(16, 32, 32, 8, 3)),
+    },
+    "sm_80": {
+        64: (SlotExpandConfig(64, 64, 64, 4, 3), SlotExpandConfig(16, 64, 64, 4, 4)),
+        # HMMA has no warpgroups: 8 warps on 64 rows halve what a thread holds.
+        128: (SlotExpandConfig(64, 64, 32, 8, 2), SlotExpandConfig(16, 64, 64, 4, 4)),
+        256: (SlotExpandConfig(64, 64, 32, 8, 2), SlotExpandConfig(16, 64, 32, 4, 3)),
+        512: (SlotExpandConfig(32, 64, 32, 8, 2), SlotExpandConfig(16, 32, 32, 8, 3)),
+    },
+    # 64 KB of shared memory.
+    "gfx942": {
+        64: (SlotExpandConfig(64, 64, 64, 4, 2), SlotExpandConfig(16, 64, 64, 4, 2)),
+        128: (SlotExpandConfig(64, 64, 32, 4, 2), SlotExpandConfig(16, 64, 64, 4, 2)),
+        256: (SlotExpandConfig(32, 32, 32, 4, 2), SlotExpandConfig(16, 64, 32, 4, 2)),
+        512: (SlotExpandConfig(16, 32, 32, 4, 1),),
+    },
 }
+_HALF["sm_100"] = _HALF["sm_90"]
 #: float32 multiplies on the plain cores: small tiles, or the unrolled products fill the register file.
 _SINGLE: dict[int, tuple[SlotExpandConfig, ...]] = {
     64: (SlotExpandConfig(16, 32, 32, 4, 2),),
@@ -172,15 +188,25 @@ _SINGLE: dict[int, tuple[SlotExpandConfig, ...]] = {
     256: (SlotExpandConfig(16, 32, 32, 8, 2),),
     512: (SlotExpandConfig(16, 32, 32, 8, 2),),
 }
+_SINGLE_AMD = {width: (replace(rows[0], num_stages=1),) for width, rows in _SINGLE.items()}
+#: The interpreter takes its time for each operation, whatever its size.
+_INTERPRETED = (SlotExpandConfig(64, 128, 128, 4, 1),)
 
 
 def slot_expand_options(width: int, itemsize: int, target: str) -> tuple[SlotExpandConfig, ...]:
-    """All tiles for d, bytes an element of the destination and chip, from the largest to the smallest, unsplit."""
-    return (_SINGLE if itemsize == 4 else _HALF)[width]
+    """All tiles for d, bytes an element of the destination and chip, from the largest to the smallest, unsplit.
+
+    ``target``: one of `policy.known_target`'s.
+    """
+    if target == "interpreter":
+        return _INTERPRETED
+    if itemsize == 4:
+        return (_SINGLE_AMD if target == "gfx942" else _SINGLE)[width]
+    return _HALF[target][width]
 
 
 def slot_expand_config(
-    width: int, itemsize: int, target: str, layers: int, rows: int, processors: int
+    width: int, itemsize: int, weight_size: int, target: str, layers: int, rows: int, processors: int
 ) -> SlotExpandConfig:
     """The largest tile that gives every multiprocessor a program, else the smallest, split while that pays.
 
@@ -188,13 +214,26 @@ def slot_expand_config(
     published pair, of which the FFN's come from L2 for all splits but one. So a split shortens what one program pulls
     by a quarter (28 layers: 1 MB at 0.11 TB/s is 9.6 us, 768 KB in 56 programs 7.0), until `PULLING_PROGRAMS` share
     L2's bandwidth; then it only adds to the bytes (112 programs of 640 KB: 13 us).
+
+    Args:
+        width: d.
+        itemsize, weight_size: bytes an element of the destination and of the weights.
+        target: the chip, one of `policy.known_target`'s.
+        layers: of the launch.
+        rows: batch items times slots.
+        processors: of the chip.
     """
-    options = slot_expand_options(width, itemsize, target)
-    for config in options:
+    config, programs = None, 0
+    for config in slot_expand_options(width, itemsize, target):
         programs = layers * -(-rows // config.block_rows)
         if programs >= processors:
-            return config
+            break
+    assert config is not None
     splits = 1
     while 2 * splits * programs <= PULLING_PROGRAMS and splits < 8:
         splits *= 2
-    return replace(options[-1], splits=splits)
+    if target == "interpreter":
+        splits = 1
+    # Weights wait in shared memory in their own dtype.
+    stages = config.num_stages if weight_size <= itemsize else max(config.num_stages // 2, 1)
+    return replace(config, splits=splits, num_stages=stages)

@@ -264,11 +264,10 @@ def _launch_pool(
     layers = len(keys)
     batch, heads, tokens, head_dim = keys[0].shape
     slots = slot_query.shape[1]
-    size = keys[0].element_size()
     rows = layers * batch * heads
     groups = triton.cdiv(slots, config.block_slots)
     processors = PROCESSORS[known_target(target_of(keys[0]))]
-    chunk = chunk_tokens(config, rows * groups, tokens, slots, size, processors)
+    chunk = chunk_tokens(config, rows * groups, tokens, slots, keys[0].element_size(), processors)
     chunks = triton.cdiv(tokens, chunk)
     (key_table, value_table), aligned = address_tables(keys, values)
     is_whole = out is not None and chunks == 1
@@ -342,7 +341,7 @@ def _launch_merge(states: Tensor, stats: Tensor, config: SlotPoolConfig, out: Pa
 
 def _config(tensor: Tensor, slots: int) -> SlotPoolConfig:
     """The policy's row for a cache or for states, whose last axis is the head's."""
-    return slot_pool_config(tensor.shape[-1], tensor.element_size(), slots, target_of(tensor))
+    return slot_pool_config(tensor.shape[-1], tensor.element_size(), slots, known_target(target_of(tensor)))
 
 
 def _loadable(attention_mask: Tensor | None) -> Tensor | None:

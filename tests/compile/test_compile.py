@@ -27,7 +27,8 @@ EXEMPT = ("merge", "fold", "spans", "across", "down-weights-256", "down-weights-
 MATRIX = [
     pytest.param(chip, case, id=f"{chip}-{case.name}")
     for chip in TARGETS
-    for case in (*tile_cases.cases(chip), *backward_cases.cases(chip), *pooling_cases.cases(chip), *slot_cases.cases(chip))
+    for module in (tile_cases, backward_cases, pooling_cases, slot_cases)
+    for case in module.cases(chip)
 ]
 
 
