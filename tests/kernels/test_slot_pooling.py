@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from slot_formulas import pool_formula
 from torch import Tensor
 
 from helpers import (
@@ -42,21 +43,6 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slot_pooling, "chunk_tokens", lambda *_: 32)
 
 
-def formula(sharer: Sequence[Pair], query: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Pair:
-    """The definition, in ``dtype``; masked tokens are left out, so that what they hold does not matter."""
-    pooled = []
-    for (key, value), q in zip(sharer, query.to(dtype)):
-        rows = []
-        for b in range(key.shape[0]):
-            keep = slice(None) if mask is None else mask[b] != 0
-            k, v = key[b, :, keep].to(dtype), value[b, :, keep].to(dtype)
-            weights = (torch.einsum("jhd,hnd->jhn", q, k) * key.shape[-1] ** -0.5).softmax(-1)
-            rows.append(torch.stack([torch.einsum("jhn,hnd->jhd", weights, x) for x in (k, v)]))
-        pooled.append(torch.stack(rows, 1))
-    slot_key, slot_value = torch.stack(pooled, 1)
-    return slot_key, slot_value
-
-
 def queries(sharer: Sequence[Pair], slots: int, generator: torch.Generator, scale: float = 1.0) -> Tensor:
     """``(L, k, H, D)`` in the cache's dtype."""
     key = sharer[0][0]
@@ -67,8 +53,8 @@ def queries(sharer: Sequence[Pair], slots: int, generator: torch.Generator, scal
 def check(sharer: Sequence[Pair], query: Tensor, mask: Tensor | None = None) -> Pair:
     """Pool, hold both results to the error budget, return them."""
     got = pool_slots(sharer, query, attention_mask=mask)
-    truth = formula(sharer, query, mask, torch.float64)
-    for ours, exact, plain in zip(got, truth, formula(sharer, query, mask, torch.float32)):
+    truth = pool_formula(sharer, query, mask, torch.float64)
+    for ours, exact, plain in zip(got, truth, pool_formula(sharer, query, mask, torch.float32)):
         assert_within_budget(ours, exact, plain, BUDGET)
     return got
 
@@ -245,7 +231,7 @@ def test_pieces_merge_to_the_whole(
     sharer = cache(1, 100, 64, generator, batch=2, device=device, dtype=dtype)
     query = queries(sharer, 2, generator)
     mask = ragged("right", 2, 100).to(device)
-    truth, plain = (formula(sharer, query, mask, kind) for kind in (torch.float64, torch.float32))
+    truth, plain = (pool_formula(sharer, query, mask, kind) for kind in (torch.float64, torch.float32))
     states = [
         pool_slot_states(
             [(key[:, :, start:stop], value[:, :, start:stop]) for key, value in sharer],
@@ -309,8 +295,8 @@ def test_reads_and_writes_nothing_beyond(
         slot_pooling._launch_merge(*launched, config, out)
     else:
         assert launched is out
-    truth = formula([(key, value)], query, None, torch.float64)
-    for got, exact, plain in zip(out, truth, formula([(key, value)], query, None, torch.float32)):
+    truth = pool_formula([(key, value)], query, None, torch.float64)
+    for got, exact, plain in zip(out, truth, pool_formula([(key, value)], query, None, torch.float32)):
         assert_within_budget(got, exact, plain, BUDGET)
     for _, guards in (*made, *outs):
         guards()

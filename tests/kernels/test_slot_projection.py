@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
+from slot_formulas import EPS, Weights, expand_formula, fold_formula, make_slot_weights
 from torch import Tensor
 
 from helpers import ADVERSARIES, Adversary, Pair, adversarial, assert_within_budget, beyond_int32, guarded
@@ -16,65 +16,8 @@ from lcf_fast.kernels.slot_policy import SlotExpandConfig, slot_expand_config, s
 from lcf_fast.kernels.slot_projection import expand_slots, fold_slots
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-EPS = 1e-6
 #: Of the fold, float32 throughout: sums in another order than plain torch's.
 BUDGET = 4.0
-Weights = dict[str, Tensor]
-
-
-def make_weights(
-    layers: int,
-    slots: int,
-    width: int,
-    sharer_channels: int,
-    channels: int,
-    generator: torch.Generator,
-    *,
-    blocks: int = 2,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Weights:
-    """A slot adapter's stacked parameters; activations come out of order 1."""
-
-    def draw(*shape: int, scale: float) -> Tensor:
-        return torch.randn(layers, *shape, generator=generator) * scale
-
-    weights = {
-        "slot_embedding": draw(slots, width, scale=0.5),
-        "down_weight": draw(width, 2 * sharer_channels, scale=(2 * sharer_channels) ** -0.5),
-        "down_bias": draw(width, scale=0.1),
-        "norm_weight": 1.0 + draw(blocks, width, scale=0.1),
-        "ffn_in_weight": draw(blocks, 4 * width, width, scale=width**-0.5),
-        "ffn_out_weight": draw(blocks, width, 4 * width, scale=(4 * width) ** -0.5),
-        "up_weight": draw(2, channels, width, scale=width**-0.5),
-        "up_bias": draw(2, channels, scale=0.1),
-    }
-    return {name: tensor.to(device, dtype) for name, tensor in weights.items()}
-
-
-def fold_formula(slot_key: Tensor, slot_value: Tensor, weights: Weights, dtype: torch.dtype) -> Tensor:
-    """``W_down·[K~; V~] + b_down + e`` in ``dtype``, K before V, heads head-major."""
-    w = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    x = torch.cat([slot_key.flatten(3), slot_value.flatten(3)], -1).to(dtype)
-    slots = x.shape[2]
-    projected = torch.einsum("lbkc,ldc->lbkd", x, w["down_weight"])
-    return projected + w["down_bias"][:, None, None] + w["slot_embedding"][:, None, :slots]
-
-
-def expand_formula(latent: Tensor, weights: Weights, heads: int, dtype: torch.dtype) -> list[Pair]:
-    """The definition with products in ``dtype``, and sums, norms and residual in at least float32."""
-    accumulate = torch.promote_types(dtype, torch.float32)
-    w = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    pairs = []
-    for i, z in enumerate(latent.to(accumulate)):
-        for block in range(w["norm_weight"].shape[1]):
-            scale = weights["norm_weight"][i, block].to(accumulate)
-            normed = (z * torch.rsqrt(z.square().mean(-1, keepdim=True) + EPS) * scale).to(dtype)
-            hidden = F.gelu(F.linear(normed, w["ffn_in_weight"][i, block]))
-            z = z + F.linear(hidden, w["ffn_out_weight"][i, block]).to(accumulate)
-        key, value = (F.linear(z.to(dtype), w["up_weight"][i, side], w["up_bias"][i, side]) for side in (0, 1))
-        pairs.append((key.unflatten(-1, (heads, -1)).transpose(1, 2), value.unflatten(-1, (heads, -1)).transpose(1, 2)))
-    return pairs
 
 
 def pooled(layers: int, batch: int, slots: int, heads: int, head_dim: int, generator: torch.Generator) -> Pair:
@@ -106,7 +49,7 @@ def test_fold(
 ) -> None:
     """Ragged tiles of rows, width and channels."""
     slot_key, slot_value = (x.to(device) for x in pooled(2, batch, slots, heads, head_dim, generator))
-    weights = make_weights(2, slots, width, heads * head_dim, 16, generator, dtype=dtype, device=device)
+    weights = make_slot_weights(2, slots, width, heads * head_dim, 16, generator, dtype=dtype, device=device)
     check_fold(slot_key, slot_value, weights)
 
 
@@ -117,7 +60,7 @@ def test_fold_adversary(
 ) -> None:
     """Tiny values and a large one keep their digits in float16, too, which has few exponents."""
     slot_key, slot_value = (adversarial(x, adversary).to(device) for x in pooled(1, 1, 8, 2, 64, generator))
-    weights = make_weights(1, 8, 64, 128, 16, generator, dtype=dtype, device=device)
+    weights = make_slot_weights(1, 8, 64, 128, 16, generator, dtype=dtype, device=device)
     if adversary == "tiny":
         weights["down_bias"].zero_()
         weights["slot_embedding"].zero_()
@@ -127,7 +70,7 @@ def test_fold_adversary(
 def test_fold_of_fewer_slots_and_other_layouts(device: torch.device, generator: torch.Generator) -> None:
     """Any k' of the slots, from views; parameters that lie transposed or in a wider table; nothing else is read."""
     slot_key, slot_value = (x.to(device) for x in pooled(2, 2, 5, 2, 64, generator))
-    weights = make_weights(2, 5, 32, 128, 16, generator, device=device)
+    weights = make_slot_weights(2, 5, 32, 128, 16, generator, device=device)
     straight = check_fold(slot_key, slot_value, weights)
     few = fold_slots(slot_key[:, :, :3], slot_value[:, :, :3], weights)
     assert torch.equal(few, straight[:, :, :3])
@@ -143,7 +86,7 @@ def test_fold_of_fewer_slots_and_other_layouts(device: torch.device, generator: 
 
 def test_fold_reads_and_writes_nothing_beyond(device: torch.device, generator: torch.Generator) -> None:
     out, guards = guarded((1, 3, 7, 20), torch.float32, device)
-    weights = make_weights(1, 7, 20, 80, 16, generator, dtype=torch.bfloat16, device=device)
+    weights = make_slot_weights(1, 7, 20, 80, 16, generator, dtype=torch.bfloat16, device=device)
     fenced = []
     for name in ("down_weight", "down_bias", "slot_embedding"):
         tensor, check = guarded(weights[name].shape, torch.bfloat16, device)
@@ -190,7 +133,7 @@ def latents(
     ids=str,
 )
 def test_width(width: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
-    weights = make_weights(1, 3, width, 16, 2 * 64, generator, dtype=dtype, device=device)
+    weights = make_slot_weights(1, 3, width, 16, 2 * 64, generator, dtype=dtype, device=device)
     check_expand(latents(1, 1, 3, width, generator, device), weights, fresh(1, 1, 2, 3, 64, dtype, device))
 
 
@@ -209,7 +152,7 @@ def test_width(width: int, dtype: torch.dtype, device: torch.device, generator: 
 def test_heads(
     heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> None:
-    weights = make_weights(2, 3, 64, 16, heads * head_dim, generator, dtype=dtype, device=device)
+    weights = make_slot_weights(2, 3, 64, 16, heads * head_dim, generator, dtype=dtype, device=device)
     check_expand(latents(2, 2, 3, 64, generator, device), weights, fresh(2, 2, heads, 3, head_dim, dtype, device))
 
 
@@ -217,14 +160,14 @@ def test_heads(
 @pytest.mark.parametrize("batch", [1, 3])
 def test_rows(batch: int, slots: int, device: torch.device, generator: torch.Generator) -> None:
     """The rows of all items are packed into tiles: an item may begin within one."""
-    weights = make_weights(1, slots, 64, 16, 64, generator, device=device)
+    weights = make_slot_weights(1, slots, 64, 16, 64, generator, device=device)
     latent = latents(1, batch, slots, 64, generator, device)
     check_expand(latent, weights, fresh(1, batch, 1, slots, 64, torch.float32, device))
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 3])
 def test_blocks(blocks: int, device: torch.device, generator: torch.Generator) -> None:
-    weights = make_weights(1, 3, 64, 16, 64, generator, blocks=blocks, device=device)
+    weights = make_slot_weights(1, 3, 64, 16, 64, generator, blocks=blocks, device=device)
     check_expand(latents(1, 1, 3, 64, generator, device), weights, fresh(1, 1, 1, 3, 64, torch.float32, device))
 
 
@@ -232,7 +175,7 @@ def test_blocks(blocks: int, device: torch.device, generator: torch.Generator) -
 def test_float32_weights_of_a_half_precision_receiver(
     dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> None:
-    weights = make_weights(1, 3, 64, 16, 128, generator, device=device)
+    weights = make_slot_weights(1, 3, 64, 16, 128, generator, device=device)
     check_expand(latents(1, 1, 3, 64, generator, device), weights, fresh(1, 1, 2, 3, 64, dtype, device))
 
 
@@ -242,7 +185,7 @@ def test_expand_adversary(
     adversary: Adversary, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> None:
     latent = adversarial(latents(1, 1, 8, 64, generator, device), adversary)
-    weights = make_weights(1, 8, 64, 16, 64, generator, dtype=dtype, device=device)
+    weights = make_slot_weights(1, 8, 64, 16, 64, generator, dtype=dtype, device=device)
     check_expand(latent, weights, fresh(1, 1, 1, 8, 64, dtype, device))
 
 
@@ -266,7 +209,7 @@ def test_destination(name: str, dtype: torch.dtype, device: torch.device, genera
     """All of the destination is written, and nothing beside it; head dim and rows are of no tile's width."""
     batch, heads, slots, head_dim = shape = (2, 2, 5, 40)
     strides, first = DESTINATIONS[name](heads, slots, head_dim)
-    weights = make_weights(2, slots, 64, 16, heads * head_dim, generator, dtype=dtype, device=device)
+    weights = make_slot_weights(2, slots, 64, 16, heads * head_dim, generator, dtype=dtype, device=device)
     buffers = [torch.full((8000,), -1, dtype=INTEGER[dtype], device=device) for _ in range(4)]
     keys, values = ([b.view(dtype).as_strided(shape, strides, first) for b in buffers[i::2]] for i in (0, 1))
     check_expand(latents(2, batch, slots, 64, generator, device), weights, list(zip(keys, values)))
@@ -277,7 +220,7 @@ def test_destination(name: str, dtype: torch.dtype, device: torch.device, genera
 
 def test_layers_equal_layer_by_layer(device: torch.device, generator: torch.Generator) -> None:
     """Neighbours that lie alike share a launch; each layer takes its own weights and latent."""
-    weights = make_weights(4, 3, 64, 16, 128, generator, device=device)
+    weights = make_slot_weights(4, 3, 64, 16, 128, generator, device=device)
     latent = latents(4, 2, 3, 64, generator, device)
     together = fresh(4, 2, 2, 3, 64, torch.float32, device)
     together[2] = (together[2][0].transpose(1, 2).contiguous().transpose(1, 2), together[2][1])
@@ -295,7 +238,7 @@ def test_splits_change_no_bit(
     splits: int, device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Parts that end within a side, within a head, or are empty."""
-    weights = make_weights(2, 3, 64, 16, 3 * 80, generator, device=device)
+    weights = make_slot_weights(2, 3, 64, 16, 3 * 80, generator, device=device)
     latent = latents(2, 1, 3, 64, generator, device)
     config = slot_expand_options(64, 4, "sm_90")[-1]
     made = []
@@ -309,7 +252,7 @@ def test_splits_change_no_bit(
 
 def test_rows_do_not_see_each_other(device: torch.device, generator: torch.Generator) -> None:
     """Items permuted, a subset of slots, an item of NaN: the same bits for the rest; and run to run."""
-    weights = make_weights(1, 5, 64, 16, 64, generator, dtype=torch.bfloat16, device=device)
+    weights = make_slot_weights(1, 5, 64, 16, 64, generator, dtype=torch.bfloat16, device=device)
     latent = latents(1, 3, 5, 64, generator, device)
 
     def expanded(latent: Tensor) -> Tensor:
@@ -328,7 +271,7 @@ def test_rows_do_not_see_each_other(device: torch.device, generator: torch.Gener
 
 def test_from_pooled_slots_to_the_receiver(device: torch.device, generator: torch.Generator) -> None:
     """Fold and expansion in a row, as a message goes."""
-    weights = make_weights(2, 4, 64, 128, 128, generator, device=device)
+    weights = make_slot_weights(2, 4, 64, 128, 128, generator, device=device)
     latent = fold_slots(*(x.to(device) for x in pooled(2, 2, 4, 2, 64, generator)), weights)
     check_expand(latent, weights, fresh(2, 2, 2, 4, 64, torch.float32, device))
 
@@ -339,12 +282,12 @@ def test_beyond_two_to_the_31_elements(axis: int, device: torch.device, generato
     shape[axis] = 3
     key, value = (beyond_int32(tuple(shape), axis, device) for _ in "kv")  # type: ignore[arg-type]
     batch, heads, slots, _ = shape
-    weights = make_weights(1, slots, 64, 16, 64 * heads, generator, dtype=torch.float16, device=device)
+    weights = make_slot_weights(1, slots, 64, 16, 64 * heads, generator, dtype=torch.float16, device=device)
     check_expand(latents(1, batch, slots, 64, generator, device), weights, [(key, value)])
 
 
 def test_nothing_to_do_for_no_rows(device: torch.device, generator: torch.Generator) -> None:
-    weights = make_weights(1, 3, 64, 128, 64, generator, device=device)
+    weights = make_slot_weights(1, 3, 64, 128, 64, generator, device=device)
     empty = torch.empty(1, 0, 3, 2, 64, device=device)
     latent = fold_slots(empty, empty, weights)
     assert latent.shape == (1, 0, 3, 64)
