@@ -62,6 +62,19 @@ def exact_dot(rows, tile, acc, DTYPE: tl.constexpr):
 
 
 @inlined
+def row_scale(rows):
+    """A power of two a row that brings its largest element to between 2**8 and 2**9, and the inverse.
+
+    float16 has so few exponents that three of them hold a float32's digits only near there.
+    """
+    exponent = tl.max(tl.abs(rows), 1).to(tl.int32, bitcast=True) >> 23
+    exponent = tl.minimum(tl.maximum(exponent, 16), 238)
+    scale = ((262 - exponent) << 23).to(tl.float32, bitcast=True)
+    inverse = ((exponent - 8) << 23).to(tl.float32, bitcast=True)
+    return scale, inverse
+
+
+@inlined
 def cast(x, DTYPE: tl.constexpr):
     """Round float32 to the cache's dtype, to nearest even. The interpreter cuts bfloat16 off instead: round there."""
     if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300

@@ -120,6 +120,15 @@ def slot_pool_config(head_dim: int, itemsize: int, slots: int, target: str) -> S
     return SlotPoolConfig(block_slots, tokens, warps, stages, masked, merge_parts=16, merge_warps=4)
 
 
+def slot_backward_config(head_dim: int, itemsize: int, slots: int, target: str) -> SlotPoolConfig:
+    """The row of the pooling's backward; arguments as of `slot_pool_config`.
+
+    At most 32 slots, 16 of 256 channels: queries and two gradients, each in three parts, wait in shared memory (32 of
+    256 channels and a step's tokens: 167 KB, more than an A100 has).
+    """
+    return slot_pool_config(head_dim, itemsize, min(slots, 32 if head_dim <= 128 else 16), target)
+
+
 def chunk_tokens(config: SlotPoolConfig, rows: int, tokens: int, slots: int, itemsize: int, processors: int) -> int:
     """Tokens a program: a power of two of steps, at least one.
 

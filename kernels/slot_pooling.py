@@ -344,7 +344,7 @@ def _config(tensor: Tensor, slots: int) -> SlotPoolConfig:
     return slot_pool_config(tensor.shape[-1], tensor.element_size(), slots, known_target(target_of(tensor)))
 
 
-def _loadable(attention_mask: Tensor | None) -> Tensor | None:
+def loadable_mask(attention_mask: Tensor | None) -> Tensor | None:
     """The mask in elements of at least 4 bytes: the least that a load in a software pipeline takes, and the tokens'
     loads wait for the mask's. One small launch for all layers."""
     if attention_mask is not None and attention_mask.element_size() < 4:
@@ -379,7 +379,7 @@ def pool_slots(sharer: Sequence[Pair], slot_query: Tensor, *, attention_mask: Te
     slot_query = _rows_contiguous(slot_query)
     config = _config(keys[0], shape[2])
     with device_guard(keys[0]):
-        attention_mask = _loadable(attention_mask)
+        attention_mask = loadable_mask(attention_mask)
         for run in alike_runs(keys, values, len(keys)):
             out = pooled[0][run], pooled[1][run]
             made = _launch_pool(keys[run], values[run], slot_query[run], attention_mask, config, out)
@@ -403,7 +403,7 @@ def pool_slot_states(sharer: Sequence[Pair], slot_query: Tensor, *, attention_ma
     slot_query = _rows_contiguous(slot_query)
     config = _config(keys[0], shape[3])
     with device_guard(keys[0]):
-        attention_mask = _loadable(attention_mask)
+        attention_mask = loadable_mask(attention_mask)
         for run in alike_runs(keys, values, len(keys)):
             made = _launch_pool(keys[run], values[run], slot_query[run], attention_mask, config, None)
             if made[1].shape[3] > 1:

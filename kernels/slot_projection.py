@@ -35,8 +35,8 @@ from .common import (
     exact_dot,
     head_chunk,
     hidden_chunk,
-    inlined,
     pointer_of,
+    row_scale,
     target_of,
 )
 from .policy import PROCESSORS, known_target
@@ -44,19 +44,6 @@ from .projection import blocks_tile
 from .slot_policy import slot_expand_config, slot_fold_config
 
 Pair = tuple[Tensor, Tensor]
-
-
-@inlined
-def row_scale(rows):
-    """A power of two a row that brings its largest element to between 2**8 and 2**9, and the inverse.
-
-    float16 has so few exponents that three of them hold a float32's digits only near there.
-    """
-    exponent = tl.max(tl.abs(rows), 1).to(tl.int32, bitcast=True) >> 23
-    exponent = tl.minimum(tl.maximum(exponent, 16), 238)
-    scale = ((262 - exponent) << 23).to(tl.float32, bitcast=True)
-    inverse = ((exponent - 8) << 23).to(tl.float32, bitcast=True)
-    return scale, inverse
 
 
 @triton.jit

@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 from case import Case, make
 
-from lcf_fast.kernels import slot_pooling, slot_projection
+from lcf_fast.kernels import slot_pooling, slot_pooling_backward, slot_projection
 from lcf_fast.kernels.common import head_chunk
 from lcf_fast.kernels.slot_policy import (
     SlotExpandConfig,
+    slot_backward_config,
     slot_expand_config,
     slot_expand_options,
     slot_fold_config,
@@ -89,6 +90,38 @@ def merge_case(chip: str, head_dim: int, *, is_last: bool) -> Case:
     return make(name, slot_pooling.merge_slots_kernel, dict.fromkeys(names, "*fp32"), constexprs, config.merge_warps)
 
 
+def backward_case(chip: str, head_dim: int, dtype: str, slots: int) -> Case:
+    """A chunk's part of the queries' gradient, with a mask."""
+    config = slot_backward_config(head_dim, BYTES[dtype], slots, chip)
+    types: dict[str, Any] = dict.fromkeys(("keys", "values"), ("i64",) * LAYERS) | {"mask": "*i32"}
+    names = ("query", "stats", "centers", "grad_key", "grad_value", "partials", "residuals")
+    types |= dict.fromkeys(names, "*fp32")
+    constexprs = {
+        "stride_mask_token": 1,
+        "LAYERS": LAYERS,
+        "HEADS": HEADS,
+        "HEAD_DIM": head_dim,
+        "BLOCK_K": config.block_slots,
+        "BLOCK_T": config.block_tokens,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "SCALE": head_dim**-0.5,
+        "HAS_MASK": True,
+        "IS_ALIGNED": True,
+        "IS_WIDE": False,
+        "DTYPE": FLOATS[dtype],
+        "PRECISION": "ieee",
+    }
+    return make(
+        f"slots-backward-{head_dim}-{dtype}-{slots}",
+        slot_pooling_backward.pool_slots_backward_kernel,
+        types,
+        constexprs,
+        config.num_warps,
+        config.masked_stages,
+        expect_mma=dtype != "fp32",
+    )
+
+
 def fold_case(dtype: str, rows: int, *, channels: int = 1024, width: int = 128) -> Case:
     """Pooled slots through W_down."""
     config = slot_fold_config(BYTES[dtype], rows)
@@ -156,6 +189,7 @@ def cases(chip: str) -> list[Case]:
     built = [pool_case(chip, 128, "bf16", slots) for slots in (8, 64)]
     built.append(merge_case(chip, 128, is_last=True))
     built.append(pool_case(chip, 128, "bf16", 8, has_mask=True))
+    built.append(backward_case(chip, 128, "bf16", 8))
     built.append(fold_case("bf16", 8))
     small = slot_expand_config(128, 2, 2, chip, 28, 8, 132)
     built += [expand_case(128, "bf16", config) for config in (slot_expand_options(128, 2, chip)[0], small)]
@@ -168,6 +202,8 @@ def cases(chip: str) -> list[Case]:
     built.append(pool_case(chip, 96, "fp16", 8, whole=True))
     built.append(pool_case(chip, 128, "bf16", 8, aligned=False))
     built += [pool_case(chip, 128, "bf16", slots, exact_query=True) for slots in (8, 64)]
+    built += [backward_case(chip, head_dim, "bf16", 64) for head_dim in (64, 128, 256)]
+    built += [backward_case(chip, head_dim, "fp32", 64) for head_dim in (128, 256)]
     built += [fold_case("bf16", rows) for rows in (32, 64)]
     built += [fold_case("fp16", 8), fold_case("fp32", 8), fold_case("bf16", 8, channels=240, width=70)]
     for width in (64, 128, 256, 512):

@@ -10,6 +10,7 @@ import torch
 import lcf_fast
 from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig
 from lcf_fast.kernels.slot_pooling import finish_slot_states, merge_slot_states, pool_slot_states, pool_slots
+from lcf_fast.kernels.slot_pooling_backward import pool_slots_backward
 from lcf_fast.kernels.slot_projection import expand_slots, fold_slots
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -44,13 +45,14 @@ def train(adapter: LatentCacheFlow, sharer: list[Pair], receiver: list[Pair]) ->
 
 
 def slots(sharer: list[Pair], receiver: CacheGeometry, width: int, dtype: torch.dtype) -> None:
-    """Pool in chunks and in pieces, fold, and write into a slice of a cache."""
+    """Pool in chunks and in pieces, forward and backward, fold, and write into a slice of a cache."""
     layers, count, (batch, heads, tokens, head_dim) = len(sharer), 5, sharer[0][0].shape
     query = torch.randn(layers, count, heads, head_dim, dtype=dtype, device="cuda")
     mask = torch.rand(batch, tokens, device="cuda") < 0.9
     states, stats = pool_slot_states(sharer, query, attention_mask=mask)
     finish_slot_states(*merge_slot_states(states.unsqueeze(3), stats.unsqueeze(3)))
     pooled = pool_slots(sharer, query, attention_mask=mask)
+    pool_slots_backward(sharer, query, pooled, stats, pooled, attention_mask=mask)
     generator = torch.Generator().manual_seed(0)
     channels = heads * head_dim, receiver.channels
     weights = make_slot_weights(layers, count, width, *channels, generator, dtype=dtype, device="cuda")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from helpers import PUBLISHED_RECEIVER, Geometry, Pair, assert_within_budget, make_cache
 from lcf_fast.kernels.slot_pooling import finish_slot_states, merge_slot_states, pool_slot_states, pool_slots
+from lcf_fast.kernels.slot_pooling_backward import pool_slots_backward
 from lcf_fast.kernels.slot_projection import expand_slots, fold_slots
 
 pytestmark = [
@@ -97,6 +98,29 @@ def test_fold_and_expansion_keep_the_error_budget(width: int, batch: int, slots:
     for tensor in (tensor for pair in whole for tensor in pair):
         tensor[:, :, 200 : 200 + slots] = torch.nan
         assert torch.isnan(tensor).all(), "written beside the slots"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("slots", "tokens"), [(8, 2000), (64, 1000)])
+def test_gradient_of_the_queries_keeps_the_error_budget(slots: int, tokens: int, dtype: torch.dtype) -> None:
+    sharer, query, _ = published(tokens, 2, slots, dtype)
+    sharer, query = sharer[:4], query[:4].float()  # float32, as in training
+    mask = (torch.arange(tokens) >= torch.tensor([[0], [333]])).to("cuda")
+    _, stats = pool_slot_states(sharer, query, attention_mask=mask)
+    pooled = pool_slots(sharer, query, attention_mask=mask)
+    grad_key, grad_value = torch.randn(2, *pooled[0].shape, device="cuda") * 1e-4
+    backward = (sharer, query, pooled, stats, (grad_key, grad_value))
+    got = pool_slots_backward(*backward, attention_mask=mask)
+
+    def autograd(dtype: torch.dtype) -> Tensor:
+        leaf = query.to(dtype).requires_grad_()
+        grads = grad_key.to(dtype), grad_value.to(dtype)
+        return torch.autograd.grad(pool_formula(sharer, leaf, mask, dtype), leaf, grads)[0]
+
+    assert_within_budget(got, autograd(torch.float64), autograd(torch.float32), 6.0)
+    with no_sync():
+        again = pool_slots_backward(*backward, attention_mask=mask)
+    assert torch.equal(got, again)
 
 
 def pipeline(slots: int = 8) -> tuple[Callable[[], list[Tensor]], list[Pair]]:

@@ -180,6 +180,18 @@ def test_exp_would_overflow(dtype: torch.dtype, device: torch.device, generator:
     check(sharer, query)
 
 
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.usefixtures("small_chunks")
+def test_scores_in_order(descending: bool, device: torch.device, generator: torch.Generator) -> None:
+    """The maximum grows with every step, chunk and merge, or never after the first."""
+    sharer = cache(1, 200, 64, generator, device=device)
+    ((key, value),) = sharer
+    query = queries(sharer, 2, generator, 2.0)
+    order = (key[0, 0] @ query[0, 0, 0]).argsort(descending=descending)
+    query[0, 1] = query[0, 0] * 0.5
+    check([(key[:, :, order], value)], query)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("small_chunks")
 def test_layout(layout: Layout, device: torch.device, generator: torch.Generator) -> None:
@@ -317,6 +329,14 @@ def test_beyond_two_to_the_31_elements(axis: int, device: torch.device, generato
     shape[axis] = 3
     far = beyond_int32(tuple(shape), axis, device)  # type: ignore[arg-type]
     far.copy_(torch.randn(shape, generator=generator))
+    check([(far, far)], queries([(far, far)], 2, generator))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_step_beyond_two_to_the_31_elements(device: torch.device, generator: torch.Generator) -> None:
+    """The third step's first token begins 2**31 elements on, where a step's own offsets still fit 32 bits."""
+    far = beyond_int32((1, 1, 3, 64), 2, device).as_strided((1, 1, 33, 64), (64, 64, 2**26, 1))
+    far.copy_(torch.randn(far.shape, generator=generator))
     check([(far, far)], queries([(far, far)], 2, generator))
 
 
