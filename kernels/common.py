@@ -7,7 +7,7 @@ kernel's parameters. Nothing is copied to the device, so a launch is safe under 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -23,6 +23,8 @@ from .policy import INTERPRETER
 TABLE_STEP = 8
 #: Widest vector load, in bytes.
 VECTOR_BYTES = 16
+#: Weights are at most 1: scaled by this power of two, float16 holds those down to 1/4096 as well as float32 does.
+WEIGHT_SCALE = tl.constexpr(4096.0)
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -40,6 +42,36 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@inlined
+def exact_dot(rows, tile, acc, DTYPE: tl.constexpr):
+    """``acc + rows @ tile`` for float32 ``rows`` and a 16-bit ``tile``, as exact as in float32.
+
+    Three 16-bit numbers that add up hold a float32: 24 bits are 3 x 8 for bfloat16, and 2 x 11 and some for float16,
+    but there not below 2**-25: scale small rows up.
+    """
+    first = rows.to(DTYPE)
+    rows -= first.to(tl.float32)
+    second = rows.to(DTYPE)
+    third = (rows - second.to(tl.float32)).to(DTYPE)
+    acc = dot(third, tile, acc, "ieee")
+    acc = dot(second, tile, acc, "ieee")
+    acc = dot(first, tile, acc, "ieee")
+    return acc
+
+
+@inlined
+def row_scale(rows):
+    """A power of two a row that brings its largest element to between 2**8 and 2**9, and the inverse.
+
+    float16 has so few exponents that three of them hold a float32's digits only near there.
+    """
+    exponent = tl.max(tl.abs(rows), 1).to(tl.int32, bitcast=True) >> 23
+    exponent = tl.minimum(tl.maximum(exponent, 16), 238)
+    scale = ((262 - exponent) << 23).to(tl.float32, bitcast=True)
+    inverse = ((exponent - 8) << 23).to(tl.float32, bitcast=True)
+    return scale, inverse
 
 
 @inlined
@@ -157,6 +189,17 @@ def address_tables(*columns: Sequence[Tensor]) -> tuple[tuple[tuple[int, ...], .
     if all(aligned for _, aligned in tables):
         return tuple(table for table, _ in tables), True
     return tuple(odd(table) if aligned else table for table, aligned in tables), False
+
+
+def alike_runs(keys: Sequence[Tensor], values: Sequence[Tensor], most: int) -> Iterator[slice]:
+    """Neighbouring layers that can share a launch: equal strides, and no more than ``most`` of them."""
+    start = 0
+    for i in range(1, len(keys) + 1):
+        is_alike = i < len(keys) and i - start < most
+        is_alike = is_alike and keys[i].stride() == keys[start].stride()
+        if not (is_alike and values[i].stride() == values[start].stride()):
+            yield slice(start, i)
+            start = i
 
 
 def needs_wide_offsets(rows: int, *tensors: Tensor) -> bool:

@@ -30,7 +30,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import TRITON_DTYPE, address_tables, device_guard, dot, inlined, pointer_of, target_of
+from .common import (
+    TRITON_DTYPE,
+    WEIGHT_SCALE,
+    address_tables,
+    alike_runs,
+    device_guard,
+    exact_dot,
+    inlined,
+    pointer_of,
+    target_of,
+)
 from .fold import fold
 from .merging import INNER, LEFT, PARTS, RIGHT, STATS, finite_or_zero, merge
 from .pooling_policy import PoolingConfig, pooling_config
@@ -38,8 +48,6 @@ from .pooling_policy import PoolingConfig, pooling_config
 #: Most memory that the states of one launch may take; beyond it layers are pooled in turns. A launch of that size takes
 #: hundreds of microseconds, so that one more costs nothing.
 STATE_BYTES = 256 << 20
-#: Weights are at most 1: scaled by this power of two, float16 holds those down to 1/4096 as well as float32 does.
-WEIGHT_SCALE = tl.constexpr(4096.0)
 #: Offsets probed at once by `spans_ended`: one warp's lanes.
 PROBES = tl.constexpr(32)
 
@@ -65,24 +73,6 @@ def spans_ended(p_offsets, position, spans, tokens, SLACK: tl.constexpr):
         high = tl.minimum(high, low + (count + 1) * step - 1)
         low += count * step
     return low
-
-
-@inlined
-def exact_dot(rows, tile, DTYPE: tl.constexpr):
-    """``rows @ tile`` for float32 ``rows`` and a 16-bit ``tile``, as exact as in float32.
-
-    Three 16-bit numbers that add up hold a float32: 24 bits are 3 x 8 for bfloat16, and 2 x 11 and some for float16,
-    but there not below 2**-25: scale small rows up.
-    """
-    first = rows.to(DTYPE)
-    rows -= first.to(tl.float32)
-    second = rows.to(DTYPE)
-    third = (rows - second.to(tl.float32)).to(DTYPE)
-    acc = tl.zeros([rows.shape[0], tile.shape[1]], dtype=tl.float32)
-    acc = dot(third, tile, acc, "ieee")
-    acc = dot(second, tile, acc, "ieee")
-    acc = dot(first, tile, acc, "ieee")
-    return acc
 
 
 @triton.jit(
@@ -194,7 +184,8 @@ def pool_chunk_kernel(
         o_r = tl.arange(0, ROWS)
         b_query = tl.where((o_r == 0)[:, None], b_span_query[None, :], 0.0)
         b_query = tl.where((o_r == 1)[:, None], b_global_query[None, :], b_query)
-        b_scores = exact_dot(b_query, tl.trans(b_key), DTYPE) * SCALE
+        b_scores = tl.zeros([ROWS, BLOCK_T], dtype=tl.float32)
+        b_scores = exact_dot(b_query, tl.trans(b_key), b_scores, DTYPE) * SCALE
         b_score = tl.sum(tl.where((o_r == 0)[:, None], b_scores, 0.0), 0)
         b_global = tl.sum(tl.where((o_r == 1)[:, None], b_scores, 0.0), 0)
     else:
@@ -241,8 +232,9 @@ def pool_chunk_kernel(
         p_part = p_state + (o_part * (2 * HEAD_DIM))[:, None] + o_d[None, :]
         m_part_d = (total != 0.0)[:, None] & m_d[None, :]
         b_sum *= WEIGHT_SCALE
-        tl.store(p_part, exact_dot(b_sum, b_key, DTYPE) / WEIGHT_SCALE, mask=m_part_d)
-        tl.store(p_part + HEAD_DIM, exact_dot(b_sum, b_value, DTYPE) / WEIGHT_SCALE, mask=m_part_d)
+        zeros = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+        tl.store(p_part, exact_dot(b_sum, b_key, zeros, DTYPE) / WEIGHT_SCALE, mask=m_part_d)
+        tl.store(p_part + HEAD_DIM, exact_dot(b_sum, b_value, zeros, DTYPE) / WEIGHT_SCALE, mask=m_part_d)
     else:
         for i_part in tl.static_range(PARTS):
             is_present = has_left
@@ -379,13 +371,7 @@ def _runs(keys: Sequence[Tensor], values: Sequence[Tensor], tracks: int) -> Iter
     chunks = tracks * triton.cdiv(keys[0].shape[2], _config(keys[0]).block_tokens)
     layer_bytes = keys[0].shape[0] * keys[0].shape[1] * chunks * PARTS.value * 2 * keys[0].shape[3] * 4
     most = max(1, STATE_BYTES // max(layer_bytes, 1))
-    start = 0
-    for i in range(1, len(keys) + 1):
-        is_alike = i < len(keys) and i - start < most
-        is_alike = is_alike and keys[i].stride() == keys[start].stride()
-        if not (is_alike and values[i].stride() == values[start].stride()):
-            yield slice(start, i)
-            start = i
+    return alike_runs(keys, values, most)
 
 
 def summarize_layers(

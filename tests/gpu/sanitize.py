@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torch
 
 import lcf_fast
 from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig
+from lcf_fast.kernels.slot_pooling import finish_slot_states, merge_slot_states, pool_slot_states, pool_slots
+from lcf_fast.kernels.slot_pooling_backward import pool_slots_backward
+from lcf_fast.kernels.slot_projection import expand_slots, fold_slots
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from slot_formulas import EPS, make_slot_weights
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -34,6 +44,25 @@ def train(adapter: LatentCacheFlow, sharer: list[Pair], receiver: list[Pair]) ->
     torch.stack([tensor.float().square().sum() for pair in edited for tensor in pair]).sum().backward()
 
 
+def slots(sharer: list[Pair], receiver: CacheGeometry, width: int, dtype: torch.dtype) -> None:
+    """Pool in chunks and in pieces, forward and backward, fold, and write into a slice of a cache."""
+    layers, count, (batch, heads, tokens, head_dim) = len(sharer), 5, sharer[0][0].shape
+    query = torch.randn(layers, count, heads, head_dim, dtype=dtype, device="cuda")
+    mask = torch.rand(batch, tokens, device="cuda") < 0.9
+    states, stats = pool_slot_states(sharer, query, attention_mask=mask)
+    finish_slot_states(*merge_slot_states(states.unsqueeze(3), stats.unsqueeze(3)))
+    pooled = pool_slots(sharer, query, attention_mask=mask)
+    pool_slots_backward(sharer, query, pooled, stats, pooled, attention_mask=mask)
+    generator = torch.Generator().manual_seed(0)
+    channels = heads * head_dim, receiver.channels
+    weights = make_slot_weights(layers, count, width, *channels, generator, dtype=dtype, device="cuda")
+    destinations = [
+        (key[:, :, 3 : 3 + count], value[:, :, 3 : 3 + count])
+        for key, value in make_cache(receiver, batch, 3 + count, dtype)
+    ]
+    expand_slots(fold_slots(*pooled, weights), weights, destinations, norm_eps=EPS)
+
+
 def main() -> None:
     sharer, receiver = CacheGeometry(2, 2, 64), CacheGeometry(2, 3, 80)
     for width, dtype in ((64, torch.bfloat16), (128, torch.float32)):
@@ -45,6 +74,7 @@ def main() -> None:
         spans = torch.tensor([[0, 100, 100, 333], [5, 6, 300, 330]], dtype=torch.int32)
         message = crosser.summarize(make_cache(sharer, 2, 333, dtype), spans)
         crosser.inject_(prompt, message)
+        slots(make_cache(sharer, 2, 333, dtype), receiver, width, dtype)
         train(fuser, make_cache(sharer, 2, 67, dtype), prompt)
     torch.cuda.synchronize()
     print("every kernel ran")

@@ -5,13 +5,11 @@ Run by ``make gpu``, which runs the kernels' other tests on the GPU too.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 
 import pytest
 import torch
+from on_gpu import capture, compiled_variants, no_sync
 from torch import Tensor
 
 import lcf_fast
@@ -121,20 +119,6 @@ def test_message_of_the_published_pair_keeps_the_error_budget(width: int) -> Non
     assert_cache_within_budget(adapter.inject(receiver, message), truth, naive)
 
 
-def capture(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """A CUDA graph of ``run``, and the tensors that a replay writes."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = run()
-    return graph, outputs
-
-
 def poison(tensors: list[Tensor]) -> None:
     for tensor in tensors:
         tensor.fill_(torch.nan)
@@ -173,16 +157,6 @@ def test_inject_in_place_in_a_cuda_graph() -> None:
     assert_same_cache(receiver, expected)
 
 
-@contextmanager
-def no_sync() -> Iterator[None]:
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_the_guard_against_syncs_works() -> None:
     with pytest.raises(RuntimeError, match="sync"), no_sync():
         torch.ones(1, device="cuda").item()
@@ -209,18 +183,6 @@ def test_nothing_syncs(gates: str) -> None:
     everything()  # compiles
     with no_sync():
         everything()
-
-
-def compiled_variants() -> dict[str, int]:
-    """How many variants each kernel has been compiled to in this process."""
-    kernels = importlib.import_module("lcf_fast.kernels")
-    counts = {}
-    for info in pkgutil.iter_modules(kernels.__path__):
-        module = importlib.import_module(f"lcf_fast.kernels.{info.name}")
-        for name, function in vars(module).items():
-            if hasattr(function, "device_caches") and function.__module__ == module.__name__:
-                counts[name] = sum(len(cache[0]) for cache in function.device_caches.values())
-    return counts
 
 
 @pytest.mark.parametrize("method", ["fuse", "inject"])

@@ -1,0 +1,439 @@
+"""Pooling of a cache to k slots, forward: k learned queries a head in one read of the cache.
+
+``a[j] = softmax over tokens of q_j·K_t / sqrt(D)``, ``K~_j = sum a K``, ``V~_j = sum a V`` for j < k. Two launches for
+all layers:
+
+1. `pool_slots_kernel`: a program owns a chunk of tokens of one layer, batch item and head, and carries k softmax states
+   ``(max, sum, acc_K, acc_V)`` over it, a step of tokens at a time; each byte of the cache is read once for all slots;
+2. `merge_slots_kernel` merges the chunks' states. A context of one chunk needs no second launch.
+
+States of disjoint tokens merge exactly, in any grouping: a context may be pooled in pieces, or on several devices. A
+state of no token is ``(-inf, 0, 0, 0)``. ``states`` ``(.., k, 2, D)`` (0 = K, 1 = V) and ``stats`` ``(.., k, 2)`` (max,
+sum) are float32.
+
+Sums are float32 throughout; float32 factors of 16-bit tiles are split in three (`common.exact_dot`), so nothing is
+rounded to 16 bits.
+
+Cost. Bytes: the cache once, ``2·D`` elements a token, layer and head; 2,000 tokens of Qwen3-0.6B (28 layers, 8 heads,
+D = 128, bfloat16): 229 MB, 53 us at an H200's 4.3 TB/s. States: ``8·D`` bytes a slot and chunk, written and read:
+k = 8, chunks of 256 tokens: 14.7 MB each way, most of it within L2. FLOPs: k is padded to K = 16, 32 or 64; a step has
+one product for the scores (the query in the cache's dtype; else three) and three each for K and V: ``14·K·D`` a token
+and head. Padding k = 8 to 16: 28,672 FLOPs for 512 bytes, 56 a byte, where the chip's ratio is 184 (790 TFLOP/s): a
+third of the bytes' time. K = 32: two thirds. K = 64: 224 a byte, 1.2 times the bytes' time: above 32 slots it is the
+products that count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    TRITON_DTYPE,
+    WEIGHT_SCALE,
+    address_tables,
+    alike_runs,
+    device_guard,
+    dot,
+    dot_precision,
+    exact_dot,
+    needs_wide_offsets,
+    pointer_of,
+    row_offsets,
+    target_of,
+)
+from .merging import finite_or_zero
+from .policy import PROCESSORS, known_target
+from .slot_policy import SlotPoolConfig, chunk_tokens, slot_pool_config
+
+Pair = tuple[Tensor, Tensor]
+
+
+@triton.jit(do_not_specialize=["tokens", "slots", "groups", "chunks", "steps", "batch", "stride_mask_batch"])
+def pool_slots_kernel(
+    keys,
+    values,
+    query,
+    mask,
+    states,
+    stats,
+    out_key,
+    out_value,
+    tokens,
+    slots,
+    groups,
+    chunks,
+    steps,
+    batch,
+    stride_query_layer,
+    stride_query_slot,
+    stride_key_batch,
+    stride_key_head,
+    stride_key_token,
+    stride_value_batch,
+    stride_value_head,
+    stride_value_token,
+    stride_mask_batch,
+    stride_mask_token,
+    LAYERS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+    IS_QUERY_EXACT: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Reduce ``steps`` tiles of BLOCK_T tokens of one (layer, batch item, head) to a state each of BLOCK_K slots.
+
+    Axis 0: ``[slot group, chunk, head, batch item, layer]``, group fastest, so that the groups of a chunk read it at
+    the same time.
+
+    ``keys``, ``values``: launch tables. ``query (L, k, H, D)``, its last two axes contiguous; IS_QUERY_EXACT: it has
+    more digits than the cache's dtype holds. ``states (L, B, H, chunks, k, 2, D)``, ``stats (L, B, H, chunks, k, 2)``
+    float32. IS_WHOLE: the one chunk is the whole context, and the result goes to ``out_key``, ``out_value``
+    ``(L, B, k, H, D)`` float32; else those are not written.
+    """
+    IS_HALF: tl.constexpr = tl.float32 != DTYPE
+    i_group = tl.program_id(0) % groups
+    i_program = tl.program_id(0) // groups
+    i_chunk = i_program % chunks
+    i_row = i_program // chunks  # (layer, batch item, head)
+    i_head = i_row % HEADS
+    i_batch = (i_row // HEADS) % batch
+    i_layer = i_row // (HEADS * batch)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < HEAD_DIM
+    o_k = i_group * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_k = o_k < slots
+    m_kd = m_k[:, None] & m_d[None, :]
+    o_t = tl.arange(0, BLOCK_T)
+    begin = i_chunk * steps * BLOCK_T
+    end = tl.minimum(begin + steps * BLOCK_T, tokens)
+
+    p_query = query + i_layer.to(tl.int64) * stride_query_layer + i_head * HEAD_DIM
+    b_query = tl.load(p_query + o_k[:, None] * stride_query_slot + o_d[None, :], mask=m_kd, other=0.0)
+    if IS_QUERY_EXACT or not IS_HALF:
+        b_query = b_query.to(tl.float32)
+    p_key = pointer_of(keys, i_layer, LAYERS, DTYPE, IS_ALIGNED)
+    p_key += i_batch.to(tl.int64) * stride_key_batch + i_head.to(tl.int64) * stride_key_head
+    p_value = pointer_of(values, i_layer, LAYERS, DTYPE, IS_ALIGNED)
+    p_value += i_batch.to(tl.int64) * stride_value_batch + i_head.to(tl.int64) * stride_value_head
+    o_key = row_offsets(o_t, stride_key_token, IS_WIDE)[:, None] + o_d[None, :]
+    o_value = row_offsets(o_t, stride_value_token, IS_WIDE)[:, None] + o_d[None, :]
+    if HAS_MASK:
+        p_mask = mask + i_batch.to(tl.int64) * stride_mask_batch
+
+    maximum = tl.full([BLOCK_K], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_K], dtype=tl.float32)
+    acc_key = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+    acc_value = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+    for i in range(0, tl.cdiv(end - begin, BLOCK_T)):
+        i_start = begin + i * BLOCK_T
+        # Padding is never loaded: what lies there (NaN, too) can not reach a sum.
+        m_t = i_start + o_t < end
+        if HAS_MASK:
+            o_mask = (i_start + o_t).to(tl.int64) * stride_mask_token
+            m_t = m_t & (tl.load(p_mask + o_mask, mask=m_t, other=0) != 0)
+        m_td = m_t[:, None] & m_d[None, :]
+        # The scalar base takes the 64-bit part, so that a tile's offsets, which stay in registers, are 32-bit.
+        i_start64 = i_start.to(tl.int64)
+        b_key = tl.load((p_key + i_start64 * stride_key_token) + o_key, mask=m_td, other=0.0)
+        b_value = tl.load((p_value + i_start64 * stride_value_token) + o_value, mask=m_td, other=0.0)
+        b_score = tl.zeros([BLOCK_K, BLOCK_T], dtype=tl.float32)
+        if IS_HALF and IS_QUERY_EXACT:
+            b_score = exact_dot(b_query, tl.trans(b_key), b_score, DTYPE)
+        else:
+            b_score = dot(b_query, tl.trans(b_key), b_score, PRECISION)
+        b_score = tl.where(m_t[None, :], b_score * SCALE, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(b_score, 1))
+        shift = finite_or_zero(new_maximum)
+        keep = tl.exp(maximum - shift)
+        b_weight = tl.exp(b_score - shift[:, None])
+        total = total * keep + tl.sum(b_weight, 1)
+        maximum = new_maximum
+        acc_key *= keep[:, None]
+        acc_value *= keep[:, None]
+        if IS_HALF:
+            b_weight *= WEIGHT_SCALE
+            acc_key = exact_dot(b_weight, b_key, acc_key, DTYPE)
+            acc_value = exact_dot(b_weight, b_value, acc_value, DTYPE)
+        else:
+            acc_key = dot(b_weight, b_key, acc_key, PRECISION)
+            acc_value = dot(b_weight, b_value, acc_value, PRECISION)
+    if IS_HALF:
+        acc_key /= WEIGHT_SCALE
+        acc_value /= WEIGHT_SCALE
+
+    if IS_WHOLE:  # no token at all: 0 / 0, NaN
+        o_out = ((i_row // HEADS).to(tl.int64) * slots + o_k) * (HEADS * HEAD_DIM) + i_head * HEAD_DIM
+        tl.store(out_key + o_out[:, None] + o_d[None, :], acc_key / total[:, None], mask=m_kd)
+        tl.store(out_value + o_out[:, None] + o_d[None, :], acc_value / total[:, None], mask=m_kd)
+    else:
+        o_state = i_program.to(tl.int64) * slots + o_k
+        tl.store(stats + 2 * o_state, maximum, mask=m_k)
+        tl.store(stats + 2 * o_state + 1, total, mask=m_k)
+        p_state = states + (o_state * (2 * HEAD_DIM))[:, None] + o_d[None, :]
+        tl.store(p_state, acc_key, mask=m_kd)
+        tl.store(p_state + HEAD_DIM, acc_value, mask=m_kd)
+
+
+@triton.jit(do_not_specialize=["parts", "slots"])
+def merge_slots_kernel(
+    states,
+    stats,
+    out_states,
+    out_stats,
+    out_key,
+    out_value,
+    parts,
+    slots,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IS_LAST: tl.constexpr,
+):
+    """Merge the ``parts`` states of one slot of one row (layer, batch item, head), BLOCK_P a step.
+
+    ``states (L, B, H, parts, k, 2, D)``, ``stats (L, B, H, parts, k, 2)``, contiguous. IS_LAST: the result goes to
+    ``out_key``, ``out_value`` ``(L, B, k, H, D)``; else to ``out_states``, ``out_stats``, without the parts' axis.
+    """
+    i_program = tl.program_id(0)
+    i_slot = i_program % slots
+    i_row = i_program // slots
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < HEAD_DIM
+    maximum = tl.full([], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([], dtype=tl.float32)
+    b_key = tl.zeros([BLOCK_D], dtype=tl.float32)
+    b_value = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for i in range(0, tl.cdiv(parts, BLOCK_P)):
+        o_p = i * BLOCK_P + tl.arange(0, BLOCK_P)
+        m_p = o_p < parts
+        m_pd = m_p[:, None] & m_d[None, :]
+        o_state = (i_row.to(tl.int64) * parts + o_p) * slots + i_slot
+        part_maximum = tl.load(stats + 2 * o_state, mask=m_p, other=float("-inf"))
+        part_total = tl.load(stats + 2 * o_state + 1, mask=m_p, other=0.0)
+        p_state = states + (o_state * (2 * HEAD_DIM))[:, None] + o_d[None, :]
+        part_key = tl.load(p_state, mask=m_pd, other=0.0)
+        part_value = tl.load(p_state + HEAD_DIM, mask=m_pd, other=0.0)
+        new_maximum = tl.maximum(maximum, tl.max(part_maximum, 0))
+        shift = finite_or_zero(new_maximum)
+        keep = tl.exp(maximum - shift)
+        weight = tl.exp(part_maximum - shift)
+        maximum = new_maximum
+        total = total * keep + tl.sum(weight * part_total, 0)
+        b_key = b_key * keep + tl.sum(weight[:, None] * part_key, 0)
+        b_value = b_value * keep + tl.sum(weight[:, None] * part_value, 0)
+    if IS_LAST:  # no token at all: 0 / 0, NaN
+        o_out = (i_row // HEADS).to(tl.int64) * slots + i_slot
+        o_out = (o_out * HEADS + i_row % HEADS) * HEAD_DIM + o_d
+        tl.store(out_key + o_out, b_key / total, mask=m_d)
+        tl.store(out_value + o_out, b_value / total, mask=m_d)
+    else:
+        o_out = i_program.to(tl.int64)
+        tl.store(out_stats + 2 * o_out, maximum)
+        tl.store(out_stats + 2 * o_out + 1, total)
+        tl.store(out_states + o_out * (2 * HEAD_DIM) + o_d, b_key, mask=m_d)
+        tl.store(out_states + o_out * (2 * HEAD_DIM) + HEAD_DIM + o_d, b_value, mask=m_d)
+
+
+def _launch_pool(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    slot_query: Tensor,
+    attention_mask: Tensor | None,
+    config: SlotPoolConfig,
+    out: Pair | None,
+) -> Pair:
+    """Launch the pooling of layers that lie alike: to ``out`` ``(L, B, k, H, D)``, or to the chunks' states.
+
+    Returns ``out`` if one chunk was enough and it was given, else ``states (L, B, H, chunks, k, 2, D)`` and ``stats``.
+    """
+    layers = len(keys)
+    batch, heads, tokens, head_dim = keys[0].shape
+    slots = slot_query.shape[1]
+    rows = layers * batch * heads
+    groups = triton.cdiv(slots, config.block_slots)
+    processors = PROCESSORS[known_target(target_of(keys[0]))]
+    chunk = chunk_tokens(config, rows * groups, tokens, slots, keys[0].element_size(), processors)
+    chunks = triton.cdiv(tokens, chunk)
+    (key_table, value_table), aligned = address_tables(keys, values)
+    is_whole = out is not None and chunks == 1
+    made = out
+    if out is None or not is_whole:
+        shape = (layers, batch, heads, chunks, slots, 2)
+        made = keys[0].new_empty(*shape, head_dim, dtype=torch.float32), keys[0].new_empty(shape, dtype=torch.float32)
+    assert made is not None
+    pool_slots_kernel[(rows * chunks * groups,)](
+        key_table,
+        value_table,
+        slot_query,
+        slot_query if attention_mask is None else attention_mask,
+        *made,
+        *(made if out is None else out),
+        tokens,
+        slots,
+        groups,
+        chunks,
+        chunk // config.block_tokens,
+        batch,
+        slot_query.stride(0),
+        slot_query.stride(1),
+        *keys[0].stride()[:3],
+        *values[0].stride()[:3],
+        *((0, 0) if attention_mask is None else attention_mask.stride()),
+        LAYERS=len(key_table),
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        BLOCK_K=config.block_slots,
+        BLOCK_T=config.block_tokens,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        SCALE=head_dim**-0.5,
+        HAS_MASK=attention_mask is not None,
+        IS_ALIGNED=aligned,
+        IS_WIDE=needs_wide_offsets(config.block_tokens, keys[0], values[0]),
+        IS_QUERY_EXACT=slot_query.dtype != keys[0].dtype,
+        IS_WHOLE=is_whole,
+        DTYPE=TRITON_DTYPE[keys[0].dtype],
+        PRECISION=dot_precision(keys[0].dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages if attention_mask is None else config.masked_stages,
+    )
+    return made
+
+
+def _launch_merge(states: Tensor, stats: Tensor, config: SlotPoolConfig, out: Pair | None) -> Pair:
+    """Launch the merge over axis 3 of contiguous states: to ``out``, or to states without that axis."""
+    layers, batch, heads, parts, slots = stats.shape[:5]
+    head_dim = states.shape[-1]
+    made = out
+    if made is None:
+        shape = (layers, batch, heads, slots, 2)
+        made = states.new_empty(*shape, head_dim), stats.new_empty(shape)
+    merge_slots_kernel[(layers * batch * heads * slots,)](
+        states,
+        stats,
+        *made,
+        *made,
+        parts,
+        slots,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        BLOCK_P=config.merge_parts,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        IS_LAST=out is not None,
+        num_warps=config.merge_warps,
+    )
+    return made
+
+
+def _config(tensor: Tensor, slots: int) -> SlotPoolConfig:
+    """The policy's row for a cache or for states, whose last axis is the head's."""
+    return slot_pool_config(tensor.shape[-1], tensor.element_size(), slots, known_target(target_of(tensor)))
+
+
+def loadable_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """The mask in elements of at least 4 bytes: the least that a load in a software pipeline takes, and the tokens'
+    loads wait for the mask's. One small launch for all layers."""
+    if attention_mask is not None and attention_mask.element_size() < 4:
+        return attention_mask.to(torch.int32)
+    return attention_mask
+
+
+def _rows_contiguous(slot_query: Tensor) -> Tensor:
+    """The query with its heads contiguous; slots may be a slice."""
+    is_flat = slot_query.stride(-1) == 1 and slot_query.stride(-2) == slot_query.shape[-1]
+    return slot_query if is_flat else slot_query.contiguous()
+
+
+def pool_slots(sharer: Sequence[Pair], slot_query: Tensor, *, attention_mask: Tensor | None = None) -> Pair:
+    """Launch the pooling of all layers to k slots. Arguments are checked by ``lcf_fast.ops``.
+
+    Args:
+        sharer: one ``(key, value)`` a layer, ``(B, H, N, D)``, last stride 1, ``N >= 1``; one may serve several layers.
+            Neighbouring layers with equal strides share a launch.
+        slot_query: ``(L, k, H, D)``, k from 1 to 64; of the cache's dtype or float32.
+        attention_mask: ``(B, N)`` bool or integer, zero where the token is padding.
+
+    Returns:
+        ``slot_key, slot_value`` ``(L, B, k, H, D)`` float32; NaN where a row has no token to pool.
+    """
+    keys, values = [key for key, _ in sharer], [value for _, value in sharer]
+    batch, heads, _, head_dim = keys[0].shape
+    shape = (len(keys), batch, slot_query.shape[1], heads, head_dim)
+    pooled = keys[0].new_empty(shape, dtype=torch.float32), keys[0].new_empty(shape, dtype=torch.float32)
+    if not pooled[0].numel():
+        return pooled
+    slot_query = _rows_contiguous(slot_query)
+    config = _config(keys[0], shape[2])
+    with device_guard(keys[0]):
+        attention_mask = loadable_mask(attention_mask)
+        for run in alike_runs(keys, values, len(keys)):
+            out = pooled[0][run], pooled[1][run]
+            made = _launch_pool(keys[run], values[run], slot_query[run], attention_mask, config, out)
+            if made is not out:
+                _launch_merge(*made, config, out)
+    return pooled
+
+
+def pool_slot_states(sharer: Sequence[Pair], slot_query: Tensor, *, attention_mask: Tensor | None = None) -> Pair:
+    """Pool a piece of a context to states that merge with others' (`merge_slot_states`). Arguments of `pool_slots`.
+
+    Returns ``states (L, B, H, k, 2, D)`` and ``stats (L, B, H, k, 2)``, float32.
+    """
+    keys, values = [key for key, _ in sharer], [value for _, value in sharer]
+    batch, heads, _, head_dim = keys[0].shape
+    shape = (len(keys), batch, heads, slot_query.shape[1], 2)
+    states = keys[0].new_empty(*shape, head_dim, dtype=torch.float32)
+    stats = keys[0].new_empty(shape, dtype=torch.float32)
+    if not stats.numel():
+        return states, stats
+    slot_query = _rows_contiguous(slot_query)
+    config = _config(keys[0], shape[3])
+    with device_guard(keys[0]):
+        attention_mask = loadable_mask(attention_mask)
+        for run in alike_runs(keys, values, len(keys)):
+            made = _launch_pool(keys[run], values[run], slot_query[run], attention_mask, config, None)
+            if made[1].shape[3] > 1:
+                made = _launch_merge(*made, config, None)
+            states[run] = made[0].view_as(states[run])
+            stats[run] = made[1].view_as(stats[run])
+    return states, stats
+
+
+def merge_slot_states(states: Tensor, stats: Tensor) -> Pair:
+    """Merge R states of disjoint tokens: ``states (L, B, H, R, k, 2, D)``, ``stats (L, B, H, R, k, 2)``, float32.
+
+    Returns both without the R axis; R = 0 gives the state of no token.
+    """
+    if not stats.shape[:3].numel() * stats.shape[4]:
+        return states.sum(3), stats.sum(3)
+    with device_guard(states):
+        return _launch_merge(states.contiguous(), stats.contiguous(), _config(states, stats.shape[4]), None)
+
+
+def finish_slot_states(states: Tensor, stats: Tensor) -> Pair:
+    """``slot_key, slot_value`` ``(L, B, k, H, D)`` of whole contexts' states ``(L, B, H, k, 2, D)``, ``(.., k, 2)``.
+
+    NaN where a row has no token.
+    """
+    layers, batch, heads, slots = stats.shape[:4]
+    shape = (layers, batch, slots, heads, states.shape[-1])
+    pooled = states.new_empty(shape), states.new_empty(shape)
+    if pooled[0].numel():
+        with device_guard(states):
+            config = _config(states, slots)
+            _launch_merge(states.contiguous().unsqueeze(3), stats.contiguous().unsqueeze(3), config, pooled)
+    return pooled

@@ -1,0 +1,218 @@
+"""The slot kernels at the policy's configurations: cases of the compile gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from case import Case, make
+
+from lcf_fast.kernels import slot_pooling, slot_pooling_backward, slot_projection
+from lcf_fast.kernels.common import head_chunk
+from lcf_fast.kernels.slot_policy import (
+    SlotExpandConfig,
+    slot_backward_config,
+    slot_expand_config,
+    slot_expand_options,
+    slot_fold_config,
+    slot_pool_config,
+)
+
+#: Qwen3-0.6B: 28 layers, tables padded to 32; 8 KV heads.
+LAYERS = 32
+HEADS = 8
+FLOATS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+def pool_case(
+    chip: str,
+    head_dim: int,
+    dtype: str,
+    slots: int,
+    *,
+    has_mask: bool = False,
+    aligned: bool = True,
+    exact_query: bool = False,
+    whole: bool = False,
+) -> Case:
+    """A chunk of tokens to a state a slot. 16-bit dtypes must use tensor instructions."""
+    config = slot_pool_config(head_dim, BYTES[dtype], slots, chip)
+    tables = ("keys", "values")
+    types: dict[str, Any] = dict.fromkeys(tables, ("i64",) * LAYERS)
+    types |= {"query": "*fp32" if exact_query else f"*{dtype}", "mask": "*i32" if has_mask else f"*{dtype}"}
+    types |= dict.fromkeys(("states", "stats", "out_key", "out_value"), "*fp32")
+    constexprs = {
+        "LAYERS": LAYERS,
+        "HEADS": HEADS,
+        "HEAD_DIM": head_dim,
+        "BLOCK_K": config.block_slots,
+        "BLOCK_T": config.block_tokens,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "SCALE": head_dim**-0.5,
+        "HAS_MASK": has_mask,
+        "IS_ALIGNED": aligned,
+        "IS_WIDE": False,
+        "IS_QUERY_EXACT": exact_query,
+        "IS_WHOLE": whole,
+        "DTYPE": FLOATS[dtype],
+        "PRECISION": "ieee",
+    }
+    if has_mask:
+        constexprs["stride_mask_token"] = 1  # what stride 1 is specialised to
+    marks = (("-mask", has_mask), ("-odd", not aligned), ("-exact", exact_query), ("-whole", whole))
+    name = f"slots-{head_dim}-{dtype}-{slots}{''.join(mark for mark, on in marks if on)}"
+    return make(
+        name,
+        slot_pooling.pool_slots_kernel,
+        types,
+        constexprs,
+        config.num_warps,
+        config.masked_stages if has_mask else config.num_stages,
+        () if aligned else tables,
+        expect_mma=dtype != "fp32",
+    )
+
+
+def merge_case(chip: str, head_dim: int, *, is_last: bool) -> Case:
+    """States of chunks to one, or to the pooled key and value."""
+    config = slot_pool_config(head_dim, 2, 8, chip)
+    names = ("states", "stats", "out_states", "out_stats", "out_key", "out_value")
+    constexprs = {
+        "HEADS": HEADS,
+        "HEAD_DIM": head_dim,
+        "BLOCK_P": config.merge_parts,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "IS_LAST": is_last,
+    }
+    name = f"merge-slots-{head_dim}{'-last' if is_last else ''}"
+    return make(name, slot_pooling.merge_slots_kernel, dict.fromkeys(names, "*fp32"), constexprs, config.merge_warps)
+
+
+def backward_case(chip: str, head_dim: int, dtype: str, slots: int) -> Case:
+    """A chunk's part of the queries' gradient, with a mask."""
+    config = slot_backward_config(head_dim, BYTES[dtype], slots, chip)
+    types: dict[str, Any] = dict.fromkeys(("keys", "values"), ("i64",) * LAYERS) | {"mask": "*i32"}
+    names = ("query", "stats", "centers", "grad_key", "grad_value", "partials", "residuals")
+    types |= dict.fromkeys(names, "*fp32")
+    constexprs = {
+        "stride_mask_token": 1,
+        "LAYERS": LAYERS,
+        "HEADS": HEADS,
+        "HEAD_DIM": head_dim,
+        "BLOCK_K": config.block_slots,
+        "BLOCK_T": config.block_tokens,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "SCALE": head_dim**-0.5,
+        "HAS_MASK": True,
+        "IS_ALIGNED": True,
+        "IS_WIDE": False,
+        "DTYPE": FLOATS[dtype],
+        "PRECISION": "ieee",
+    }
+    return make(
+        f"slots-backward-{head_dim}-{dtype}-{slots}",
+        slot_pooling_backward.pool_slots_backward_kernel,
+        types,
+        constexprs,
+        config.num_warps,
+        config.masked_stages,
+        expect_mma=dtype != "fp32",
+    )
+
+
+def fold_case(dtype: str, rows: int, *, channels: int = 1024, width: int = 128) -> Case:
+    """Pooled slots through W_down."""
+    config = slot_fold_config(BYTES[dtype], rows)
+    types: dict[str, Any] = dict.fromkeys(("slot_key", "slot_value", "latent"), "*fp32")
+    types |= dict.fromkeys(("down_weight", "down_bias", "slot_embedding"), f"*{dtype}")
+    constexprs = {
+        "CHANNELS": channels,
+        "WIDTH": width,
+        "BLOCK_R": config.block_rows,
+        "BLOCK_W": config.block_width,
+        "BLOCK_C": head_chunk(channels, config.block_channels),
+        "DTYPE": FLOATS[dtype],
+        "PRECISION": "ieee",
+    }
+    return make(
+        f"slots-down-{channels}-{dtype}-{config.block_rows}",
+        slot_projection.fold_slots_kernel,
+        types,
+        constexprs,
+        config.num_warps,
+        config.num_stages,
+        expect_mma=dtype != "fp32",
+    )
+
+
+def expand_case(
+    width: int, dtype: str, config: SlotExpandConfig, *, head_dim: int = 128, aligned: bool = True, weights: str = ""
+) -> Case:
+    """Latents through FFN blocks and up-projection; ``weights``: their dtype, if not the destination's."""
+    tables = ("keys", "values")
+    types: dict[str, Any] = dict.fromkeys(tables, ("i64",) * LAYERS) | {"latent": "*fp32"}
+    names = ("norm_weight", "ffn_in_weight", "ffn_out_weight", "up_weight", "up_bias")
+    types |= dict.fromkeys(names, f"*{weights or dtype}")
+    constexprs = {
+        "LAYERS": LAYERS,
+        "IS_ALIGNED": aligned,
+        "HEADS": HEADS,
+        "HEAD_DIM": head_dim,
+        "WIDTH": width,
+        "HIDDEN": 4 * width,
+        "BLOCKS": 2,
+        "BLOCK_R": config.block_rows,
+        "BLOCK_C": head_chunk(head_dim, config.block_channels),
+        "BLOCK_F": config.block_hidden,
+        "SPLITS": config.splits,
+        "EPS": 1e-6,
+        "DTYPE": FLOATS[dtype],
+        "PRECISION": "ieee",
+    }
+    marks = ("" if head_dim == 128 else f"-{head_dim}") + ("" if aligned else "-odd") + (weights and f"-{weights}")
+    return make(
+        f"expand-{width}-{dtype}-{config.block_rows}{marks}",
+        slot_projection.expand_slots_kernel,
+        types,
+        constexprs,
+        config.num_warps,
+        config.num_stages,
+        () if aligned else tables,
+        expect_mma=dtype != "fp32",
+    )
+
+
+def cases(chip: str) -> list[Case]:
+    """What is compiled for ``chip``: the published width at 8 and 64 slots; on sm_90 every width and form."""
+    built = [pool_case(chip, 128, "bf16", slots) for slots in (8, 64)]
+    built.append(merge_case(chip, 128, is_last=True))
+    built.append(pool_case(chip, 128, "bf16", 8, has_mask=True))
+    built.append(backward_case(chip, 128, "bf16", 8))
+    built.append(fold_case("bf16", 8))
+    small = slot_expand_config(128, 2, 2, chip, 28, 8, 132)
+    built += [expand_case(128, "bf16", config) for config in (slot_expand_options(128, 2, chip)[0], small)]
+    if chip != "sm_90":
+        return built
+    built += [pool_case(chip, head_dim, "bf16", slots) for head_dim in (64, 256) for slots in (8, 32, 64)]
+    built += [pool_case(chip, head_dim, "fp32", slots) for head_dim in (64, 128, 256) for slots in (8, 64)]
+    built.append(pool_case(chip, 128, "bf16", 32))
+    built.append(pool_case(chip, 80, "bf16", 8))
+    built.append(pool_case(chip, 96, "fp16", 8, whole=True))
+    built.append(pool_case(chip, 128, "bf16", 8, aligned=False))
+    built += [pool_case(chip, 128, "bf16", slots, exact_query=True) for slots in (8, 64)]
+    built += [backward_case(chip, head_dim, "bf16", 64) for head_dim in (64, 128, 256)]
+    built += [backward_case(chip, head_dim, "fp32", 64) for head_dim in (128, 256)]
+    built += [fold_case("bf16", rows) for rows in (32, 64)]
+    built += [fold_case("fp16", 8), fold_case("fp32", 8), fold_case("bf16", 8, channels=240, width=70)]
+    for width in (64, 128, 256, 512):
+        if width != 128:
+            built += [expand_case(width, "bf16", config) for config in slot_expand_options(width, 2, chip)]
+        built.append(expand_case(width, "fp32", slot_expand_options(width, 4, chip)[0]))
+    built.append(expand_case(128, "fp16", small, head_dim=80))
+    built.append(expand_case(128, "bf16", small, aligned=False))
+    built.append(expand_case(128, "bf16", slot_expand_config(128, 2, 4, chip, 28, 8, 132), weights="fp32"))
+    built.append(merge_case(chip, 256, is_last=True))
+    built.append(merge_case(chip, 128, is_last=False))
+    return built
