@@ -7,7 +7,7 @@ published size alone takes as much memory as a model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice, product
 from string import ascii_lowercase
@@ -30,9 +30,11 @@ from ..channels import (
     NoneChannel,
     Request,
     Sharer,
+    SlotsChannel,
     TextChannel,
 )
 from ..config import CacheGeometry, LCFConfig
+from ..slots import LatentSlots
 from .failures import EvaluationError
 
 __all__ = ["CROSS", "SHARED", "Group", "Makers", "given_groups", "random_groups", "stand_in_tokenizer"]
@@ -40,6 +42,8 @@ __all__ = ["CROSS", "SHARED", "Group", "Makers", "given_groups", "random_groups"
 #: Both read the same; each reads its own.
 SHARED, CROSS = "shared context", "cross context"
 Makers = dict[str, Callable[[], Channel]]
+#: Slots of the random adapter.
+SLOTS = 8
 #: Of a text for real tokenizers: common words, most of them a token each.
 _COMMON = """the of and to in is that for it was on are as with his they at be this from have or by one had not but what
 all were when we there can an your which their said if do will each about how up out them then she many some so"""
@@ -107,7 +111,7 @@ def random_groups(
 
     Args:
         sharer, receiver: configs of transformers, of one vocabulary; None: Qwen2.5-0.5B's and Qwen3-0.6B's.
-        bottleneck: of LCF and LCF-X.
+        bottleneck: of LCF, LCF-X and slots.
         c2c: widths of C2C's fuser other than the published ones.
 
     Raises:
@@ -136,8 +140,9 @@ def random_groups(
     def own() -> Agent:  # of both groups
         return build("receiver")
 
-    def adapter(config: LCFConfig) -> LatentCacheFlow:
-        return LatentCacheFlow(config, device=device, dtype=dtype).eval().requires_grad_(False)
+    def adapter(config: LCFConfig) -> Any:
+        kind = LatentSlots if config.slots else LatentCacheFlow
+        return kind(config, device=device, dtype=dtype).eval().requires_grad_(False)
 
     def fuser() -> C2CFuser:
         made = C2CFuser(C2CConfig(sides["sharer"], sides["receiver"], **dict(c2c or {})), device=device, dtype=dtype)
@@ -154,11 +159,12 @@ def random_groups(
     def open_cross() -> Makers:
         agents = _by_role(own, cache(lambda: Agent("sharer", own().model, tokenizer())))
         config = LCFConfig(sides["receiver"], sides["receiver"], bottleneck=bottleneck, cross_context=True)
-        return _cross(agents, text_tokens, lambda: adapter(config), words)
+        with_slots = replace(config, slots=SLOTS)
+        return _cross(agents, text_tokens, lambda: adapter(config), lambda: adapter(with_slots), words)
 
     words = tuple(islice(_words(), len(_ROLES), sizes["receiver"] - 1))
     limits = {role: _limit(config) for role, config in configs.items()}
-    notes, width = tuple(text_tokens), {"bottleneck": bottleneck}
+    notes, width = tuple(text_tokens), {"bottleneck": bottleneck, "slots": SLOTS}
     return [
         Group(SHARED, open_shared, words, notes, min(limits.values()), {**labels, **width, "c2c": dict(c2c or {})}),
         Group(CROSS, open_cross, words, notes, limits["receiver"], {**labels, "sharer": labels["receiver"], **width}),
@@ -180,7 +186,7 @@ def given_groups(
     load: Callable[[], Mapping[str, Agent]],
     configs: Mapping[str, Any],
     *,
-    adapters: Sequence[LatentCacheFlow] = (),
+    adapters: Sequence[LatentCacheFlow | LatentSlots] = (),
     fuser: C2CFuser | None = None,
     one_model: bool,
     settings: Mapping[str, Any],
@@ -190,35 +196,34 @@ def given_groups(
     Args:
         load: the ``"sharer"`` and the ``"receiver"``; called when a channel is made.
         configs: theirs.
-        adapters: at most one LCF and one LCF-X, in eval mode, of the models' dtype; as ``fuser``.
+        adapters: at most one LCF, one LCF-X and one of slots, in eval mode, of the models' dtype; as ``fuser``.
         one_model: both are the very same model, so that KVComm takes part.
 
     Raises:
         EvaluationError: two adapters of one kind.
     """
-    kinds: dict[bool, LatentCacheFlow] = {}
+    kinds: dict[str, LatentCacheFlow | LatentSlots] = {}
     for adapter in adapters:
-        if adapter.config.cross_context in kinds:
-            name = "LCF-X" if adapter.config.cross_context else "LCF"
-            raise EvaluationError("--adapter", expected="at most one LCF and one LCF-X", got=f"two {name}")
-        kinds[adapter.config.cross_context] = adapter
+        if adapter.config.mode in kinds:
+            raise EvaluationError("--adapter", expected="at most one of a kind", got=f"two of {adapter.config.mode}")
+        kinds[adapter.config.mode] = adapter
 
     @cache
     def loaded() -> dict[str, Agent]:
         return {role: _endless(agent) for role, agent in load().items()}
 
-    def giving(adapter: LatentCacheFlow | C2CFuser | None) -> Any:
+    def giving(adapter: LatentCacheFlow | LatentSlots | C2CFuser | None) -> Any:
         return None if adapter is None else lambda: adapter
 
     agents = _by_role(lambda: loaded()["receiver"], lambda: loaded()["sharer"])
     limit, notes, words = min(map(_limit, configs.values())), tuple(text_tokens), tuple(_COMMON.split())
 
     def open_cross() -> Makers:
-        makers = _cross(agents, notes, giving(kinds.get(True)), words)
+        makers = _cross(agents, notes, giving(kinds.get("lcf_x")), giving(kinds.get("slots")), words)
         return makers if one_model else {name: make for name, make in makers.items() if name != "kvcomm"}
 
     def open_shared() -> Makers:
-        return _shared(agents, notes, giving(kinds.get(False)), giving(fuser))
+        return _shared(agents, notes, giving(kinds.get("lcf")), giving(fuser))
 
     return [
         Group(SHARED, open_shared, words, notes, limit, settings),
@@ -273,12 +278,16 @@ def _cross(
     agents: Callable[[str], Agent],
     text_tokens: Sequence[int],
     adapter: Callable[[], LatentCacheFlow] | None,
+    slots: Callable[[], LatentSlots] | None,
     words: Sequence[str],
 ) -> Makers:
-    def latent() -> Channel:
-        assert adapter is not None
-        made = adapter()
-        return LCFXChannel(agents("receiver"), made, [Sharer(agents("sharer"), made)])
+    def crossing(kind: Any, made: Callable[[], Any]) -> Callable[[], Channel]:
+        def channel() -> Channel:
+            adapter = made()
+            channel: Channel = kind(agents("receiver"), adapter, [Sharer(agents("sharer"), adapter)])
+            return channel
+
+        return channel
 
     def shared_layers() -> Channel:
         channel = KVCommChannel(agents("receiver"), [agents("sharer")])
@@ -293,5 +302,7 @@ def _cross(
         **_notes(agents, text_tokens),
     }
     if adapter is not None:
-        makers["lcf_x"] = latent
+        makers["lcf_x"] = crossing(LCFXChannel, adapter)
+    if slots is not None:
+        makers["slots"] = crossing(SlotsChannel, slots)
     return {**makers, "kvcomm": shared_layers}

@@ -29,7 +29,7 @@ PROTOCOL = Protocol(
     batch=3, context_tokens=23, question_tokens=5, max_new_tokens=3, rounds=1, warmup=1, brief_warmup=True
 )
 SHARED_NAMES = ["none", "text_3", "text_9", "lcf", "c2c", "c2c_as_released"]
-CROSS_NAMES = ["none", "full_context", "text_3", "text_9", "lcf_x", "kvcomm"]
+CROSS_NAMES = ["none", "full_context", "text_3", "text_9", "lcf_x", "slots", "kvcomm"]
 
 
 def tiny_config(role: str, **more: Any) -> Any:
@@ -143,7 +143,7 @@ def test_a_whole_run_on_both_groups(tmp_path: Path) -> None:
             assert (one["bytes"] == 0) == (name == "none")
             assert one["launches"] is None
             assert set(one["speedups"]) == {"text_3", "text_9"}
-            assert (parts["communication"] > 0) == (name in ("lcf", "lcf_x", "kvcomm", "c2c", "c2c_as_released"))
+            assert (parts["communication"] > 0) == (name in ("lcf", "lcf_x", "slots", "kvcomm", "c2c", "c2c_as_released"))
     shared = cells[0]["channels"]
     assert shared["c2c"]["bytes"] == shared["c2c_as_released"]["bytes"] == shared["lcf"]["bytes"]
     assert "random weights" in cells[0]["settings"]["sharer"]
@@ -181,7 +181,7 @@ def test_the_default_is_the_published_pair_with_its_whole_vocabulary() -> None:
     """Nothing is built by opening."""
     shared, cross = random_groups((50, 200), device=CPU, dtype=torch.float32)
     assert list(shared.open()) == ["none", "text_50", "text_200", "lcf", "c2c", "c2c_as_released"]
-    assert list(cross.open()) == ["none", "full_context", "text_50", "text_200", "lcf_x", "kvcomm"]
+    assert list(cross.open()) == ["none", "full_context", "text_50", "text_200", "lcf_x", "slots", "kvcomm"]
     assert shared.limit == 32_768
     assert cross.limit == 40_960
     assert "Qwen2.5-0.5B" in shared.settings["sharer"]
@@ -277,7 +277,7 @@ def test_one_model_on_both_sides_brings_kvcomm(world: Path, tmp_path: Path) -> N
         (["--text-tokens", "0"], "--text-tokens"),
         (["--context-tokens", "500"], "--context-tokens: expected"),
         (["--channels", "nobody"], "some of none, text_5"),
-        (["--adapter", "LCF", "--adapter", "LCF"], "two LCF"),
+        (["--adapter", "LCF", "--adapter", "LCF"], "two of lcf"),
         (["--adapter", "MODEL"], "config.json"),
         (["--device", "cuda"], "--device"),
         (["--device", "nonsense"], "--device"),
