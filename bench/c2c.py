@@ -1,73 +1,55 @@
-"""C2C's fuser (Fu et al., "Cache-to-Cache", arXiv 2510.03215), one receiver layer, for comparison at the same shapes.
+"""C2C's fuser (Fu et al., "Cache-to-Cache", arXiv 2510.03215) at the same shapes, for comparison: another method.
 
-Written from the paper's description, for inference: no analysis copies, no promotion to float32, no clones. So it
-shows the method's cost, not that of its released code.
+Twice: as this package runs it, and operation by operation as its released code does (`lcf_fast.c2c.faithful`), which
+shows what of the time is the method's and what its code's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lcf_fast import CacheGeometry
+from lcf_fast.c2c import C2CConfig, C2CFuser, C2CProjector, faithful_fuse
 
 Pair = tuple[Tensor, Tensor]
 
 
-class Block(nn.Module):
-    """Residual, pre-norm, two bias-free linears around an exact GELU."""
+def make_fuser(
+    sharer: CacheGeometry,
+    receiver: CacheGeometry,
+    layers: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    **widths: Any,
+) -> C2CFuser:
+    """A fuser of ``layers`` layers with random weights and open gates, in eval mode.
 
-    def __init__(self, hidden: int, inner: int) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(hidden, eps=1e-6)
-        self.w1 = nn.Linear(hidden, inner, bias=False)
-        self.w2 = nn.Linear(inner, hidden, bias=False)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h + self.w2(F.gelu(self.w1(self.norm(h))))
-
-
-class Half(nn.Module):
-    """The network of the keys, or that of the values."""
-
-    def __init__(self, sharer: CacheGeometry, receiver: CacheGeometry, hidden: int, intermediate: int) -> None:
-        super().__init__()
-        self.receiver = receiver
-        self.project = nn.Linear(sharer.channels + receiver.channels, hidden)
-        self.shared = Block(hidden, intermediate)
-        self.weight_block, self.weight_head = Block(hidden, hidden), nn.Linear(hidden, receiver.kv_heads)
-        self.update_block, self.update_out = Block(hidden, intermediate), nn.Linear(hidden, receiver.channels)
-        self.gate_logit = nn.Parameter(torch.ones(()))
-
-    def forward(self, sharer: Tensor, receiver: Tensor) -> Tensor:
-        """``(B, Hs, N, Ds)`` and ``(B, Hr, N, Dr)`` to the edited receiver's ``(B, Hr, N, Dr)``."""
-        joined = torch.cat([sharer.transpose(1, 2).flatten(2), receiver.transpose(1, 2).flatten(2)], -1)
-        h = self.shared(self.project(joined))
-        weight = self.weight_head(self.weight_block(h)).sigmoid().transpose(1, 2)[..., None]
-        update = self.update_out(self.update_block(h))
-        update = update.unflatten(-1, (self.receiver.kv_heads, self.receiver.head_dim)).transpose(1, 2)
-        return receiver + (self.gate_logit > 0) * weight * update
+    Of the geometries only heads and head dims count. ``widths``: other than the published ones.
+    """
+    theirs, own = (CacheGeometry(layers, side.kv_heads, side.head_dim) for side in (sharer, receiver))
+    fuser = C2CFuser(C2CConfig(theirs, own, **widths), device=device, dtype=dtype).eval().requires_grad_(False)
+    for name, parameter in fuser.named_parameters():
+        if name.endswith("gate_logit"):
+            parameter.fill_(1.0)
+    return fuser
 
 
-class C2CFuser(nn.Module):
-    """One receiver layer: 17,066,002 parameters for Qwen2.5-0.5B -> Qwen3-0.6B."""
-
-    def __init__(
-        self, sharer: CacheGeometry, receiver: CacheGeometry, *, hidden: int = 1024, intermediate: int = 1024
-    ) -> None:
-        super().__init__()
-        self.key = Half(sharer, receiver, hidden, intermediate)
-        self.value = Half(sharer, receiver, hidden, intermediate)
-
-    def forward(self, sharer: Pair, receiver: Pair) -> Pair:
-        return self.key(sharer[0], receiver[0]), self.value(sharer[1], receiver[1])
+def fuse(fuser: C2CFuser, sharer: Sequence[Pair], receiver: Sequence[Pair]) -> list[Pair]:
+    """The first layers of caches, edited: a pair a layer of the fuser. The networks alone, no checks around them."""
+    found = []
+    for projector, theirs, own in zip(fuser.projectors, sharer, receiver):
+        assert isinstance(projector, C2CProjector)
+        found.append(projector(theirs, own, live=(True, True)))
+    return found
 
 
-def make_fusers(
-    sharer: CacheGeometry, receiver: CacheGeometry, layers: int, *, device: torch.device, dtype: torch.dtype
-) -> list[C2CFuser]:
-    """``layers`` fusers with random weights."""
-    with torch.device(device):
-        fusers = [C2CFuser(sharer, receiver) for _ in range(layers)]
-    return [fuser.to(dtype).eval().requires_grad_(False) for fuser in fusers]
+def fuse_as_released(fuser: C2CFuser, sharer: Sequence[Pair], receiver: Sequence[Pair]) -> list[Pair]:
+    """The same, with all that the released code does besides."""
+    layers = len(fuser.kept)
+    edited: list[Pair] = faithful_fuse(fuser, list(sharer[:layers]), list(receiver[:layers]))
+    return edited

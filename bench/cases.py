@@ -21,6 +21,8 @@ LATENT_BYTES = 4
 PIECES = 4
 #: Messages that are injected as one, where several are.
 MESSAGES = 4
+#: In the name of C2C's fuser where it is run as its released code runs it.
+AS_RELEASED = ", as released"
 
 
 @dataclass(frozen=True)

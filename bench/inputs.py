@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig, Message, PartialPool, Spans, reference
 from lcf_fast.adapter import parameter_shapes
+from lcf_fast.architectures import SEED
 from lcf_fast.spans import windows
 
 from .cases import MESSAGES, PIECES, Group, kept_layers
-from .models import SEED
 
 Pair = tuple[Tensor, Tensor]
 #: Tokens from one overlapping window's start to the next one's: half a window.

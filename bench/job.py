@@ -143,6 +143,9 @@ class Job:
                 continue
             variant = replace(one.variant, name=f"{one.variant.name}, CUDA graph")
             graph = replace(one, variant=variant, is_graph=True)
+            if one.variant.no_graph:
+                found.append(replace(graph, skip=f"not captured: {one.variant.no_graph}"))
+                continue
             try:
                 calls[variant.name] = list(timing.graphed(calls[one.variant.name]))
             except Exception as error:  # what cannot be captured is a loss to be shown, not the end of the job

@@ -16,42 +16,13 @@ import torch
 from torch import Tensor
 
 from lcf_fast import CacheGeometry
+from lcf_fast.architectures import PUBLISHED_VOCABULARY, published_config, random_model
 from lcf_fast.caches import cache_layers
 
 Pair = tuple[Tensor, Tensor]
 TEXT = Path(__file__).with_name("text.txt")
-SEED = 20260807
 #: Byte-level ids: one a byte.
 BYTES = 256
-#: The published vocabulary of both models, which random weights leave out.
-PUBLISHED_VOCABULARY = 151_936
-
-# The config.json of Qwen/Qwen2.5-0.5B-Instruct and of Qwen/Qwen3-0.6B, but for the vocabulary.
-_QWEN25: dict[str, Any] = {
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32_768,
-}
-_QWEN3: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40_960,
-}
-_BOTH: dict[str, Any] = {
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
-    "tie_word_embeddings": True,
-    "use_sliding_window": False,
-    "vocab_size": BYTES,
-}
 
 
 @dataclass(frozen=True)
@@ -79,20 +50,16 @@ def load(where: str | None, role: str, *, device: torch.device, dtype: torch.dty
         OSError, ValueError: as transformers raises them for what it cannot load.
     """
     try:
-        from transformers import AutoModel, AutoTokenizer, Qwen2Config, Qwen3Config
+        from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging
     except ImportError as error:
         raise RuntimeError(f"the main job makes its caches with transformers 5, which is missing: {error}") from error
     logging.set_verbosity_error()  # the missing head and the tokenizer are meant to be missing
     logging.disable_progress_bar()
     if where is None:
-        if role == "sharer":
-            config: Any = Qwen2Config(**_QWEN25, **_BOTH)
-            name = "Qwen2.5-0.5B"
-        else:
-            config = Qwen3Config(**_QWEN3, **_BOTH)
-            name = "Qwen3-0.6B"
-        model = _random_model(AutoModel, config, device, dtype)
+        name = "Qwen2.5-0.5B" if role == "sharer" else "Qwen3-0.6B"
+        config = published_config(role, vocabulary=BYTES)
+        model = random_model(AutoModel, config, device, dtype)
         label = f"{name} architecture, random weights, vocabulary {BYTES} of {PUBLISHED_VOCABULARY} (bytes)"
         return Source(model, None, CacheGeometry.of(config), label)
     model = AutoModel.from_pretrained(where, dtype=dtype).eval().requires_grad_(False).to(device)
@@ -109,24 +76,6 @@ def _tokenizer(auto: Any, where: str) -> Any:
         return tokenizer if tokenizer("The tide", add_special_tokens=False)["input_ids"] else None
     except Exception:  # differs by tokenizer class
         return None
-
-
-def _random_model(auto: Any, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The architecture with random weights: the published initialisation's scale, fixed seed, no slow default init."""
-    with torch.device("meta"):
-        model = auto.from_config(config, dtype=dtype)
-    model = model.to_empty(device=device).eval().requires_grad_(False)
-    model.rotary_emb = type(model.rotary_emb)(config=config).to(device)  # its buffers are computed, not loaded
-    generator = torch.Generator(device).manual_seed(SEED)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            bound = config.initializer_range * 3**0.5  # a uniform's standard deviation is its bound over sqrt(3)
-            parameter.uniform_(-bound, bound, generator=generator)
-        elif name.endswith("bias"):
-            parameter.uniform_(-1.0, 1.0, generator=generator)  # the published key biases are far from zero
-        else:
-            parameter.fill_(1.0)
-    return model
 
 
 def paragraphs() -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .cases import AS_RELEASED
 from .report import disturbed, number, plural
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -55,7 +56,8 @@ def _c2c(rows: Sequence[dict[str, Any]]) -> list[str]:
     found = []
     for row in sorted((r for r in rows if r["kind"] == "other" and r["time"]), key=lambda r: r["tokens"]):
         covers = "one layer alone" if row["layers"] == 1 else f"{row['layers']} layers"
-        found.append(f"{number(row['time']['median_ms'])} ms for {covers} at N = {row['tokens']}")
+        how = AS_RELEASED if AS_RELEASED in row["variant"] else ""
+        found.append(f"{number(row['time']['median_ms'])} ms for {covers} at N = {row['tokens']}{how}")
     return [f"C2C's fuser at the same shapes, another method: {'; '.join(found)}."] if found else []
 
 
@@ -106,17 +108,31 @@ def table(files: Sequence[Path]) -> str:
     return "\n\n".join([*parts, note, f"Made by `{COMMAND}`."])
 
 
-def replaced(readme: str, content: str) -> str:
+def replaced(readme: str, content: str, begin: str = BEGIN, end: str = END) -> str:
     """The text with ``content`` between its markers.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    before, found, rest = readme.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not found or not closed or BEGIN in rest or END in after:
-        raise ValueError(f"expected {BEGIN} and {END}, once each and in this order")
-    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+    before, found, rest = readme.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed or begin in rest or end in after:
+        raise ValueError(f"expected {begin} and {end}, once each and in this order")
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
+def written(content: str, path: Path | None, begin: str = BEGIN, end: str = END) -> int:
+    """Put it between the markers of a file, or on stdout; the exit status."""
+    if path is None:
+        print(content)
+        return 0
+    try:
+        text = replaced(path.read_text(encoding="utf-8"), content, begin, end)
+    except ValueError as error:
+        print(f"{path}: {error}", file=sys.stderr)
+        return 1
+    path.write_text(text, encoding="utf-8")
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,17 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("results", type=Path, nargs="+", metavar="JSON", help="files of bench/results/")
     parser.add_argument("--write", type=Path, metavar="FILE", help=f"put it between {BEGIN} and {END} there")
     given = parser.parse_args(arguments)
-    content = table(given.results)
-    if given.write is None:
-        print(content)
-        return 0
-    try:
-        text = replaced(given.write.read_text(encoding="utf-8"), content)
-    except ValueError as error:
-        print(f"{given.write}: {error}", file=sys.stderr)
-        return 1
-    given.write.write_text(text, encoding="utf-8")
-    return 0
+    return written(table(given.results), given.write)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lcf_fast import Message, ops, reference
 
-from .c2c import make_fusers
+from .c2c import fuse, fuse_as_released, make_fuser
+from .cases import AS_RELEASED
 from .inputs import Operands
 
 Run = Callable[[Operands], Any]
@@ -35,6 +36,7 @@ class Variant:
         run: what is timed.
         layers: how many layers it covers where that is not all of the group's, else None.
         note: what a reader must know of the figure.
+        no_graph: why it cannot be a CUDA graph; empty: it is tried.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Variant:
     run: Run
     layers: int | None = None
     note: str = ""
+    no_graph: str = ""
 
 
 def flatten(result: Any, kept: Sequence[int]) -> list[Tensor]:
@@ -348,19 +351,29 @@ def baselines(group: str, o: Operands) -> list[Variant]:
             flash = _pooling(group, flash_pool, offsets.to(o.spans.device), int(offsets.diff().max()))
             found.append(Variant(f"{again}flash-attn", "baseline", flash))
     if group == "lcf":
-        found.append(_c2c(o, len(o.kept) if on_gpu else 1))
+        found += _c2c(o, len(o.kept) if on_gpu else 1)
     return found
 
 
-def _c2c(o: Operands, layers: int) -> Variant:
+def _c2c(o: Operands, layers: int) -> list[Variant]:
+    """C2C as this package runs it, and as its released code does; on a CPU one layer of it."""
     key = o.receiver[0][0]
-    fusers = make_fusers(o.config.sharer, o.config.receiver, layers, device=key.device, dtype=key.dtype)
-
-    def run(operands: Operands) -> list[Pair]:
-        return [fuser(s, r) for fuser, s, r in zip(fusers, operands.sharer, operands.receiver)]
-
+    fuser = make_fuser(o.config.sharer, o.config.receiver, layers, device=key.device, dtype=key.dtype)
     every = len(o.kept)
-    if layers == every:
-        return Variant("C2C fuser", "other", run, note="another method, at the same shapes")
-    note = f"another method, at the same shapes; per layer: ONE of {every} layers was run"
-    return Variant(f"C2C fuser, 1 layer of {every}", "other", run, layers=layers, note=note)
+    note = "another method, at the same shapes"
+    part, covers = "", None
+    if layers < every:
+        note += f"; per layer: ONE of {every} layers was run"
+        part, covers = f", 1 layer of {every}", layers
+
+    def variant(name: str, call: Callable[..., Any], no_graph: str = "") -> Variant:
+        def run(one: Operands) -> list[Pair]:
+            found: list[Pair] = call(fuser, one.sharer, one.receiver)
+            return found
+
+        return Variant(f"{name}{part}", "other", run, layers=covers, note=note, no_graph=no_graph)
+
+    return [
+        variant("C2C fuser", fuse),
+        variant(f"C2C fuser{AS_RELEASED}", fuse_as_released, "it copies to the host in every layer"),
+    ]

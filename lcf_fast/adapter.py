@@ -117,6 +117,8 @@ class LatentCacheFlow(Summarizes, nn.Module):
         self._kept, self._reads = kept, reads
         self._gates: tuple[Tensor, int, int, Live] | None = None
         self.gate_temperature = 1.0
+        #: Of "sharer" and "receiver", where known, which models it was trained between (`weights_sample`).
+        self.trained_between: dict[str, str] = {}
         #: Digests of other sharers' halves whose messages are taken.
         self.accepted_sharers: frozenset[str] = frozenset()
         self.reset_parameters()
@@ -495,7 +497,8 @@ class LatentCacheFlow(Summarizes, nn.Module):
             directory: the folder.
             device: where the parameters go; None: the CPU.
             dtype: of the parameters; None: as saved.
-            sharer, receiver: the models it is meant for (or their configs, or CacheGeometry), to be checked.
+            sharer, receiver: the models it is meant for, to be checked: that it was trained between them, where it
+                says so. Of their configs, or CacheGeometry, the geometry alone is checked.
 
         Raises:
             CheckpointError: missing, damaged, or of an unknown version. GeometryError: not for these models.

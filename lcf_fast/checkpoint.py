@@ -23,6 +23,7 @@ from .config import CacheGeometry, LCFConfig
 from .errors import CheckpointError, GeometryError, LCFError
 from .files import write_whole
 from .fingerprint import Origin, is_digest
+from .reading.model_fingerprint import weights_sample
 
 if TYPE_CHECKING:
     from .adapter import LatentCacheFlow
@@ -40,6 +41,7 @@ SIDE_FILE = "sharer.safetensors"
 FORMAT = "lcf_fast.adapter"
 SIDE_FORMAT = "lcf_fast.sharer"
 FORMAT_VERSION = 1
+_ROLES = {"sharer", "receiver"}
 
 
 def save(adapter: LatentCacheFlow | LatentSlots, directory: str | os.PathLike[str]) -> None:
@@ -48,6 +50,8 @@ def save(adapter: LatentCacheFlow | LatentSlots, directory: str | os.PathLike[st
     if adapter.config.cross_context:
         description["origin"] = _origin_entry(adapter.origin)
         description["accepted_sharers"] = sorted(adapter.accepted_sharers)
+    if adapter.trained_between:
+        description["trained_between"] = adapter.trained_between
     _save(adapter, directory, WEIGHTS_FILE, description)
 
 
@@ -118,6 +122,11 @@ def load(
         raise CheckpointError(f"{path}: receiver_layers", expected=expected, got=f"{kept} reading {reads}")
     for name, model, geometry in (("sharer", sharer, config.sharer), ("receiver", receiver, config.receiver)):
         _check_model(name, model, geometry, folder)
+    between = description.get("trained_between", {})
+    if not isinstance(between, dict) or not between.keys() <= _ROLES or not all(map(is_digest, between.values())):
+        raise CheckpointError(f"{path}: trained_between", expected="digests of the models", got=repr(between)[:80])
+    for name, model in (("sharer", sharer), ("receiver", receiver)):
+        _check_weights(name, model, between.get(name), folder)
     origin, accepted = None, description.get("accepted_sharers", [])
     if config.cross_context and "origin" in description:  # adapters of before there were digests have none
         origin = _origin(path, description["origin"])
@@ -130,6 +139,7 @@ def load(
     if origin is not None:
         adapter._set_origin(origin)
     adapter.accepted_sharers = frozenset(accepted)
+    adapter.trained_between = dict(between)
     return adapter.to(device=device, dtype=dtype).eval()
 
 
@@ -206,6 +216,16 @@ def _origin(path: Path, entry: Any) -> Origin:
 def _check_model(name: str, model: Any, geometry: CacheGeometry, folder: Path) -> None:
     if model is not None and (wanted := CacheGeometry.of(model)) != geometry:
         raise GeometryError(name, expected=f"an adapter for {wanted}", got=f"{folder}, for {geometry}")
+
+
+def _check_weights(name: str, model: Any, digest: str | None, folder: Path) -> None:
+    """That a model, where it is one with weights, is the one that the adapter was trained with."""
+    if digest is None or not isinstance(model, nn.Module):
+        return
+    found = weights_sample(model)
+    if found is not None and found != digest:
+        expected = f"the model that {folder} was trained with, {digest[:8]} (of another, give its geometry alone)"
+        raise GeometryError(name, expected=expected, got=f"one of other weights, {found[:8]}")
 
 
 def _fill(module: nn.Module, path: Path, entry: dict[str, Any], kept: tuple[int, ...], reads: tuple[int, ...]) -> None:

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .demo.command import add_demo_command
+from .demo.study_command import add_study_command
 from .errors import LCFError
 from .evaluation.eval_command import add_eval_command
+from .evaluation.latency_command import add_latency_command
 from .training.commands import add_cache_command, add_train_command
 from .training.converters import add_convert_command
 from .training.prune_command import add_prune_command
@@ -44,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_cache_command(commands)
     add_prune_command(commands)
     add_eval_command(commands)
+    add_latency_command(commands)
     add_demo_command(commands)
+    add_study_command(commands)
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)

@@ -66,6 +66,7 @@ class LatentSlots(HasOrigin, nn.Module):
 
     Attributes:
         accepted_sharers: digests of other sharers' halves whose messages are taken.
+        trained_between: of "sharer" and "receiver", where known, which models it was trained between.
     """
 
     receiver_layers: Tensor
@@ -93,6 +94,7 @@ class LatentSlots(HasOrigin, nn.Module):
         for name, layers in (("receiver_layers", self._kept), ("sharer_layers", self._reads)):
             self.register_buffer(name, torch.tensor(layers, dtype=torch.int64, device=device))
         self.accepted_sharers: frozenset[str] = frozenset()
+        self.trained_between: dict[str, str] = {}
         self.reset_parameters()
 
     @torch.no_grad()

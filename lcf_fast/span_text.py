@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import DTypeError, SpanError
 
-__all__ = ["Bounds", "paragraph_bounds", "sentence_bounds", "turn_bounds"]
+__all__ = ["Bounds", "paragraph_bounds", "paragraphs_of", "sentence_bounds", "turn_bounds"]
 
 #: Half-open ranges ``(start, stop)``.
 Bounds = list[tuple[int, int]]
@@ -69,6 +69,12 @@ def paragraph_bounds(text: str) -> Bounds:
     """
     _check_text("text", text)
     return _tiles(text, _paragraph_starts(text))
+
+
+def paragraphs_of(text: str) -> tuple[str, ...]:
+    """The paragraphs of :func:`paragraph_bounds` themselves, without outer white space; none that is empty."""
+    parts = (text[start:stop].strip() for start, stop in paragraph_bounds(text))
+    return tuple(part for part in parts if part)
 
 
 def sentence_bounds(text: str) -> Bounds:

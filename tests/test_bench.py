@@ -20,7 +20,7 @@ from bench.__main__ import main
 from bench.rows import add_speedups
 from bench.settings import default_settings
 from helpers import Geometry, make_cache
-from lcf_fast import CacheGeometry, LCFConfig, ops, reference
+from lcf_fast import CacheGeometry, LCFConfig, architectures, ops, reference
 from lcf_fast.config import c2c_parameters_per_layer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,21 +81,25 @@ def test_every_part_of_lcfx_is_counted_once() -> None:
 
 def test_c2c_has_the_papers_size() -> None:
     with torch.device("meta"):
-        fuser = c2c.C2CFuser(cases.QWEN25, cases.QWEN3)
-    count = sum(parameter.numel() for parameter in fuser.parameters())
-    assert count == 17_066_002 == c2c_parameters_per_layer(cases.QWEN25, cases.QWEN3)
+        fuser = c2c.make_fuser(cases.QWEN25, cases.QWEN3, 1, device=torch.device("meta"), dtype=torch.float32)
+    assert fuser.parameter_count() == 17_066_002 == c2c_parameters_per_layer(cases.QWEN25, cases.QWEN3)
     work = cases.c2c_fuser(cases.Shape(LCF, 1, 0, layers=28, itemsize=2))
     assert round(work.flops / 1e6) == 956
 
 
-def test_c2c_edits_the_receiver_through_its_gates() -> None:
-    sharer, receiver = Geometry(1, 2, 16), Geometry(1, 3, 8)
-    fuser = c2c.C2CFuser(CacheGeometry(*sharer), CacheGeometry(*receiver), hidden=32, intermediate=24)
-    (heard,), (own,) = make_cache(sharer, 2, 5), make_cache(receiver, 2, 5)
-    key, value = fuser(heard, own)
-    assert key.shape == own[0].shape and not torch.equal(key, own[0]) and not torch.equal(value, own[1])
-    fuser.key.gate_logit.fill_(-1.0)
-    assert torch.equal(fuser(heard, own)[0], own[0])
+def test_c2c_edits_the_receiver_alike_both_ways() -> None:
+    sharer, receiver = Geometry(4, 2, 16), Geometry(5, 3, 8)
+    sides = CacheGeometry(*sharer), CacheGeometry(*receiver)
+    fuser = c2c.make_fuser(*sides, 2, device=CPU, dtype=torch.float32, hidden=32, intermediate=24)
+    heard, own = make_cache(sharer, 2, 5), make_cache(receiver, 2, 5)
+    kept = [(key.clone(), value.clone()) for key, value in own]
+    found, released = c2c.fuse(fuser, heard, own), c2c.fuse_as_released(fuser, heard, own)
+    assert len(found) == len(released) == 2
+    for ours, theirs, before, was in zip(found, released, own, kept):
+        for one, other, old, left in zip(ours, theirs, before, was):
+            assert one.shape == old.shape and float((one - old).abs().max()) > 1e-3
+            torch.testing.assert_close(one, other)
+            assert torch.equal(old, left), "the receiver's own cache was edited"
 
 
 # --- models and text
@@ -120,16 +124,13 @@ def _model_with_vocabulary(size: int) -> Any:
 
 def test_the_published_architectures() -> None:
     transformers = pytest.importorskip("transformers")
-    for kind, given, geometry in (
-        (transformers.Qwen2Config, models._QWEN25, cases.QWEN25),
-        (transformers.Qwen3Config, models._QWEN3, cases.QWEN3),
-    ):
-        config = kind(**given, **models._BOTH)
+    for role, geometry in (("sharer", cases.QWEN25), ("receiver", cases.QWEN3)):
+        config = architectures.published_config(role, vocabulary=models.BYTES)
         assert CacheGeometry.of(config) == geometry
         with torch.device("meta"):
             body = transformers.AutoModel.from_config(config)
         # The published totals, less the embedding that is cut to the bytes: 494.0M and 596.0M.
-        cut = (models.PUBLISHED_VOCABULARY - models.BYTES) * given["hidden_size"]
+        cut = (architectures.PUBLISHED_VOCABULARY - models.BYTES) * config.hidden_size
         total = sum(parameter.numel() for parameter in body.parameters()) + cut
         assert total == {"qwen2": 494_032_768, "qwen3": 596_049_920}[config.model_type]
 
@@ -215,7 +216,8 @@ def test_rows_of_a_gpu_are_cold_and_hot_and_graphed(group: str, monkeypatch: pyt
     assert min(seen) > 1, "inputs are not rotated"
     timed = [row for row in rows if row["time"]]
     graphs = [row for row in timed if row["variant"].endswith(", CUDA graph")]
-    assert len(timed) == 2 * len(graphs) >= 4
+    single = [row for row in timed if cases.AS_RELEASED in row["variant"]]  # copies to the host: no graph can
+    assert len(single) == (group == "lcf") and len(timed) - len(single) == 2 * len(graphs) >= 4
     for row in timed:
         assert row["time"]["regime"] == "cold" and row["time_hot"]["median_ms"] > 0 and row["host_us"] == 12.5
         assert (row["kernels"], row["peak_mb"]) == ((None, None) if row in graphs else (3, 1.5))

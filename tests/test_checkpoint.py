@@ -16,6 +16,7 @@ from adapters import RECEIVER, SHARER, assert_equal, make_adapter, make_caches
 from safetensors.torch import load_file, save_file
 
 from lcf_fast import CacheGeometry, CheckpointError, GeometryError, LatentCacheFlow, LCFConfig, LCFError, checkpoint
+from lcf_fast.reading.model_fingerprint import weights_sample
 
 QWEN25, QWEN3 = CacheGeometry(24, 2, 64), CacheGeometry(28, 8, 128)
 NINE = (6, 8, 9, 10, 15, 16, 17, 19, 21)  # the paper's best nine
@@ -200,3 +201,35 @@ def test_a_damaged_folder_is_told_before_a_weight_is_used(
     with pytest.raises(LCFError, match=text) as caught:
         LatentCacheFlow.from_pretrained(folder)
     assert isinstance(caught.value, CheckpointError)
+
+
+def test_models_of_other_weights_than_it_was_trained_with_are_refused(tmp_path: Path) -> None:
+    """Whatever dtype they are loaded in, with a head or without; a geometry alone has no weights to be of."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    made = Qwen2Config(num_hidden_layers=2, num_key_value_heads=1, **sizes)
+    first, other = (Qwen2ForCausalLM(made) for _ in range(2))
+    geometry = CacheGeometry.of(first)
+    adapter = LatentCacheFlow(LCFConfig(geometry, geometry, bottleneck=64))
+    adapter.trained_between = {"sharer": weights_sample(first) or "", "receiver": weights_sample(other) or ""}
+    adapter.save_pretrained(tmp_path)
+    for sharer, receiver in ((first, other), (first.model, None), (None, other.bfloat16()), (geometry, geometry)):
+        again = LatentCacheFlow.from_pretrained(tmp_path, sharer=sharer, receiver=receiver)
+        assert again.trained_between == adapter.trained_between
+    again.prune([1]).save_pretrained(tmp_path / "pruned")
+    for folder in (tmp_path, tmp_path / "pruned"):
+        with pytest.raises(GeometryError, match=r"sharer: expected the model that .* was trained with"):
+            LatentCacheFlow.from_pretrained(folder, sharer=other, receiver=other)
+        with pytest.raises(GeometryError, match="give its geometry alone"):
+            LatentCacheFlow.from_pretrained(folder, receiver=first)
+    with torch.no_grad():
+        first.model.layers[1].mlp.down_proj.weight.zero_()
+    with pytest.raises(GeometryError, match="sharer"):
+        LatentCacheFlow.from_pretrained(tmp_path, sharer=first)
+    description = json.loads((tmp_path / "config.json").read_text())
+    damaged: tuple[object, ...] = ([], {"third": "0" * 32}, {"sharer": "short"})
+    for broken in damaged:
+        (tmp_path / "config.json").write_text(json.dumps({**description, "trained_between": broken}))
+        with pytest.raises(CheckpointError, match="trained_between"):
+            LatentCacheFlow.from_pretrained(tmp_path)

@@ -6,35 +6,27 @@ import json
 import math
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tiny_folders import save_tiny_model
+from guides import COLOURS, follow, package_source, read_guide, refusals, save_hotpotqa, save_models
 
 from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig
 from lcf_fast.adapter import parameter_shapes
-from lcf_fast.cli import main
 from lcf_fast.training.data import parse_example
 from lcf_fast.training.settings import TrainingSettings
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
 
-ROOT = Path(__file__).resolve().parents[1]
-GUIDE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-#: ``(language, text)`` in order.
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
-COLOURS = ["red", "blue", "green", "grey", "white", "black", "pink"]
+GUIDE, BLOCKS = read_guide("training.md")
 
 
 def make_files(folder: Path) -> None:
     """What the guide finds in the folder that it is followed in."""
-    save_tiny_model(folder / "Qwen/Qwen2.5-0.5B-Instruct", "qwen2", layers=3, seed=0)
-    save_tiny_model(folder / "Qwen/Qwen3-0.6B", "qwen3", layers=4, seed=1)
+    save_models(folder)
     items = [
         {"conversations": [{"from": "human", "value": f"Say {word} {i}."}, {"from": "gpt", "value": word}]}
         for i in range(60)
@@ -42,40 +34,7 @@ def make_files(folder: Path) -> None:
     ]
     (folder / "openhermes2_5.json").write_text(json.dumps(items), encoding="utf-8")
     for name in ("hotpot_train_v1.1.json", "hotpot_dev_distractor_v1.json"):
-        questions = [hotpot_item(i, word) for i, word in enumerate(COLOURS * 2)]
-        (folder / name).write_text(json.dumps(questions), encoding="utf-8")
-
-
-def hotpot_item(number: int, answer: str) -> dict[str, Any]:
-    return {
-        "_id": f"{number:024x}",
-        "type": "bridge",
-        "level": "easy",
-        "question": "What colour is it?",
-        "answer": answer,
-        "supporting_facts": [["Page 2", 0], ["Page 7", 0]],
-        "context": [[f"Page {i}", [f"It is {answer}." if i in (2, 7) else "Nothing."]] for i in range(10)],
-    }
-
-
-def follow(script: str, variables: dict[str, str]) -> list[list[str]]:
-    """Run a block of bash in this process: assignments and `lcf-fast` are all that it may hold.
-
-    `torchrun`, which starts processes, is left to the slow test; returned are the commands that were run.
-    """
-    ran = []
-    for line in script.replace("\\\n", " ").splitlines():
-        words = shlex.split(re.sub(r"\$(\w+)", lambda name: variables[name[1]], line), comments=True)
-        if not words or words[0] == "torchrun":
-            continue
-        assigned = re.fullmatch(r"([A-Z]+)=(.*)", words[0], re.DOTALL)
-        if assigned and len(words) == 1:
-            variables[assigned[1]] = assigned[2]
-            continue
-        assert words[0] == "lcf-fast", f"the guide has a command that this test does not know: {line}"
-        assert main(words[1:]) == 0, line
-        ran.append(words)
-    return ran
+        save_hotpotqa(folder / name)
 
 
 def test_the_guide_works_from_data_to_a_pruned_adapter_in_use(
@@ -127,10 +86,9 @@ def test_the_guide_is_whole() -> None:
 
 
 def test_what_is_refused_is_what_the_package_says() -> None:
-    table = GUIDE.split("| it says |")[1].splitlines()[2:]
-    said = [fragment for row in table for fragment in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    said = refusals(GUIDE)
     assert len(said) > 18
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "lcf_fast").rglob("*.py"))
+    source = package_source()
     for fragment in said:
         assert fragment in source, fragment
 

@@ -43,6 +43,7 @@ class C2CConfig:
 
     #: What training asks of an adapter: C2C fuses position by position, as LCF does.
     cross_context = False
+    slots = 0
 
     def __post_init__(self) -> None:
         for name in ("sharer", "receiver"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -34,6 +35,12 @@ class Agent:
     ) -> None:
         self.name, self.model = name, model
         self.reader = ChatReader(name, tokenizer, template_options)
+
+    def called(self, name: str) -> Agent:
+        """The same agent under another name."""
+        other = copy(self)
+        other.name = name
+        return other
 
     @property
     def tokenizer(self) -> Any:

@@ -61,6 +61,14 @@ class Channel(ABC):
         ``room``: new tokens that must fit behind the prompt.
         """
 
+    def check(self, requests: Sequence[Request], room: int) -> None:
+        """Refuse what `prepare` would refuse of these requests, by their texts alone: no model runs.
+
+        Raises:
+            As `prepare`: too long for a model, a template that refuses them, a decoy that is missing.
+        """
+        self.receiver.prompts([request.asked() for request in requests], room)
+
     @torch.no_grad()
     def answer(self, requests: Sequence[Request], *, max_new_tokens: int = 32, **options: Any) -> list[Answer]:
         """The receiver's answers to a batch of requests.

@@ -170,6 +170,10 @@ class KVCommChannel(Channel):
         with ragged_attention(self.receiver.model):
             return super().next_logits(requests)
 
+    def check(self, requests: Sequence[Request], room: int) -> None:
+        """As `Channel.check`."""
+        self._plan(requests, sent_for(requests, self.control), room)
+
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         """As `Channel.prepare`, with layers of different lengths: to be gone on from within the same
         `ragged_attention`, as `answer` and `next_logits` do."""

@@ -14,6 +14,7 @@ from ..config import CacheGeometry
 from ..errors import GeometryError
 from ..message import Message
 from ..reading.alignment import aligned_chat
+from ..reading.chat import window_size
 from ..reading.padding import shifted_index, shifted_spans
 from ..span_text import Bounds
 from .agent import Agent, padded_left
@@ -84,6 +85,14 @@ class LCFChannel(Channel):
         self.name, self.control, self.seed = name, check_control(control), seed
         self.sharers = sharers_by_name(receiver, sharers)
 
+    def check(self, requests: Sequence[Request], room: int) -> None:
+        """As `Channel.check`."""
+        told = [request.asked() for request in sent_for(requests, self.control)]
+        prompts = self.receiver.prompts([request.asked() for request in requests], room)
+        for name, sharer in self.sharers.items():
+            for row in rows_of(requests, name, self.sharers):
+                self._read(sharer.agent, told[row], len(prompts[row]) - 1)
+
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         receiver, batch = self.receiver, len(requests)
         chats = [request.asked() for request in requests]
@@ -149,10 +158,12 @@ class LCFXChannel(Channel):
         sharers: with the adapter itself, or a `SharerSide`.
         dtype: that messages are stored in, as `Message.to_bytes` takes it.
         control, seed: as `LCFChannel`'s.
-        spans: how a sharer's context is cut: ``"paragraphs"``, as given, or ``"one"``.
-    """
+        spans: how a sharer's context is cut, one of `lcf_fast.reading.chat.SPAN_SCHEMES`.
+        name: as reports call it.
 
-    name = "lcf_x"
+    Raises:
+        SpanError: another way to cut. GeometryError: an adapter for other models.
+    """
 
     def __init__(
         self,
@@ -162,15 +173,27 @@ class LCFXChannel(Channel):
         *,
         dtype: str = "bfloat16",
         spans: str = "paragraphs",
+        name: str = "lcf_x",
         control: str = "matched",
         seed: int = 0,
     ) -> None:
         super().__init__(receiver)
-        if spans not in ("paragraphs", "one"):
-            raise GeometryError("spans", expected="paragraphs or one", got=repr(spans))
-        self.adapter, self.dtype, self.spans = adapter, dtype, spans
+        window_size(spans)
+        self.name, self.adapter, self.dtype, self.spans = name, adapter, dtype, spans
         self.control, self.seed = check_control(control), seed
         self.sharers = sharers_by_name(receiver, sharers)
+
+    def check(self, requests: Sequence[Request], room: int) -> None:
+        """As `Channel.check`."""
+        told = sent_for(requests, self.control)
+        for name, sharer in self.sharers.items():
+            for row in self._told_by(name, told):
+                self._read(sharer.agent, told[row].sharer_contexts[name])
+        super().check(requests, room)
+
+    def _told_by(self, name: str, told: Sequence[Request]) -> list[int]:
+        """The requests that a sharer has something to say to."""
+        return [row for row in rows_of(told, name, self.sharers) if name in told[row].sharer_contexts]
 
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         receiver, batch = self.receiver, len(requests)
@@ -178,7 +201,7 @@ class LCFXChannel(Channel):
         told = sent_for(requests, self.control)
         generator = torch.Generator().manual_seed(self.seed)
         for name, sharer in self.sharers.items():
-            rows = [row for row in rows_of(told, name, self.sharers) if name in told[row].sharer_contexts]
+            rows = self._told_by(name, told)
             if rows:
                 written = self._messages(sharer, [told[row].sharer_contexts[name] for row in rows], clock, generator)
                 for row, data in zip(rows, written):
@@ -219,7 +242,7 @@ class LCFXChannel(Channel):
 
     def _read(self, agent: Agent, paragraphs: Sequence[str]) -> tuple[list[int], Bounds]:
         """Tokens of a sharer's context, without a template as it is asked nothing, and its spans."""
-        tokens, spans = agent.reader.paragraphs(paragraphs, as_one=self.spans == "one")
+        tokens, spans = agent.reader.paragraphs(paragraphs, spans=self.spans)
         agent.check_length(max(2, len(tokens)))
         return tokens, spans
 

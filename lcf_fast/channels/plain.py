@@ -26,6 +26,10 @@ class NoneChannel(Channel):
         """Bytes that cross for it."""
         return 0
 
+    def check(self, requests: Sequence[Request], room: int) -> None:
+        """As `Channel.check`."""
+        self.receiver.prompts([self.chat(request) for request in requests], room)
+
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         receiver = self.receiver
         rows = receiver.prompts([self.chat(request) for request in requests], room)
@@ -48,9 +52,15 @@ class FullContextChannel(NoneChannel):
         self.control = check_text_control(control)
 
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
+        return super().prepare(self._told(requests), clock, room)
+
+    def check(self, requests: Sequence[Request], room: int) -> None:
+        """As `Channel.check`."""
+        super().check(self._told(requests), room)
+
+    def _told(self, requests: Sequence[Request]) -> list[Request]:
         told = sent_for(requests, self.control)
-        contexts = [replace(one, sharer_contexts=other.sharer_contexts) for one, other in zip(requests, told)]
-        return super().prepare(contexts, clock, room)
+        return [replace(one, sharer_contexts=other.sharer_contexts) for one, other in zip(requests, told)]
 
     def chat(self, request: Request) -> list[tuple[str, str]]:
         return request.asked(*self._texts(request))

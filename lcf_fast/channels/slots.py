@@ -65,13 +65,26 @@ class SlotsChannel(Channel):
         self.control, self.seed = check_control(control), seed
         self.sharers = sharers_by_name(receiver, sharers)
 
+    def check(self, requests: Sequence[Request], room: int) -> None:
+        """As `Channel.check`."""
+        told = sent_for(requests, self.control)
+        count = self.adapter.config.slots if self.slots is None else self.slots
+        prompts = self.receiver.prompts([request.asked() for request in requests], room)
+        slots = [0] * len(requests)
+        for name, sharer in self.sharers.items():
+            for row in self._told_by(name, told):
+                self._read(sharer.agent, told[row].sharer_contexts[name])
+                slots[row] += count
+        for prompt, own in zip(prompts, slots):
+            self.receiver.check_length(len(prompt) + own, room)
+
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         receiver, batch = self.receiver, len(requests)
         sent: list[list[bytes]] = [[] for _ in requests]
         told = sent_for(requests, self.control)
         generator = torch.Generator().manual_seed(self.seed)
         for name, sharer in self.sharers.items():
-            rows = [row for row in rows_of(told, name, self.sharers) if name in told[row].sharer_contexts]
+            rows = self._told_by(name, told)
             if rows:
                 written = self._messages(sharer, [told[row].sharer_contexts[name] for row in rows], clock, generator)
                 for row, data in zip(rows, written):
@@ -100,13 +113,21 @@ class SlotsChannel(Channel):
         long_ids, long_mask = with_slots(ids, mask, there, placement=self.placement)
         return Prepared(long_ids, long_mask, cache, sizes)
 
+    def _told_by(self, name: str, told: Sequence[Request]) -> list[int]:
+        """The requests that a sharer has something to say to."""
+        return [row for row in rows_of(told, name, self.sharers) if name in told[row].sharer_contexts]
+
+    def _read(self, agent: Agent, paragraphs: Sequence[str]) -> list[int]:
+        """Tokens of a sharer's context, without a template as it is asked nothing."""
+        tokens: list[int] = agent.reader.text("\n\n".join(paragraphs))[0]
+        agent.check_length(max(2, len(tokens)))
+        return tokens
+
     def _messages(
         self, sharer: Sharer, contexts: Sequence[Sequence[str]], clock: Clock, generator: torch.Generator
     ) -> list[bytes]:
         agent = sharer.agent
-        read = [agent.reader.text("\n\n".join(paragraphs))[0] for paragraphs in contexts]
-        for tokens in read:
-            agent.check_length(max(2, len(tokens)))
+        read = [self._read(agent, paragraphs) for paragraphs in contexts]
         ids, mask = padded_left(read, agent.padding(), agent.device)
         with clock.of("sharer"):
             cache = agent.read(ids, mask)

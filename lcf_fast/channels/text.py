@@ -15,6 +15,8 @@ __all__ = ["TextChannel"]
 
 #: What a sharer is asked; it reads its own context before it and the question behind it.
 INSTRUCTION = "Write down what in the text above helps to answer the following question. Be brief."
+#: How a note stands in the receiver's prompt.
+TEMPLATE = "{note}"
 
 
 class TextChannel(Channel):
@@ -24,7 +26,12 @@ class TextChannel(Channel):
         sharers: by name.
         most_tokens: k: the longest note, in the sharer's tokens.
         instruction: what sharers are asked to do.
-        control: "matched", or "mismatched": sharers write about each request's decoy.
+        template: how a note stands in the receiver's prompt: a text with ``{note}``, and if wanted ``{question}``.
+        control: "matched"; "mismatched": sharers write about each request's decoy; "self": they have read what the
+            receiver has.
+
+    Raises:
+        GeometryError: no token, or a template without ``{note}`` or with a name that it does not know.
     """
 
     def __init__(
@@ -34,6 +41,7 @@ class TextChannel(Channel):
         *,
         most_tokens: int = 200,
         instruction: str = INSTRUCTION,
+        template: str = TEMPLATE,
         control: str = "matched",
     ) -> None:
         super().__init__(receiver)
@@ -41,8 +49,19 @@ class TextChannel(Channel):
         if most_tokens < 1:
             raise GeometryError("most_tokens", expected="1 or more", got=str(most_tokens))
         self.sharers = {sharer.name: sharer for sharer in sharers}
-        self.most_tokens, self.instruction = most_tokens, instruction
+        self.most_tokens, self.instruction, self.template = most_tokens, instruction, template
+        _check_template(template)
         self.name = f"text_{most_tokens}"
+
+    def check(self, requests: Sequence[Request], room: int) -> None:
+        """As `Channel.check`, with the longest note in the prompt, were its tokens the receiver's."""
+        told = sent_for(requests, self.control)
+        sharers = len(self.sharers)
+        for sharer in self.sharers.values():
+            sharer.prompts(
+                self._asked(sharer, [told[row] for row in rows_of(told, sharer.name, self.sharers)]), self.most_tokens
+            )
+        super().check(requests, room + sharers * self.most_tokens)
 
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         notes: list[list[str]] = [[] for _ in requests]
@@ -55,7 +74,10 @@ class TextChannel(Channel):
                 for row, note in zip(rows, written):
                     notes[row].append(note)
         receiver = self.receiver
-        chats = [request.asked(*note) for request, note in zip(requests, notes)]
+        chats = [
+            request.asked(*(self.template.format(note=note, question=request.question) for note in written))
+            for request, written in zip(requests, notes)
+        ]
         ids, mask = padded_left(receiver.prompts(chats, room), receiver.padding(), receiver.device)
         with clock.of("receiver"):
             cache = receiver.read(ids[:, :-1], mask[:, :-1])
@@ -63,12 +85,7 @@ class TextChannel(Channel):
 
     def _write(self, sharer: Agent, requests: Sequence[Request]) -> list[str]:
         """Greedy: what is compared with it does not draw either."""
-        chats = []
-        for request in requests:
-            read = "\n\n".join(request.sharer_contexts.get(sharer.name, ())) or request.context
-            parts = [part for part in (read, self.instruction, request.question) if part.strip()]
-            chats.append([("user", "\n\n".join(parts))])
-        rows = sharer.prompts(chats, self.most_tokens)
+        rows = sharer.prompts(self._asked(sharer, requests), self.most_tokens)
         ids, mask = padded_left(rows, sharer.padding(), sharer.device)
         out = sharer.model.generate(
             ids,
@@ -79,3 +96,22 @@ class TextChannel(Channel):
         )
         found: list[str] = sharer.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in found]
+
+    def _asked(self, sharer: Agent, requests: Sequence[Request]) -> list[list[tuple[str, str]]]:
+        """What a sharer is asked for each request."""
+        chats = []
+        for request in requests:
+            read = "\n\n".join(request.sharer_contexts.get(sharer.name, ())) or request.context
+            parts = [part for part in (read, self.instruction, request.question) if part.strip()]
+            chats.append([("user", "\n\n".join(parts))])
+        return chats
+
+
+def _check_template(template: str) -> None:
+    try:
+        shown = template.format(note="\ue000", question="\ue001")
+    except (KeyError, IndexError, ValueError) as error:
+        expected = "a text with {note}, and {question} if wanted"
+        raise GeometryError("template", expected=expected, got=f"{template!r} ({error})") from None
+    if "\ue000" not in shown:
+        raise GeometryError("template", expected="a text with {note}", got=repr(template))

@@ -15,9 +15,9 @@ import torch
 from ..files import write_whole
 from ..reading.prefill import prefill
 from ..slots import LatentSlots
-from .tasks import CrossItems, characters, written
+from .tasks import CrossItems, SharedItems, characters, written
 
-__all__ = ["agent_tokenizer", "save_agent", "save_items", "save_message"]
+__all__ = ["agent_tokenizer", "save_agent", "save_items", "save_message", "save_questions"]
 
 #: A chat is its contents, one after the other: the agents know no roles.
 _TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -56,6 +56,17 @@ def save_items(items: CrossItems, path: Path) -> None:
         {"id": str(i), "sharer_context": theirs, "receiver_context": mine, "question": key, "answer": answer}
         for i, (theirs, mine, key, answer) in enumerate(zip(sharers, own, keys, answers))
     ]
+    _write(lines, path)
+
+
+def save_questions(items: SharedItems, path: Path) -> None:
+    """JSON lines of shared context: what both models read, and the answer."""
+    asked, answers = written(items.ids), written(items.answers[:, None])
+    lines = [{"id": str(i), "prompt": text, "response": said} for i, (text, said) in enumerate(zip(asked, answers))]
+    _write(lines, path)
+
+
+def _write(lines: list[dict[str, Any]], path: Path) -> None:
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
 
 

@@ -93,8 +93,12 @@ def train_adapter(
     *,
     seed: int,
     watch: Watch,
+    slot_dropout: bool = False,
 ) -> None:
-    """Train in place, one stage after the other. The runs' logs and checkpoints are thrown away."""
+    """Train in place, one stage after the other. The runs' logs and checkpoints are thrown away.
+
+    ``slot_dropout``: so that a message of slots can be cut to any number of them.
+    """
     steps, before = sum(stage.steps for stage, _ in stages), 0
 
     def tell(step: int) -> None:
@@ -110,6 +114,7 @@ def train_adapter(
             seed=seed + number,
             precision="fp32",
             device="cpu",
+            slot_dropout=slot_dropout,
         )
         data = Lessons(sample, seed + number, tell)
         with TemporaryDirectory(prefix="lcf-demo-") as folder:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .run import Experiment, Results
     from .statistics import Accuracy
 
-__all__ = ["check_plot", "print_results", "write_json", "write_png"]
+__all__ = ["check_plot", "new_figure", "print_results", "write_json", "write_png"]
 
 
 def print_results(console: Console, results: Results) -> None:
@@ -87,7 +87,7 @@ def write_json(results: Results, path: Path) -> None:
 
 def check_plot() -> None:
     """Refuse before any work where nothing could be drawn at its end."""
-    _figure()
+    new_figure()
 
 
 def write_png(results: Results, path: Path) -> None:
@@ -96,7 +96,7 @@ def write_png(results: Results, path: Path) -> None:
     Raises:
         BackendError: matplotlib is not installed. OSError: the file cannot be written.
     """
-    figure = _figure()
+    figure = new_figure()
     accuracies, sizes, times = figure.subplots(3, 1, sharex=True, height_ratios=(2, 1, 1))
     names = [experiment.name for experiment in results.experiments]
     for number, channel in enumerate(CHANNELS):
@@ -123,14 +123,19 @@ def write_png(results: Results, path: Path) -> None:
         figure.savefig(file, format="png", dpi=130)
 
 
-def _figure() -> Any:
+def new_figure(size: tuple[float, float] = (9, 8)) -> Any:
+    """An empty figure of so many inches.
+
+    Raises:
+        BackendError: matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         expected = "matplotlib, which pip install 'lcf-fast[plot]' brings"
         raise BackendError("plot", expected=expected, got="an environment without it") from None
-    figure = Figure(figsize=(9, 8), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

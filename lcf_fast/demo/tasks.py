@@ -1,8 +1,8 @@
 """What the demo's agents read: facts, questions about them, and which other item serves as a control.
 
 The language has no tokenizer: a token is an int and is written as one character. There are 16 keys, ``A`` to ``P``, 16
-values, ``a`` to ``p``, 32 names and the blank ``?``. A *fact* is a key and its value, ``Cf``; a context ends on a key,
-and the answer is its value.
+values, ``b`` to ``q`` (no "a", an article, which measures of answers drop), 32 names and the blank ``?``. A *fact* is a
+key and its value, ``Cf``; a context ends on a key, and the answer is its value.
 
 - *Cross context* (LCF-X): the sharer reads some facts, the receiver two others and then a key of which only the sharer
   knows the value.
@@ -52,7 +52,7 @@ OWN_FACTS = 2
 NOTHING = -100
 HELD_OUT = 0.25
 
-_CHARACTERS = "ABCDEFGHIJKLMNOP" + "abcdefghijklmnop" + "αβγδεζηθικλμνξοπρστυφχψωάέήίόύώϊ" + "?"
+_CHARACTERS = "ABCDEFGHIJKLMNOP" + "bcdefghijklmnopq" + "αβγδεζηθικλμνξοπρστυφχψωάέήίόύώϊ" + "?"
 
 
 def characters() -> str:
@@ -165,6 +165,11 @@ class CrossItems:
     def batch(self) -> Batch:
         """As the training loop reads them."""
         return _batch(self.receiver_ids, self.answers, self.sharer_ids, self.spans)
+
+    def own_batch(self) -> Batch:
+        """The same questions where the receiver is its own sharer: it summarizes its own facts, as one span."""
+        own = self.receiver_facts.flatten(1)
+        return _batch(self.receiver_ids, self.answers, own, Spans.given([[0, own.shape[1]]] * len(self)))
 
 
 def cross_items(items: int, facts: int, generator: torch.Generator, *, keys: int = KEYS) -> CrossItems:

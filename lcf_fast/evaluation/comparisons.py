@@ -9,7 +9,10 @@ from .failures import EvaluationError
 from .predictions import MATCHED, Prediction, paired_scores
 from .statistics import MARGIN, Equivalence, Interval, OneSided, equivalence, holm, one_sided, paired_interval
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "compare", "default_pairs"]
+
+#: This package's own channels.
+OURS = ("lcf", "slots", "lcf_x")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,20 @@ class Comparison:
         if self.equivalence is not None and self.equivalence.equivalent:
             text += f"; equivalent within {100 * self.equivalence.margin:.1f} points"
         return text
+
+
+def default_pairs(channels: Iterable[str]) -> list[tuple[str, str]]:
+    """What is tested unless something else is asked for, whatever the scores.
+
+    Slots against LCF-X, each of this package's channels against every other method (`none` has the verdicts), and each
+    other way to cut LCF-X's context (``lcf_x_...``) against the first.
+    """
+    names = list(dict.fromkeys(channels))
+    cuts = [(name, "lcf_x") for name in names if name.startswith("lcf_x_") and "lcf_x" in names]
+    mine = [name for name in OURS if name in names]
+    others = [name for name in names if name != "none" and name not in OURS and (name, "lcf_x") not in cuts]
+    among = [("slots", "lcf_x")] if {"slots", "lcf_x"} <= set(names) else []
+    return among + [(ours, other) for ours in mine for other in others] + cuts
 
 
 def compare(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from torch import nn
 
 from ..adapter import LatentCacheFlow
 from ..c2c.fuser import C2CFuser
@@ -20,16 +22,16 @@ from ..channels import (
     SlotsChannel,
     TextChannel,
 )
+from ..fingerprint import digest_of
 from ..slots import LatentSlots
 from .failures import EvaluationError
+from .predictions import MATCHED, MISMATCHED, RANDOM, SELF, ZERO
 from .run import AskedSet, Entrant
 
-__all__ = ["CROSS_ALONE", "SHARED_ALONE", "entrants", "suits"]
+__all__ = ["entrants", "suits"]
 
-#: What a text can be, and what a message: text has no zeros, and no noise of the same moments.
-_TEXT, _ALL = ("matched", "mismatched"), ("matched", "mismatched", "zero", "random")
-#: Channels that carry what the sharer alone has read, and those for what both have read.
-CROSS_ALONE, SHARED_ALONE = ("full_context", "lcf_x", "slots", "kvcomm"), ("lcf", "c2c")
+#: What can be sent in a message's place. Of text there are no zeros, and no noise of the same moments.
+_TEXT, _ALL = (MATCHED, MISMATCHED, SELF), (MATCHED, MISMATCHED, ZERO, RANDOM, SELF)
 
 
 def entrants(
@@ -38,11 +40,14 @@ def entrants(
     *,
     adapters: Sequence[LatentCacheFlow | LatentSlots] = (),
     fuser: C2CFuser | None = None,
+    own_adapters: Sequence[LatentCacheFlow | LatentSlots] = (),
+    own_fuser: C2CFuser | None = None,
     text_tokens: Sequence[int] = (50, 200),
-    instruction: str | None = None,
+    text_options: dict[str, Any] | None = None,
     dtype: str = "bfloat16",
     placement: str = "append",
-    ratio: float = 0.5,
+    spans: Sequence[str] = ("paragraphs",),
+    ratios: Sequence[float] = (0.5,),
     calibration: Request | None = None,
     controls: bool = True,
     seed: int = 0,
@@ -52,60 +57,68 @@ def entrants(
     Args:
         adapters: at most one LCF, one LCF-X and one of slots.
         fuser: of C2C.
+        own_adapters, own_fuser: the same, trained with the receiver in the sharer's place, for the control of that
+            name. Where both models have one geometry and there is none, the adapter itself serves.
         text_tokens: longest notes of the text channels, one channel each.
-        instruction: to a sharer that writes; None: the channel's own.
+        text_options: ``instruction`` and ``template`` of those channels, where they are not the channel's own.
         dtype: of the messages of LCF-X and slots.
         placement: of slots.
-        ratio: of layers that KVComm shares.
-        calibration: a request by which KVComm chooses its layers. It takes part where there is one and both agents have
-            the very same model.
+        spans: how LCF-X's contexts are cut: the first under every control, each other one as a channel of its own
+            with the matching message alone.
+        ratios: of layers that KVComm shares, one channel each.
+        calibration: a request by which KVComm chooses its layers; None: it does not take part. KVComm needs one model
+            on both sides: where the sharer has another, the receiver's own reads in its place.
         controls: False: the matching message alone; whether content crossed is then not known.
         seed: of the random control.
 
     Raises:
-        EvaluationError: two adapters of one kind. GeometryError: an adapter for other models.
+        EvaluationError: two adapters of one kind. GeometryError: an adapter for other models. SpanError: another way
+            to cut.
     """
+    itself = receiver.called(sharer.name)
+    same = sharer.model is receiver.model
 
-    def controlled(all_of_them: tuple[str, ...]) -> tuple[str, ...]:
-        return all_of_them if controls else ("matched",)
-
-    def text(most: int) -> Callable[[str], Channel]:
-        options: dict[str, Any] = {} if instruction is None else {"instruction": instruction}
-        return lambda control: TextChannel(receiver, [sharer], most_tokens=most, control=control, **options)
+    def limited(able: Iterable[str]) -> tuple[str, ...]:
+        return tuple(able) if controls else (MATCHED,)
 
     found = [
-        Entrant("none", lambda control: NoneChannel(receiver), ("matched",), {}),
-        Entrant("full_context", lambda control: FullContextChannel(receiver, control=control), controlled(_TEXT), {}),
+        Entrant("none", lambda control: NoneChannel(receiver), (MATCHED,), {}),
+        Entrant(
+            "full_context",
+            lambda control: FullContextChannel(receiver, control=control),
+            limited((MATCHED, MISMATCHED)),
+            {},
+            "cross",
+        ),
     ]
+    options = dict(text_options or {})
     for most in text_tokens:
-        own = {"most_tokens": most, "instruction": instruction}
-        found.append(Entrant(f"text_{most}", text(most), controlled(_TEXT), own))
-    for adapter in adapters:
-        if isinstance(adapter, LatentSlots):
-            found.append(_slots(receiver, sharer, adapter, dtype, placement, controlled(_ALL), seed))
+
+        def text(control: str, most: int = most) -> Channel:
+            writer = itself if control == SELF else sharer
+            return TextChannel(receiver, [writer], most_tokens=most, control=control, **options)
+
+        found.append(Entrant(f"text_{most}", text, limited(_TEXT), {"most_tokens": most, **options}))
+    for made, own in ((one, _own(one, own_adapters)) for one in adapters):
+        if isinstance(made, LatentSlots):
+            found.append(_slots(receiver, sharer, made, own, dtype, placement, limited, seed))
+        elif made.config.cross_context:
+            found += _lcf_x(receiver, sharer, made, own, dtype, spans, limited, seed)
         else:
-            found.append(_latent(receiver, sharer, adapter, dtype, controlled(_ALL), seed))
+            found.append(_position_wise("lcf", receiver, sharer, made, own, limited, seed))
     if fuser is not None:
-        whom = [Sharer(sharer, fuser)]
-        LCFChannel(receiver, whom)  # refuses other models' before anything runs
-        found.append(
-            Entrant(
-                "c2c",
-                lambda control: LCFChannel(receiver, whom, name="c2c", control=control, seed=seed),
-                controlled(_ALL),
-                {"parameters": fuser.parameter_count()},
-            )
-        )
-    if calibration is not None and sharer.model is receiver.model:
-        selection = KVCommChannel(receiver, [sharer], ratio=ratio).calibrate(calibration)
-        found.append(
-            Entrant(
-                "kvcomm",
-                lambda control: KVCommChannel(receiver, [sharer], layers=selection, control=control, seed=seed),
-                controlled(_ALL),
-                {"layers": list(selection.layers)},
-            )
-        )
+        if own_fuser is None and fuser.sharer_geometry == fuser.receiver_geometry:
+            own_fuser = fuser
+        found.append(_position_wise("c2c", receiver, sharer, fuser, own_fuser, limited, seed))
+    reader = sharer if same else itself
+    for ratio in ratios if calibration is not None else ():
+        layers = KVCommChannel(receiver, [reader], ratio=ratio).calibrate(calibration)  # type: ignore[arg-type]
+
+        def kvcomm(control: str, layers: Any = layers) -> Channel:
+            return KVCommChannel(receiver, [reader], layers=layers, control=control, seed=seed)
+
+        settings = {"layers": list(layers.layers), "reader": "sharer" if same else "receiver"}
+        found.append(Entrant(f"kvcomm_{ratio:g}", kvcomm, limited(_ALL), settings, "cross"))
     names = [entrant.name for entrant in found]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -113,48 +126,102 @@ def entrants(
     return found
 
 
-def _latent(
-    receiver: Agent, sharer: Agent, adapter: LatentCacheFlow, dtype: str, controls: tuple[str, ...], seed: int
+def suits(entrant: Entrant, asked: AskedSet) -> bool:
+    """Whether a channel has something to carry here: what the sharer alone has read, or what both have."""
+    crossing = any(item.request.sharer_contexts for item in asked.items)
+    return entrant.context in ("either", "cross" if crossing else "shared")
+
+
+_Limited = Callable[[Iterable[str]], tuple[str, ...]]
+
+
+def _own(adapter: Any, among: Sequence[Any]) -> Any:
+    """The adapter that serves where the receiver is its own sharer; None."""
+    same_kind = [one for one in among if one.config.mode == adapter.config.mode]
+    if len(same_kind) > 1:
+        raise EvaluationError("own_adapters", expected="at most one of a kind", got="two")
+    if same_kind:
+        return same_kind[0].eval()
+    return adapter if adapter.sharer_geometry == adapter.receiver_geometry else None
+
+
+def _able(own: nn.Module | None) -> tuple[str, ...]:
+    return _ALL if own is not None else tuple(control for control in _ALL if control != SELF)
+
+
+def _weights(module: nn.Module, own: nn.Module | None) -> dict[str, Any]:
+    """What a run's cells depend on."""
+    digests = {"weights": digest_of({}, dict(module.named_parameters()))}
+    return digests if own in (None, module) else {**digests, "own": digest_of({}, dict(own.named_parameters()))}
+
+
+def _position_wise(
+    name: str, receiver: Agent, sharer: Agent, fuser: Any, own: Any, limited: _Limited, seed: int
 ) -> Entrant:
-    origin = adapter.eval().origin if adapter.config.cross_context else None
-    whom = [Sharer(sharer, adapter)]
-    if origin is None:
-        LCFChannel(receiver, whom)
-        return Entrant(
-            "lcf",
-            lambda control: LCFChannel(receiver, whom, control=control, seed=seed),
-            controls,
-            {"parameters": adapter.parameter_count()},
-        )
-    LCFXChannel(receiver, adapter, whom, dtype=dtype)
-    return Entrant(
-        "lcf_x",
-        lambda control: LCFXChannel(receiver, adapter, whom, dtype=dtype, control=control, seed=seed),
-        controls,
-        {"adapter": origin.adapter, "sharer": origin.sharer, "dtype": dtype},
-    )
+    """LCF or C2C."""
+    theirs = [Sharer(sharer, fuser.eval())]
+    ours = [] if own is None else [Sharer(receiver.called(sharer.name), own.eval())]
+    for whom in (theirs, ours):
+        LCFChannel(receiver, whom)  # refuses other models' before anything runs
+
+    def make(control: str) -> Channel:
+        return LCFChannel(receiver, ours if control == SELF else theirs, name=name, control=control, seed=seed)
+
+    return Entrant(name, make, limited(_able(own)), _weights(fuser, own), "shared")
+
+
+def _lcf_x(
+    receiver: Agent,
+    sharer: Agent,
+    adapter: LatentCacheFlow,
+    own: Any,
+    dtype: str,
+    spans: Sequence[str],
+    limited: _Limited,
+    seed: int,
+) -> list[Entrant]:
+    theirs = [Sharer(sharer, adapter.eval())]
+    itself = receiver.called(sharer.name)
+    found = []
+    for number, cut in enumerate(spans):
+        name = "lcf_x" if number == 0 else f"lcf_x_{cut}"
+
+        def make(control: str, name: str = name, cut: str = cut) -> Channel:
+            made: dict[str, Any] = {"dtype": dtype, "spans": cut, "name": name, "control": control, "seed": seed}
+            if control == SELF and own is not None:
+                return LCFXChannel(receiver, own, [Sharer(itself, own)], **made)
+            return LCFXChannel(receiver, adapter, theirs, **made)
+
+        able = limited(_able(own)) if number == 0 else (MATCHED,)
+        for control in able:
+            make(control)  # refuses other models' before anything runs
+        found.append(Entrant(name, make, able, {**_weights(adapter, own), "dtype": dtype, "spans": cut}, "cross"))
+    return found
 
 
 def _slots(
     receiver: Agent,
     sharer: Agent,
     adapter: LatentSlots,
+    own: Any,
     dtype: str,
-    placement: Any,
-    controls: tuple[str, ...],
+    placement: str,
+    limited: _Limited,
     seed: int,
 ) -> Entrant:
-    origin, whom = adapter.eval().origin, [Sharer(sharer, adapter)]
+    itself = receiver.called(sharer.name)
+    options: dict[str, Any] = {"dtype": dtype, "placement": placement, "seed": seed}
+    for made in (adapter, own):
+        if made is not None:
+            made.eval()
 
     def make(control: str) -> Channel:
-        return SlotsChannel(receiver, adapter, whom, dtype=dtype, placement=placement, control=control, seed=seed)
+        if control == SELF and own is not None:
+            return SlotsChannel(receiver, own, [Sharer(itself, own)], control=control, **options)
+        return SlotsChannel(receiver, adapter, [Sharer(sharer, adapter)], control=control, **options)
 
-    make("matched")  # refuses other models' before anything runs
-    own = {"adapter": origin.adapter, "sharer": origin.sharer, "dtype": dtype, "placement": placement}
-    return Entrant("slots", make, controls, own)
-
-
-def suits(entrant: Entrant, asked: AskedSet) -> bool:
-    """Whether a channel has something to carry here: what the sharer alone has read, or what both have."""
-    crossing = any(item.request.sharer_contexts for item in asked.items)
-    return entrant.name not in (SHARED_ALONE if crossing else CROSS_ALONE)
+    able = limited(_able(own))
+    for control in able:
+        make(control)  # refuses other models' before anything runs
+    settings = {**_weights(adapter, own), "dtype": dtype, "placement": placement}
+    return Entrant("slots", make, able, settings, "cross")

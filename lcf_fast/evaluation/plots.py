@@ -61,14 +61,15 @@ def _draw(panel: Any, found: SetResult, against: Against, names: list[str]) -> N
             if cell is None or at is None:
                 continue
             score = cell.score
+            number = names.index(channel.channel)
             error = [[100 * max(0.0, score.value - score.low)], [100 * max(0.0, score.high - score.value)]]
             panel.errorbar(
                 [at],
                 [100 * score.value],
                 yerr=error,
-                fmt="o",
+                fmt="os^"[number // 10 % 3],
                 fillstyle=fill,
-                color=f"C{names.index(channel.channel) % 10}",
+                color=f"C{number % 10}",
                 capsize=2,
                 lw=0.8,
                 label=channel.channel if control == MATCHED else None,

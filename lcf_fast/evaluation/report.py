@@ -50,6 +50,9 @@ def _set(found: SetResult) -> str:
     sentences = [f"- `{c.channel}`: {c.verdict.sentence}.{_alike(c)}" for c in found.channels if c.verdict]
     if sentences:
         text += "\n\n" + "\n".join(sentences)
+    if found.comparisons:
+        text += "\n\nAgainst each other, with the matching message:\n\n"
+        text += "\n".join(f"- {comparison.sentence}." for comparison in found.comparisons)
     if len(found.routing) > 1:
         points = ", ".join(f"{100 * p.accuracy:.1f}% at {p.cost:,.0f} bytes" for p in _few(found.routing))
         right = "exact matches" if extractive else "right answers"

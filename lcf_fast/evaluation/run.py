@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..channels.base import Channel
 from ..channels.request import Request
 from ..counting import counted
+from ..errors import LCFError
 from ..files import write_whole
 from .choice import choice_token_ids, letters, predicted_choices
 from .extractive import score_answer
@@ -20,7 +21,7 @@ from .report import markdown
 from .sets import Question
 from .summary import Summary, summarize, summary_json
 
-__all__ = ["AskedSet", "Entrant", "Item", "choice_item", "evaluate", "with_decoys", "write_report"]
+__all__ = ["AskedSet", "Entrant", "Item", "Trial", "choice_item", "evaluate", "with_decoys", "write_report"]
 
 REPORT, SUMMARY = "report.md", "summary.json"
 
@@ -56,12 +57,22 @@ class Entrant:
         make: the channel under a control.
         controls: that it is run under; of a channel that sends nothing of its own "matched" alone.
         settings: that its answers depend on and that are its own: the adapter's digest, bytes' dtype ...
+        context: "cross": it carries what the sharer alone has read; "shared": what both have; or "either".
     """
 
     name: str
     make: Callable[[str], Channel]
     controls: tuple[str, ...]
     settings: Mapping[str, Any]
+    context: Literal["cross", "shared", "either"] = "either"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A set, and who takes part in it."""
+
+    asked: AskedSet
+    entrants: tuple[Entrant, ...]
 
 
 def choice_item(question: Question) -> Item:
@@ -90,31 +101,35 @@ def with_decoys(items: Sequence[Item]) -> tuple[Item, ...]:
 
 
 def evaluate(
-    entrants: Sequence[Entrant],
-    sets: Sequence[AskedSet],
+    trials: Sequence[Trial],
     folder: str | os.PathLike[str],
     *,
+    pairs: Sequence[tuple[str, str]] | None = None,
     batch_size: int = 8,
     max_new_tokens: int = 32,
     settings: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Summary:
-    """Every entrant on every set under each of its controls. A cell that ``folder`` holds already is not run again.
+    """Every entrant of each set under each of its controls. A cell that ``folder`` holds already is not run again.
 
-    Answers are greedy. Multiple choice is judged by the logits of the letters, extractive answers by EM and F1.
+    Answers are greedy. Multiple choice is judged by the logits of the letters, extractive answers by EM and F1. Before
+    the first cell all questions are checked against the models' limits; a cell's first batch is asked once before,
+    to warm up.
 
     Args:
+        pairs: channels to test against each other; None: `lcf_fast.evaluation.comparisons.default_pairs`.
         settings: that all cells depend on: models, data. Cells of other settings in the folder are refused.
         progress: whether it is shown how far each cell is.
 
     Raises:
         EvaluationError: no entrant or set, names that come twice, an unknown control; settings other than the folder's.
-            And what channels raise.
+            And what channels raise, naming the question where it is of one.
     """
-    _check_names("entrants", [entrant.name for entrant in entrants])
-    _check_names("sets", [asked.name for asked in sets])
+    _check_names("sets", [trial.asked.name for trial in trials])
     store = PredictionStore(folder)
-    for asked in sets:
+    missing: list[tuple[AskedSet, Entrant, Cell]] = []
+    for asked, entrants in ((trial.asked, trial.entrants) for trial in trials):
+        _check_names("entrants", [entrant.name for entrant in entrants])
         for entrant in entrants:
             for control in entrant.controls:
                 if control not in CONTROLS:
@@ -122,10 +137,15 @@ def evaluate(
                 own = {"max_new_tokens": max_new_tokens, "items": len(asked.items), **entrant.settings}
                 cell = Cell(asked.name, entrant.name, control, {**(settings or {}), **own})
                 if not store.is_finished(cell):
-                    channel = entrant.make(control)
-                    label = f"{asked.name}, {entrant.name}, {control}"
-                    store.append(cell, _ask(channel, cell, asked.items, batch_size, max_new_tokens, label, progress))
-    return summarize(store.read(), progress=progress)
+                    missing.append((asked, entrant, cell))
+    for asked, entrant, cell in missing:
+        if cell.control == entrant.controls[0]:
+            _check_questions(entrant.make(cell.control), asked, max_new_tokens, progress)
+    for number, (asked, entrant, cell) in enumerate(missing, 1):
+        label = f"cell {number} of {len(missing)}: {', '.join(cell.key)}"
+        channel = entrant.make(cell.control)
+        store.append(cell, _ask(channel, cell, asked.items, batch_size, max_new_tokens, label, progress))
+    return summarize(store.read(), pairs=pairs, progress=progress)
 
 
 def write_report(summary: Summary, folder: str | os.PathLike[str], *, plots: bool = True) -> list[Path]:
@@ -152,6 +172,17 @@ def _check_names(what: str, names: Sequence[str]) -> None:
         raise EvaluationError(what, expected="names of their own", got=f"{twice[0]!r} twice")
 
 
+def _check_questions(channel: Channel, asked: AskedSet, room: int, progress: bool) -> None:
+    """Refuse questions that the channel cannot ask, before anything has run."""
+    label = f"checking {asked.name}, {channel.name}"
+    for item in counted(asked.items, label, total=len(asked.items), shown=progress):
+        try:
+            channel.check([item.request], room)
+        except LCFError as error:
+            where = f"{asked.name}, question {item.id}, {channel.name}: {error.argument}"
+            raise type(error)(where, expected=error.expected, got=error.got) from error
+
+
 def _ask(
     channel: Channel,
     cell: Cell,
@@ -165,6 +196,7 @@ def _ask(
     # Of one length, more or less, in a batch: less padding. The order of the record stays the set's.
     order = sorted(range(len(items)), key=lambda i: len(items[i].request.question) + len(items[i].request.context))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    channel.next_logits([items[row].request for row in batches[0]])  # what is loaded and compiled once is not timed
     for rows in counted(batches, label, total=len(batches), shown=progress):
         some = [items[row] for row in rows]
         made += _choose(channel, cell, some) if some[0].choices else _say(channel, cell, some, max_new_tokens)

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from statistics import median
 
 from .choice import FrontierPoint, routing_frontier
+from .comparisons import Comparison, compare, default_pairs
 from .failures import EvaluationError
-from .predictions import CONTROLS, MATCHED, MISMATCHED, Prediction
+from .predictions import CONTROLS, MATCHED, MISMATCHED, SELF, Prediction
 from .statistics import Accuracy, Equivalence, Interval, accuracy, equivalence, mean_interval
 from .verdicts import ALPHA, Scores, Verdict, verdicts
 
@@ -68,6 +69,7 @@ class SetResult:
         measure: "accuracy" or "F1".
         routing: matched answers (right, or exact matches) against mean bytes a question, were each question sent to
             the cheapest channel that answers it right. Empty where bytes were not measured.
+        comparisons: of channels with each other, corrected together.
     """
 
     set: str
@@ -75,6 +77,7 @@ class SetResult:
     questions: int
     channels: tuple[ChannelResult, ...]
     routing: tuple[FrontierPoint, ...]
+    comparisons: tuple[Comparison, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,18 +101,24 @@ _Table = dict[str, dict[str, dict[str, dict[str, Prediction]]]]  # set, channel,
 
 
 def summarize(
-    predictions: Iterable[Prediction], *, alpha: float = ALPHA, seed: int = 0, progress: bool = False
+    predictions: Iterable[Prediction],
+    *,
+    pairs: Sequence[tuple[str, str]] | None = None,
+    alpha: float = ALPHA,
+    seed: int = 0,
+    progress: bool = False,
 ) -> Summary:
     """Figures of every set, channel and control that the predictions hold, in the order in which they come.
 
     Args:
+        pairs: channels to compare on each set that both were run on; None: `default_pairs`.
         alpha: of the verdicts.
         seed: of the bootstrap.
         progress: whether it is shown how many verdicts have been made.
 
     Raises:
         EvaluationError: no prediction, one that comes twice, cells of one set that are not of the same questions, or
-            a set with both kinds of answers.
+            a set with both kinds of answers; a pair of one channel, or one that no set holds both of.
     """
     table: _Table = {}
     for prediction in predictions:
@@ -123,7 +132,8 @@ def summarize(
     for name, channels in table.items():
         _check_questions(name, channels)
     judged = _verdicts(table, alpha, seed, progress)
-    sets = tuple(_set(name, channels, judged, seed) for name, channels in table.items())
+    _check_pairs(table, pairs)
+    sets = tuple(_set(name, channels, judged, pairs, seed) for name, channels in table.items())
     return Summary(sets, _weighted(table), len(judged), alpha)
 
 
@@ -160,6 +170,7 @@ def _verdicts(table: _Table, alpha: float, seed: int, progress: bool) -> dict[tu
                     _scores(like, like),
                     _scores(cell[MISMATCHED], like),
                     None if alone is None else _scores(alone, like),
+                    _scores(cell[SELF], like) if SELF in cell else None,
                 )
     return verdicts(pairs, alpha=alpha, seed=seed, progress=progress)
 
@@ -168,6 +179,7 @@ def _set(
     name: str,
     channels: dict[str, dict[str, dict[str, Prediction]]],
     judged: dict[tuple[str, str], Verdict],
+    pairs: Sequence[tuple[str, str]] | None,
     seed: int,
 ) -> SetResult:
     results = []
@@ -188,7 +200,25 @@ def _set(
             result.speedups.update({text: time / own for text, time in texts.items() if text != result.channel})
     some = next(iter(next(iter(channels.values())).values()))
     measure = "F1" if next(iter(some.values())).correct is None else "accuracy"
-    return SetResult(name, measure, len(some), tuple(results), _routing(channels))
+    return SetResult(
+        name, measure, len(some), tuple(results), _routing(channels), _comparisons(channels, pairs, seed)
+    )
+
+
+def _comparisons(
+    channels: dict[str, dict[str, dict[str, Prediction]]], pairs: Sequence[tuple[str, str]] | None, seed: int
+) -> tuple[Comparison, ...]:
+    matched = {channel: cell[MATCHED] for channel, cell in channels.items() if MATCHED in cell}
+    wanted = default_pairs(matched) if pairs is None else pairs
+    able = [pair for pair in wanted if pair[0] in matched and pair[1] in matched]
+    return tuple(compare([row for rows in matched.values() for row in rows.values()], able, seed=seed))
+
+
+def _check_pairs(table: _Table, pairs: Sequence[tuple[str, str]] | None) -> None:
+    for first, second in pairs or ():
+        if not any({first, second} <= channels.keys() for channels in table.values()):
+            ran = ", ".join(dict.fromkeys(channel for channels in table.values() for channel in channels))
+            raise EvaluationError("pairs", expected=f"two of {ran}, on one set", got=f"{first} and {second}")
 
 
 def _cell(control: str, rows: Sequence[Prediction], seed: int) -> CellResult:

@@ -27,11 +27,13 @@ class Scores:
         matched: with the matching message.
         mismatched: with another item's message.
         none: of the receiver without any message; None where that was not run.
+        own: with the message that the receiver makes itself, of what it has read itself; None as ``none``.
     """
 
     matched: Sequence[float]
     mismatched: Sequence[float]
     none: Sequence[float] | None = None
+    own: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Verdict:
         gain: matched minus no message. surviving: mismatched minus no message: what is left of the gain when the
             content is another's. None without scores of no message.
         gain_p_adjusted: one-sided, of the gain, by the same tests and with Holm's correction among the gains.
+        over_own, over_own_p_adjusted: the same of matched minus the receiver as its own sharer; None where not run.
         sentence: the same in words.
     """
 
@@ -60,6 +63,8 @@ class Verdict:
     gain: Interval | None
     surviving: Interval | None
     gain_p_adjusted: float | None
+    over_own: Interval | None
+    over_own_p_adjusted: float | None
     sentence: str
 
 
@@ -92,19 +97,24 @@ def verdicts(
         raise EvaluationError("alpha", expected="between 0 and 1", got=str(alpha))
     tests = {name: one_sided(scores.matched, scores.mismatched) for name, scores in channels.items()}
     adjusted = holm([test.p_value for test in tests.values()])
-    gains = {name: one_sided(c.matched, c.none).p_value for name, c in channels.items() if c.none is not None}
-    gains = dict(zip(gains, holm(list(gains.values()))))
+    gains = _adjusted({name: (c.matched, c.none) for name, c in channels.items() if c.none is not None})
+    over = _adjusted({name: (c.matched, c.own) for name, c in channels.items() if c.own is not None})
     made = {}
     all_of_them = counted(channels.items(), "judging channels", total=len(channels), shown=progress)
     for (name, scores), p_adjusted in zip(all_of_them, adjusted):
         content = paired_interval(scores.matched, scores.mismatched, seed=seed)
-        gain = surviving = None
+        gain = surviving = over_own = None
         if scores.none is not None:
             gain = paired_interval(scores.matched, scores.none, seed=seed)
             surviving = paired_interval(scores.mismatched, scores.none, seed=seed)
+        if scores.own is not None:
+            over_own = paired_interval(scores.matched, scores.own, seed=seed)
         test, crossed, gain_p = tests[name], p_adjusted < alpha, gains.get(name)
         p_text = f"{test.name}, p {small_p(p_adjusted)}" + (", Holm" if len(channels) > 1 else "")
         said = _sentence(content, gain, surviving, p_text, crossed, gain_p is not None and gain_p < alpha)
+        if over_own is not None:
+            said += f"; {100 * over_own.value:+.1f} points over the receiver as its own sharer"
+            said += f" (p {small_p(over[name])})"
         made[name] = Verdict(
             content,
             crossed,
@@ -116,9 +126,16 @@ def verdicts(
             gain,
             surviving,
             gain_p,
+            over_own,
+            over.get(name),
             said,
         )
     return made
+
+
+def _adjusted(pairs: Mapping[Name, tuple[Sequence[float], Sequence[float]]]) -> dict[Name, float]:
+    """One-sided p values of each pair, first over second, corrected for their number."""
+    return dict(zip(pairs, holm([one_sided(*pair).p_value for pair in pairs.values()])))
 
 
 def _sentence(

@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import SpanError
-from ..span_text import Bounds, turn_bounds
-from ..spans import from_characters
+from ..span_text import Bounds, sentence_bounds, turn_bounds
+from ..spans import from_characters, windows
 from .data_errors import DataError, TokenizerError
 
-__all__ = ["ChatReader", "Messages"]
+__all__ = ["SPAN_SCHEMES", "ChatReader", "Messages", "window_size"]
 
 #: ``(role, content)`` each.
 Messages = Sequence[tuple[str, str]]
 Offsets = list[tuple[int, int]]
+
+#: How a context can be cut into spans; N is a number of tokens.
+SPAN_SCHEMES = ("paragraphs", "sentences", "one", "windows:N")
 
 # What stands for a content to see what a template puts around it: private-use characters, which no template looks for.
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
@@ -77,14 +80,17 @@ class ChatReader:
         """As `prompt`, of a text that is no chat."""
         return self._read(text, self._bos)
 
-    def paragraphs(self, paragraphs: Sequence[str], *, as_one: bool = False) -> tuple[list[int], Bounds]:
-        """Token ids of paragraphs, a blank line between two of them and no template, and ``(start, stop)`` of each.
+    def paragraphs(self, paragraphs: Sequence[str], *, spans: str = "paragraphs") -> tuple[list[int], Bounds]:
+        """Token ids of paragraphs, a blank line between two of them and no template, and each span's ``(start, stop)``.
 
-        A blank line counts to the paragraph before it, as in `lcf_fast.spans.paragraphs`. ``as_one``: one span of all.
+        Args:
+            spans: one of `SPAN_SCHEMES`: "paragraphs", as given, a blank line counting to the paragraph before it;
+                "sentences" of their text; "one" of all of it; "windows:200", or of another number of tokens.
 
         Raises:
-            TokenizerError: a slow tokenizer.
+            SpanError: another scheme. TokenizerError: a slow tokenizer.
         """
+        size = window_size(spans)
         text, bounds = "", []
         for paragraph in paragraphs:
             bounds.append((len(text), len(text) + len(paragraph) + 2))
@@ -92,10 +98,14 @@ class ChatReader:
         text = text[:-2]
         bounds[-1] = (bounds[-1][0], len(text))
         ids, offsets = self.text(text)
+        if size is not None:
+            return ids, windows(len(ids), size).bounds()[0]
         if offsets is None:
             raise self.slow()
-        (spans,) = from_characters([[(0, len(text))] if as_one else bounds], [offsets], texts=[text]).bounds()
-        return ids, spans
+        if spans != "paragraphs":
+            bounds = [(0, len(text))] if spans == "one" else sentence_bounds(text)
+        (found,) = from_characters([bounds], [offsets], texts=[text]).bounds()
+        return ids, found
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text that goes on after others."""
@@ -142,6 +152,20 @@ class ChatReader:
             around.append(before)
         around.append(rest)
         return None if any(_OPEN in part for part in around) else around  # a mark that came twice
+
+
+def window_size(spans: str) -> int | None:
+    """Tokens of a window in the scheme "windows:N"; None: a scheme without windows.
+
+    Raises:
+        SpanError: none of `SPAN_SCHEMES`.
+    """
+    name, colon, size = spans.partition(":")
+    if name == "windows" and size.isascii() and size.isdecimal() and int(size) > 0:
+        return int(size)
+    if colon or spans not in SPAN_SCHEMES:
+        raise SpanError("spans", expected=" or ".join(SPAN_SCHEMES), got=repr(spans))
+    return None
 
 
 def _between(around: Sequence[str], contents: Sequence[str], text: str) -> Bounds | None:

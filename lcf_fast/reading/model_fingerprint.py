@@ -9,7 +9,7 @@ from torch import Tensor
 from ..fingerprint import digest_of
 from .prefill import DTYPES
 
-__all__ = ["model_fingerprint", "model_sample"]
+__all__ = ["model_fingerprint", "model_sample", "weights_sample"]
 
 _SAMPLE = 64  # weights of each parameter
 
@@ -24,11 +24,24 @@ def model_fingerprint(model: Any, precision: str) -> str:
 
 def model_sample(model: Any, precision: str) -> str:
     """As `model_fingerprint`, of a sample of each parameter: at once, and enough to tell one training from another."""
+    return _digest(model, _sample(model), precision)
+
+
+def weights_sample(model: Any) -> str | None:
+    """Of the body's weights alone, as bfloat16 holds them: the same whatever dtype the model was loaded in, with a head
+    or without, and in every version of transformers. None of a model whose weights are nowhere (meta)."""
+    sample = _sample(getattr(model, "base_model", model))
+    if any(weight.is_meta for weight in sample.values()):
+        return None
+    return digest_of({}, {name: weight.to(DTYPES["bf16"]) for name, weight in sample.items()})
+
+
+def _sample(model: Any) -> dict[str, Tensor]:
     sample = {}
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
         sample[name] = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE]
-    return _digest(model, sample, precision)
+    return sample
 
 
 def _digest(model: Any, weights: dict[str, Tensor], precision: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from ..counting import counted
 from ..reading.data_errors import DataError
-from ..span_text import paragraph_bounds
+from ..span_text import paragraphs_of
 from .rows import Row, RowError, file_rows, hub_rows
 
 __all__ = ["CrossExample", "Example", "ExampleSet", "SharedExample", "parse_example", "read_examples"]
@@ -234,7 +234,7 @@ def _messages(value: object) -> tuple[tuple[str, str], ...]:
 def _spans(fields: Mapping[str, Any]) -> tuple[str, ...]:
     if isinstance(fields.get("sharer_context"), str):
         text = _text(fields, "sharer_context")
-        return tuple(text[start:stop].strip() for start, stop in paragraph_bounds(text))
+        return paragraphs_of(text)
     listed = fields.get("sharer_context")
     if listed is None:
         raise RowError("no sharer_context")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 from ..config import CacheGeometry
@@ -10,7 +11,7 @@ from ..errors import BackendError, LCFError
 from ..reading.prefill import DTYPES
 from .failures import RunError
 
-__all__ = ["hide_loading", "load_geometry", "load_model", "load_tokenizer"]
+__all__ = ["hide_loading", "load_config", "load_geometry", "load_model", "load_tokenizer"]
 
 
 def load_model(role: str, name: str, precision: str) -> Any:
@@ -31,9 +32,14 @@ def load_tokenizer(role: str, name: str) -> Any:
     return _loaded(role, name, "AutoTokenizer")
 
 
+def load_config(role: str, name: str) -> Any:
+    """A model's configuration alone. Arguments and errors: as `load_model`."""
+    return _loaded(role, name, "AutoConfig")
+
+
 def load_geometry(role: str, name: str) -> CacheGeometry:
     """A model's geometry, without its weights. Arguments and errors: as `load_model`."""
-    config = _loaded(role, name, "AutoConfig")
+    config = load_config(role, name)
     try:
         return CacheGeometry.of(config)
     except LCFError as error:
@@ -41,7 +47,8 @@ def load_geometry(role: str, name: str) -> CacheGeometry:
 
 
 def hide_loading() -> None:
-    """No progress bars of transformers in this process."""
+    """No progress bars of transformers in this process, and no word of a name that some of its versions change."""
+    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
     with contextlib.suppress(ImportError):
         from transformers.utils import logging
 

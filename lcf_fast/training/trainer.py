@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..config import CacheGeometry
 from ..errors import GeometryError
-from ..reading.model_fingerprint import model_sample
+from ..reading.model_fingerprint import model_sample, weights_sample
 from .checkpoints import Checkpoint, Checkpoints, read_state
 from .distributed import Ranks
 from .failures import LossError, RunError
@@ -121,6 +121,9 @@ class Trainer:
             self.models["sharer"] = model_sample(sharer, precision)
             prefiller = OnlinePrefills(sharer, receiver)
         self.adapter = adapter.to(self.device)
+        between = {"receiver": receiver} if sharer is None else {"sharer": sharer, "receiver": receiver}
+        samples = {role: weights_sample(model) for role, model in between.items()}
+        self.adapter.trained_between = {role: sample for role, sample in samples.items() if sample is not None}
         self.data, self.out, self.save_every, self.progress = data, Path(out), save_every, progress
         self.checkpoints = Checkpoints(self.out / CHECKPOINTS, keep)
         self.stopwatch = Stopwatch(self.device)

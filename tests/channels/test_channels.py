@@ -25,7 +25,7 @@ from lcf_fast.channels import (
     TextChannel,
 )
 from lcf_fast.channels.controls import CONTROLS, controlled_cache
-from lcf_fast.errors import GeometryError, LCFError, MessageError, ShapeError
+from lcf_fast.errors import GeometryError, LCFError, MessageError, ShapeError, SpanError
 from lcf_fast.sharer import SharerSide
 
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma")
@@ -125,6 +125,71 @@ def test_text_is_what_the_sharer_writes(receiver: Agent) -> None:
     told = replace(REQUESTS[0], context=f"{note}\n\n{REQUESTS[0].context}" if note else REQUESTS[0].context)
     assert texts(NoneChannel(receiver), [told]) == [answer.text]
     assert answer.sent == len(note.encode())
+
+
+def test_a_note_stands_in_its_template(receiver: Agent) -> None:
+    """With the receiver's own question, whoever's note it is; what crosses is the note alone."""
+    plain = channels_of(receiver, "text")
+    assert isinstance(plain, TextChannel)
+    sharers = list(plain.sharers.values())
+    requests = [replace(one, decoy=other) for one, other in zip(REQUESTS, REQUESTS[1:] + REQUESTS[:1])]
+    for control in ("matched", "mismatched"):
+        bare = TextChannel(receiver, sharers, most_tokens=5, control=control)
+        framed = TextChannel(receiver, sharers, most_tokens=5, control=control, template="{question}: <{note}>")
+        told = requests if control == "matched" else [one.decoy for one in requests if one.decoy]
+        notes = bare._write(sharers[0], told)
+        answers = framed.answer(requests, max_new_tokens=4, do_sample=False)
+        assert [answer.sent for answer in answers] == [len(note.encode()) for note in notes]
+        for request, note, answer in zip(requests, notes, answers):
+            context = "\n\n".join(part for part in (f"{request.question}: <{note}>", request.context) if part)
+            (same,) = NoneChannel(receiver).answer(
+                [Request(request.question, context)], max_new_tokens=4, do_sample=False
+            )
+            assert same.text == answer.text
+    for template in ("no place", "{note} {answer}", "{note} {", "{}"):
+        with pytest.raises(GeometryError, match="template"):
+            TextChannel(receiver, sharers, template=template)
+
+
+def test_a_note_of_the_receivers_own_says_nothing_of_the_sharers(receiver: Agent) -> None:
+    own = TextChannel(receiver, [receiver.called("a")], most_tokens=5, control="self")
+    other = [replace(one, sharer_contexts={"a": ("Nine.",)}) for one in REQUESTS]
+    assert texts(own, other) == texts(own, REQUESTS)
+    with pytest.raises(GeometryError, match="of text"):
+        TextChannel(receiver, [receiver.called("a")], control="zero")
+
+
+def test_a_context_is_cut_as_asked(receiver: Agent) -> None:
+    sharer = agent("a", "qwen2", 2)
+    parts = ("One two three. Four five!", "Six seven.")
+    text = "\n\n".join(parts)
+    ids, paragraphs = sharer.reader.paragraphs(parts)
+    cut = {spans: sharer.reader.paragraphs(parts, spans=spans) for spans in ("sentences", "one", "windows:4")}
+    assert all(found[0] == ids for found in cut.values())
+    assert [len(found) for _, found in cut.values()] == [3, 1, -(-len(ids) // 4)]
+    assert len(paragraphs) == 2
+    assert cut["sentences"][1][0][0] == paragraphs[0][0]
+    assert cut["sentences"][1][1][1] == paragraphs[0][1], "two sentences make the first paragraph"
+    offsets = sharer.reader.text(text)[1]
+    assert offsets is not None
+    first, last = cut["sentences"][1][1]
+    assert text[offsets[first][0] : offsets[last - 1][1]].strip().startswith("Four five!")
+    assert cut["windows:4"][1] == [(0, 4), (4, len(ids))]
+    adapter = adapter_of(sharer, receiver, cross_context=True)
+    with torch.no_grad():
+        adapter.span_query.mul_(100.0)  # type: ignore[operator]
+        adapter.global_query.mul_(100.0)  # type: ignore[operator]
+    logits = [
+        LCFXChannel(receiver, adapter, [Sharer(sharer, adapter)], spans=spans).next_logits(
+            [Request("Who?", "", {"a": parts})]
+        )[0]
+        for spans in ("paragraphs", *cut)
+    ]
+    for i, one in enumerate(logits):
+        assert all(float((one - other).abs().max()) > 1e-4 for other in logits[:i])
+    for bad in ("windows", "windows:0", "windows:-3", "windows:x", "words", "one:2", "windows:N"):
+        with pytest.raises(SpanError, match="spans"):
+            LCFXChannel(receiver, adapter, [Sharer(sharer, adapter)], spans=bad)
 
 
 def test_lcf_edits_with_the_same_tokens_what_fuse_edits(receiver: Agent) -> None:
@@ -227,7 +292,7 @@ def test_controls_send_something_else(name: str, same_tokens: bool, receiver: Ag
     adapter = adapter_of(sharer, receiver, cross_context=name == "lcf_x")
 
     def logits(control: str, requests: Sequence[Request]) -> Tensor:
-        one = [Sharer(sharer, adapter)]
+        one = [Sharer(receiver.called("a") if control == "self" else sharer, adapter)]
         channel = LCFXChannel(receiver, adapter, one, control=control) if name == "lcf_x" else LCFChannel(
             receiver, one, control=control)  # fmt: skip
         return channel.next_logits(requests)[0]
@@ -242,6 +307,10 @@ def test_controls_send_something_else(name: str, same_tokens: bool, receiver: Ag
     if name == "lcf_x":  # what the decoys' message does is what it does when it is sent openly
         told = [replace(one, sharer_contexts=one.decoy.sharer_contexts) for one in requests if one.decoy]
         assert torch.equal(logits("matched", told), found["mismatched"])
+        # Of its own, the receiver sends what it has read itself, whatever the sharers have.
+        others = [replace(one, sharer_contexts={"a": ("Nine.",)}) for one in requests]
+        assert torch.equal(logits("self", others), found["self"])
+        assert not torch.equal(logits("self", [replace(one, context="Nine.") for one in requests]), found["self"])
     with pytest.raises(GeometryError, match="decoy"):
         logits("mismatched", REQUESTS)
     with pytest.raises(GeometryError, match="decoy"):

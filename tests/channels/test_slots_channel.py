@@ -18,6 +18,7 @@ from lcf_fast.channels import Agent, NoneChannel, Request, Sharer, SlotsChannel
 from lcf_fast.channels.controls import CONTROLS
 from lcf_fast.errors import GeometryError, IndexRangeError, LCFError, MessageError, ShapeError
 from lcf_fast.evaluation.entrants import entrants
+from lcf_fast.fingerprint import digest_of
 from lcf_fast.placement import PLACEMENTS, with_slots
 from lcf_fast.reading.prefill import dynamic_cache, prefill
 
@@ -164,8 +165,15 @@ def test_the_evaluation_has_an_entrant_of_slots(receiver: Agent, sharer: Agent) 
     adapter = slots_adapter(sharer.model, receiver.model)
     made = {one.name: one for one in entrants(receiver, sharer, adapters=[adapter], placement="prefix")}
     entrant = made["slots"]
+    # The tiny models have one geometry: the adapter serves where the receiver is its own sharer, too.
     assert entrant.controls == CONTROLS
-    assert entrant.settings["adapter"] == adapter.origin.adapter
+    assert entrant.context == "cross"
+    assert entrant.settings["weights"] == digest_of({}, dict(adapter.named_parameters()))
+    assert torch.equal(
+        entrant.make("self").next_logits(REQUESTS)[0],
+        entrant.make("self").next_logits([replace(one, sharer_contexts={"a": ("Nine.",)}) for one in REQUESTS])[0],
+    )
+    entrant.make("matched").check(REQUESTS, 4)
     assert entrant.settings["placement"] == "prefix"
     assert entrant.make("zero").next_logits(REQUESTS)[0].shape[0] == 3
     with pytest.raises(LCFError, match="one of a kind"):
@@ -192,8 +200,9 @@ def test_what_is_refused(receiver: Agent, sharer: Agent) -> None:
     words = len(receiver.prompts([REQUESTS[0].asked()])[0])
     short = agent("short", "qwen3", 1, limit=words + 1)  # room for the prompt and a token, not for slots
     NoneChannel(short).answer(REQUESTS[:1], max_new_tokens=1)
-    with pytest.raises(ShapeError, match="max_position_embeddings"):
-        channel(short, sharer).answer(REQUESTS[:1], max_new_tokens=1)
+    for call in (channel(short, sharer).answer, lambda some, max_new_tokens: channel(short, sharer).check(some, 1)):
+        with pytest.raises(ShapeError, match="max_position_embeddings"):
+            call(REQUESTS[:1], max_new_tokens=1)
 
 
 def test_rows_of_different_slots_stay_within_a_sliding_window(sharer: Agent) -> None:

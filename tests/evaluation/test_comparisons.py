@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lcf_fast.evaluation.comparisons import compare
+from lcf_fast.evaluation.comparisons import compare, default_pairs
 from lcf_fast.evaluation.failures import EvaluationError
 from lcf_fast.evaluation.predictions import MATCHED, MISMATCHED, Prediction
 from lcf_fast.evaluation.statistics import equivalence, holm, mcnemar, paired_interval
@@ -62,3 +62,12 @@ def test_comparisons_that_are_refused() -> None:
         compare(ROWS, [("lcf", "none")], sets=["b", "c"])
     with pytest.raises(EvaluationError, match="the same questions"):
         compare([*ROWS, *cell("b", "short", range(3), 150)], [("lcf", "short")])
+
+
+def test_what_is_compared_unless_it_is_said() -> None:
+    """Ours against every other method, other cuts of a context against the first; never with the scores in view."""
+    ran = ["none", "full_context", "text_50", "lcf_x", "lcf_x_one", "kvcomm_0.5", "lcf_x"]
+    others = [("lcf_x", other) for other in ("full_context", "text_50", "kvcomm_0.5")]
+    assert default_pairs(ran) == [*others, ("lcf_x_one", "lcf_x")]
+    assert default_pairs(["c2c", "lcf", "none"]) == [("lcf", "c2c")]
+    assert default_pairs(["none", "lcf_x_one"]) == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from tiny_folders import save_tiny_model, write_lines
 
 from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig
+from lcf_fast.c2c import C2CConfig, C2CFuser
 from lcf_fast.cli import main
 
 pytest.importorskip("matplotlib")
@@ -27,6 +30,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             CacheGeometry(2, 1, 16), CacheGeometry(2, 2, 16), bottleneck=64, cross_context=cross_context, gate_init=1.0
         )
         LatentCacheFlow(config).save_pretrained(folder / name)
+        own = replace(config, sharer=config.receiver)
+        LatentCacheFlow(own).save_pretrained(folder / f"own_{name}")
+    for name, kv_heads in (("c2c", 1), ("own_c2c", 2)):
+        sides = CacheGeometry(2, kv_heads, 16), CacheGeometry(2, 2, 16)
+        C2CFuser(C2CConfig(*sides, hidden=16, intermediate=16)).save_pretrained(folder / name)
     rows = [
         {
             "sharer_context": [f"The cat of {i} is {animal}.", "It is old."],
@@ -47,6 +55,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(4)
     ]
     write_lines(folder / "arc.jsonl", arc)
+    turns = [{"id": f"t{i}", "prompt": f"Which is number {i}?", "response": ("one", "two")[i % 2]} for i in range(4)]
+    two = [{"role": role, "content": "Who?"} for role in ("system", "user", "assistant")]
+    write_lines(folder / "turns.jsonl", [*turns, {"id": "system", "messages": two}])
     return folder
 
 
@@ -69,23 +80,113 @@ def test_from_folders_to_a_report_and_not_twice(
     lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     cells = {(row["set"], row["channel"], row["control"]) for row in map(json.loads, lines)}
     four, two = ("matched", "mismatched", "zero", "random"), ("matched", "mismatched")
+    three, five = (*two, "self"), (*four, "self")  # the adapters are of another geometry, without one for "self"
     assert cells == {
         *(("facts", "none", c) for c in four[:1]), *(("facts", "full_context", c) for c in two),
-        *(("facts", "text_3", c) for c in two), *(("facts", "lcf_x", c) for c in four),
-        *(("arc-c", "none", c) for c in four[:1]), *(("arc-c", "text_3", c) for c in two),
+        *(("facts", "text_3", c) for c in three), *(("facts", "lcf_x", c) for c in four),
+        *(("facts", "kvcomm_0.5", c) for c in five),
+        *(("arc-c", "none", c) for c in four[:1]), *(("arc-c", "text_3", c) for c in three),
         *(("arc-c", "lcf", c) for c in four),
     }  # fmt: skip
+    report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "lcf_x minus text_3" in report
+    assert "lcf minus text_3" in report
     before = (tmp_path / "out" / "predictions.jsonl").read_bytes()
     assert main(arguments(world, tmp_path / "out", *both, *asked)) == 0
     assert (tmp_path / "out" / "predictions.jsonl").read_bytes() == before
 
 
+def test_the_receiver_is_its_own_sharer_where_something_was_trained_so(world: Path, tmp_path: Path) -> None:
+    """Adapters and a fuser for it; of several ways to cut a context all but the first are asked as they are."""
+    folders = [word for name in ("lcf", "lcf_x") for word in ("--adapter", str(world / name))]
+    folders += [word for name in ("own_lcf", "own_lcf_x") for word in ("--own-adapter", str(world / name))]
+    folders += ["--c2c", str(world / "c2c"), "--own-c2c", str(world / "own_c2c")]
+    asked = ["--data", str(world / "facts.jsonl"), "--data", str(world / "turns.jsonl")]
+    how = ["--spans", "paragraphs", "windows:3", "one", "--channels", "none", "lcf", "c2c", "lcf_x", "lcf_x_windows:3"]
+    assert main(arguments(world, tmp_path / "out", *folders, *asked, *how, "--compare", "lcf:c2c", "--no-plots")) == 0
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    cells: dict[tuple[str, str], list[str]] = {}
+    for row in map(json.loads, lines):
+        kept = cells.setdefault((row["set"], row["channel"]), [])
+        if row["control"] not in kept:
+            kept.append(row["control"])
+    five = ["matched", "mismatched", "zero", "random", "self"]
+    assert cells == {
+        ("facts", "none"): ["matched"],
+        ("facts", "lcf_x"): five,
+        ("facts", "lcf_x_windows:3"): ["matched"],
+        ("turns", "none"): ["matched"],
+        ("turns", "lcf"): five,
+        ("turns", "c2c"): five,
+    }
+    assert len({row["id"] for row in map(json.loads, lines) if row["set"] == "turns"}) == 4, "one has a system's turn"
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    facts, turns = summary["sets"]
+    assert [(one["first"], one["second"]) for one in turns["comparisons"]] == [("lcf", "c2c")]
+    assert facts["comparisons"] == []
+    assert "over the receiver as its own sharer" in turns["channels"][1]["verdict"]["sentence"]
+    assert turns["channels"][1]["verdict"]["over_own"]["value"] is not None
+
+
+def test_questions_are_checked_before_the_first_cell(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A note that could not fit, a context over the limit: said at once, with the question, and nothing is written."""
+    for more, match in (
+        (["--data", str(world / "facts.jsonl"), "--text-tokens", "600"], "question line-1, text_600: sharer"),
+        (["--data", str(world / "long.jsonl")], "question long, full_context: receiver"),
+    ):
+        rows = [
+            {"id": id, "sharer_context": ["It is red. " * times], "receiver_context": "", "question": "Is it?",
+             "answer": id} for id, times in (("short", 1), ("long", 300))
+        ]  # fmt: skip
+        write_lines(world / "long.jsonl", rows)
+        assert main([*arguments(world, tmp_path / "out"), *more]) == 2
+        said = capsys.readouterr().err
+        assert match in said
+        assert "512 tokens at most" in said
+        assert not (tmp_path / "out" / "predictions.jsonl").exists()
+
+
+def test_without_models_it_is_two_small_agents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All channels on all sets under all controls, by one command; what was trained is kept."""
+    command = ["eval", "--quick", "--agents", str(tmp_path / "agents"), "--out", str(tmp_path / "out"), "--limit", "12"]
+    assert main([*command, "--device", "cpu", "--no-plots"]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    controls = {
+        one["set"]: {c["channel"]: [cell["control"] for cell in c["cells"]] for c in one["channels"]}
+        for one in summary["sets"]
+    }
+    five = ["matched", "mismatched", "zero", "random", "self"]
+    text = [*five[:2], "self"]
+    peers = {"none": five[:1], "full_context": five[:2], "text_1": text, "lcf_x": five, "slots": five}
+    shares = {f"kvcomm_{ratio}": five for ratio in (0.3, 0.5, 0.7)}
+    assert controls == {
+        "facts-1": {**peers, **shares},
+        "facts-4": {**peers, "lcf_x_windows:4": five[:1], "lcf_x_one": five[:1], **shares},
+        "secret-table": {"none": five[:1], "text_1": [*five[:2], "self"], "lcf": five, "c2c": five},
+    }
+    report = capsys.readouterr().out
+    assert "no content shown" in report, "nothing was learned, so nothing may be claimed"
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "agents" / "adapters").rglob("*.safetensors")}
+    assert len(kept) >= 5
+    shutil.rmtree(tmp_path / "agents" / "adapters" / "lcf")
+    assert main([*command, "--device", "cpu", "--no-plots", "--channels", "none", "lcf"]) == 0
+    assert (tmp_path / "agents" / "adapters" / "lcf").is_dir()
+    now = {path: path.stat().st_mtime_ns for path in kept}
+    assert [path.parent.name for path in kept if kept[path] != now[path]] == ["lcf"], "what was there was made again"
+    assert main([*command, "--agents-seed", "1"]) == 2
+    assert "agents of seed 1" in capsys.readouterr().err
+
+
 def test_one_model_on_both_sides_brings_kvcomm(world: Path, tmp_path: Path) -> None:
-    same = arguments(world, tmp_path / "out", "--data", str(world / "facts.jsonl"), "--channels", "none", "kvcomm")
+    same = arguments(world, tmp_path / "out", "--data", str(world / "facts.jsonl"), "--channels", "none", "kvcomm_0.5")
     same[same.index("--sharer") + 1] = str(world / "receiver")
     assert main([*same, "--no-controls", "--no-plots"]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
-    assert [channel["channel"] for channel in summary["sets"][0]["channels"]] == ["none", "kvcomm"]
+    assert [channel["channel"] for channel in summary["sets"][0]["channels"]] == ["none", "kvcomm_0.5"]
 
 
 @pytest.mark.parametrize("placement", ["append", "prefix"])
@@ -107,6 +208,9 @@ def test_slots_take_part_by_their_folder(placement: str, world: Path, tmp_path: 
     ("more", "match"),
     [
         ([], "--data, --hotpotqa or --set"),
+        (["--data", "FACTS", "--compare", "lcf"], "FIRST:SECOND"),
+        (["--data", "FACTS", "--spans", "words"], "paragraphs or sentences"),
+        (["--data", "FACTS", "--text-template", "none"], "{note}"),
         (["--data", "missing.jsonl"], "missing.jsonl"),
         (["--set", "nonsense"], "nonsense"),
         (["--data", "FACTS", "--channels", "nobody"], "nobody"),

@@ -15,8 +15,9 @@ from tiny_agents import adapter_of, agent
 from lcf_fast.channels import Channel, LCFXChannel, NoneChannel, Request, Sharer
 from lcf_fast.evaluation.failures import EvaluationError
 from lcf_fast.evaluation.predictions import PredictionStore
-from lcf_fast.evaluation.run import AskedSet, Entrant, Item, choice_item, evaluate, with_decoys, write_report
+from lcf_fast.evaluation.run import AskedSet, Entrant, Item, Trial, choice_item, evaluate, with_decoys, write_report
 from lcf_fast.evaluation.sets import Question
+from lcf_fast.evaluation.summary import Summary
 from lcf_fast.evaluation.verdicts import NO_CONTENT
 
 WORDS = ("cat", "city", "user", "France", "seven", "Paris")
@@ -35,6 +36,10 @@ def choices(count: int) -> AskedSet:
     return AskedSet("letters", with_decoys([choice_item(question) for question in asked]))
 
 
+def ask(entrants: Sequence[Entrant], sets: Sequence[AskedSet], folder: Path, **options: Any) -> Summary:
+    return evaluate([Trial(asked, tuple(entrants)) for asked in sets], folder, **options)
+
+
 @pytest.fixture(scope="module")
 def entrants() -> list[Entrant]:
     receiver, sharer = agent("me", "qwen3", 1), agent("a", "qwen2", 2)
@@ -51,7 +56,7 @@ def entrants() -> list[Entrant]:
 
 def test_every_cell_is_there_and_says_what_the_channel_says(entrants: list[Entrant], tmp_path: Path) -> None:
     asked = facts(7)
-    summary = evaluate(entrants, [asked, choices(5)], tmp_path, batch_size=3, max_new_tokens=4)
+    summary = ask(entrants, [asked, choices(5)], tmp_path, batch_size=3, max_new_tokens=4)
     store = PredictionStore(tmp_path)
     predictions = store.read()
     assert len(predictions) == 5 * (7 + 5)
@@ -84,24 +89,24 @@ def test_a_finished_cell_is_not_run_again(entrants: list[Entrant], tmp_path: Pat
 
         return replace(entrant, make=make)
 
-    stop = 3
+    stop = 2 + 3  # each channel is made once to check the questions, then once a cell
     some = [watched(entrant) for entrant in entrants]
     with pytest.raises(KeyboardInterrupt):
-        evaluate(some, [facts(4)], tmp_path, max_new_tokens=2)
+        ask(some, [facts(4)], tmp_path, max_new_tokens=2)
     assert len(PredictionStore(tmp_path).read()) == 2 * 4
     made.clear()
     stop = -1
-    summary = evaluate(some, [facts(4)], tmp_path, max_new_tokens=2)
-    assert made == ["lcf_x mismatched", "lcf_x zero", "lcf_x random"]
-    assert evaluate(some, [facts(4)], tmp_path, max_new_tokens=2) == summary
+    summary = ask(some, [facts(4)], tmp_path, max_new_tokens=2)
+    assert made == ["lcf_x mismatched", "lcf_x zero", "lcf_x random"], "a channel was checked or asked again"
+    assert ask(some, [facts(4)], tmp_path, max_new_tokens=2) == summary
     assert len(made) == 3
     with pytest.raises(EvaluationError, match="max_new_tokens"):
-        evaluate(some, [facts(4)], tmp_path, max_new_tokens=3)
+        ask(some, [facts(4)], tmp_path, max_new_tokens=3)
 
 
 def test_what_is_written(entrants: list[Entrant], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    summary = evaluate(entrants, [facts(4)], tmp_path, max_new_tokens=2)
+    summary = ask(entrants, [facts(4)], tmp_path, max_new_tokens=2)
     written = write_report(summary, tmp_path)
     assert {path.name for path in written} == {"summary.json", "report.md", "bytes.png", "first_token.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written if path.suffix == ".png")
@@ -133,5 +138,5 @@ def test_decoys_have_other_answers() -> None:
 def test_bad_input(change: Any, match: str, entrants: list[Entrant], tmp_path: Path) -> None:
     some: tuple[Sequence[Entrant], Sequence[AskedSet]] = change(entrants, [facts(3)])
     with pytest.raises(EvaluationError, match=match):
-        evaluate(*some, tmp_path)
+        ask(*some, tmp_path)
     assert torch.is_grad_enabled()

@@ -230,3 +230,19 @@ def test_nothing_to_draw(found: Summary, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(BackendError):
         write_png(found, tmp_path / "none.png", "bytes")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_channels_are_compared_on_each_set_that_both_were_run_on(found: Summary) -> None:
+    (arc,) = found.sets
+    assert [(one.first, one.second) for one in arc.comparisons] == [
+        ("lcf", "text_50"), ("lcf", "text_200"), ("lcf", "c2c")]  # fmt: skip
+    assert [one.difference.value for one in arc.comparisons] == pytest.approx([0.2, 0.15, -0.05])
+    for one in arc.comparisons:
+        assert one.sets == ("arc-c",)
+        assert f"- {one.sentence}." in markdown(found)
+    asked = summarize(run(), pairs=[("c2c", "text_50")]).sets[0].comparisons
+    assert [(one.first, one.second) for one in asked] == [("c2c", "text_50")]
+    assert asked[0].p_adjusted == asked[0].test.p_value, "corrected for what was not asked"
+    for pair in (("lcf", "kvcomm"), ("nobody", "lcf")):
+        with pytest.raises(EvaluationError, match="pairs"):
+            summarize(run(), pairs=[pair])

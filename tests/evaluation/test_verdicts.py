@@ -110,3 +110,16 @@ def test_a_verdict_repeats_and_refuses() -> None:
         verdict([], [])
     with pytest.raises(EvaluationError):
         verdict(OURS, OTHERS, alpha=5)
+
+
+def test_what_the_receiver_makes_of_what_it_has_read_itself() -> None:
+    found = verdicts({"a": Scores(OURS, OTHERS, NONE, right((0, 100))), "b": Scores(OURS, OTHERS, NONE, OURS)})
+    for name, over, p in (("a", 0.2, 2 * 2.0**-40), ("b", 0.0, 1.0)):
+        one = found[name]
+        assert one.over_own is not None and one.over_own.value == pytest.approx(over)
+        assert one.over_own_p_adjusted == pytest.approx(p), "corrected for two"
+        assert f"; {100 * over:+.1f} points over the receiver as its own sharer (p " in one.sentence
+    assert found["b"].crossed, "it is no part of the verdict on content"
+    without = verdict(OURS, OTHERS, NONE)
+    assert without.over_own is None and without.over_own_p_adjusted is None
+    assert "its own sharer" not in without.sentence

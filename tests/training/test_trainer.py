@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig
 from lcf_fast.errors import GeometryError
+from lcf_fast.reading.model_fingerprint import weights_sample
 from lcf_fast.training import trainer as trainer_module
 from lcf_fast.training.batches import Batch
 from lcf_fast.training.failures import LossError, RunError
@@ -81,7 +82,10 @@ def test_what_it_returns_is_what_it_saves(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, tiny_settings(steps=3))
     adapter = trainer.run()
     assert not adapter.training
-    assert same_weights(weights_of(LatentCacheFlow.from_pretrained(tmp_path / "adapter")), weights_of(adapter))
+    again = LatentCacheFlow.from_pretrained(tmp_path / "adapter")
+    assert same_weights(weights_of(again), weights_of(adapter))
+    sharer, receiver = tiny_model("qwen2", 1), tiny_model("qwen3", 2)
+    assert again.trained_between == {"sharer": weights_sample(sharer), "receiver": weights_sample(receiver)}
 
 
 def test_bf16_models_and_a_float32_adapter(tmp_path: Path) -> None:

@@ -1,0 +1,61 @@
+"""Two models and what lies between them, from the folders or hub ids that a command is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..c2c.fuser import C2CFuser
+from ..channels.agent import Agent
+from ..checkpoint import load_any
+from ..training.models import load_model, load_tokenizer
+from .failures import EvaluationError
+
+__all__ = ["chosen_device", "load_adapters", "load_agents", "load_fuser"]
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device of that name; None: a GPU if there is one.
+
+    Raises:
+        EvaluationError: no such device here.
+    """
+    there_is_one = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if there_is_one else "cpu"))
+    except RuntimeError:
+        raise EvaluationError("--device", expected="a name such as cpu or cuda:0", got=repr(name)) from None
+    if device.type == "cuda" and not there_is_one:
+        raise EvaluationError("--device", expected="cpu, as there is no CUDA GPU here", got=repr(name))
+    return device
+
+
+def load_agents(sharer: str, receiver: str, precision: str, device: torch.device) -> dict[str, Agent]:
+    """``"receiver"`` and ``"sharer"``; of one name on both sides they are one model. Raises as `load_model` does."""
+    names = {"receiver": receiver, "sharer": sharer}
+    models = {
+        role: load_model(role, name, precision).to(device)
+        for role, name in names.items()
+        if role == "receiver" or sharer != receiver
+    }
+    return {
+        role: Agent(role, models.get(role, models["receiver"]), load_tokenizer(role, name))
+        for role, name in names.items()
+    }
+
+
+def load_adapters(
+    folders: Sequence[Path], models: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None = None
+) -> list[Any]:
+    """Adapters of any kind for ``models`` (or configs), by role. Raises as their ``from_pretrained`` does."""
+    return [load_any(folder, device=device, dtype=dtype, **models) for folder in folders]
+
+
+def load_fuser(
+    folder: Path, models: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None = None
+) -> C2CFuser:
+    """A fuser of C2C for ``models`` (or configs), by role, in eval mode. Raises as `C2CFuser.from_pretrained` does."""
+    return C2CFuser.from_pretrained(folder, device=device, dtype=dtype, **models).eval()
