@@ -124,9 +124,10 @@ def slot_backward_config(head_dim: int, itemsize: int, slots: int, target: str) 
     """The row of the pooling's backward; arguments as of `slot_pool_config`.
 
     At most 32 slots, 16 of 256 channels: queries and two gradients, each in three parts, wait in shared memory (32 of
-    256 channels and a step's tokens: 167 KB, more than an A100 has).
+    256 channels and a step's tokens: 167 KB, more than an A100 has); on gfx942 in registers, so 16 there.
     """
-    return slot_pool_config(head_dim, itemsize, min(slots, 32 if head_dim <= 128 else 16), target)
+    most = 32 if head_dim <= 128 and target != "gfx942" else 16
+    return slot_pool_config(head_dim, itemsize, min(slots, most), target)
 
 
 def chunk_tokens(config: SlotPoolConfig, rows: int, tokens: int, slots: int, itemsize: int, processors: int) -> int:
@@ -154,14 +155,17 @@ def chunk_tokens(config: SlotPoolConfig, rows: int, tokens: int, slots: int, ite
     return chunk
 
 
-def slot_fold_config(itemsize: int, rows: int) -> SlotFoldConfig:
-    """The row for bytes an element of the weights and rows (batch items times slots).
+def slot_fold_config(itemsize: int, rows: int, target: str) -> SlotFoldConfig:
+    """The row for bytes an element of the weights, rows (batch items times slots) and chip.
 
     32 latent channels a program: 28 layers of d = 128 make 112 programs, which pull 14.7 MB of weights and, for k = 8,
     four times 1.8 MB of slots. 16 channels would read the slots eight times (29 MB from L2, 5.3 us at 5.5 TB/s), 64
     would leave half the multiprocessors idle.
     """
-    return SlotFoldConfig(min(slot_block(rows), 64), 32, 128 if itemsize < 4 else 32, num_warps=4, num_stages=4)
+    # 64 rows: 70 spills in the loop on sm_100, 123 KB of shared memory on gfx942, which has 64.
+    most = 32 if target in ("sm_100", "gfx942") else 64
+    stages = 2 if target == "gfx942" else 4
+    return SlotFoldConfig(min(slot_block(rows), most), 32, 128 if itemsize < 4 else 32, num_warps=4, num_stages=stages)
 
 
 #: Half precision: chip -> d -> tiles from the largest to the smallest. The largest has the most products a weight read.

@@ -18,9 +18,9 @@ Cost. Bytes: the cache once, ``2·D`` elements a token, layer and head; 2,000 to
 D = 128, bfloat16): 229 MB, 53 us at an H200's 4.3 TB/s. States: ``8·D`` bytes a slot and chunk, written and read:
 k = 8, chunks of 256 tokens: 14.7 MB each way, most of it within L2. FLOPs: k is padded to K = 16, 32 or 64; a step has
 one product for the scores (the query in the cache's dtype; else three) and three each for K and V: ``14·K·D`` a token
-and head. Padding k = 8 to 16: 28,672 FLOPs for 512 bytes, 56 a byte, where the chip's ratio is 184 (790 TFLOP/s): a
-third of the bytes' time. K = 32: two thirds. K = 64: 224 a byte, 1.2 times the bytes' time: above 32 slots it is the
-products that count.
+and head. Padding k = 8 to 16: 28,672 FLOPs for 512 bytes, 56 a byte, where the chip's ratio is 184 (790 TFLOP/s, by
+HGMMA; HMMA, which K < 64 takes, has less): a third of the bytes' time. K = 32: two thirds. K = 64: 224 a byte, 1.2
+times the bytes' time: above 32 slots it is the products that count. Counted, not measured.
 """
 
 from __future__ import annotations

@@ -286,7 +286,7 @@ def _launch_fold(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str, Ten
     slot_embedding = _last_axis_contiguous(weights["slot_embedding"])
     width = down_weight.shape[1]
     rows = batch * slots
-    config = slot_fold_config(down_weight.element_size(), rows)
+    config = slot_fold_config(down_weight.element_size(), rows, known_target(target_of(slot_key)))
     tiles = triton.cdiv(rows, config.block_rows)
     channels = heads * head_dim
     with device_guard(slot_key):

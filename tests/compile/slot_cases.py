@@ -122,9 +122,9 @@ def backward_case(chip: str, head_dim: int, dtype: str, slots: int) -> Case:
     )
 
 
-def fold_case(dtype: str, rows: int, *, channels: int = 1024, width: int = 128) -> Case:
+def fold_case(chip: str, dtype: str, rows: int, *, channels: int = 1024, width: int = 128) -> Case:
     """Pooled slots through W_down."""
-    config = slot_fold_config(BYTES[dtype], rows)
+    config = slot_fold_config(BYTES[dtype], rows, chip)
     types: dict[str, Any] = dict.fromkeys(("slot_key", "slot_value", "latent"), "*fp32")
     types |= dict.fromkeys(("down_weight", "down_bias", "slot_embedding"), f"*{dtype}")
     constexprs = {
@@ -187,32 +187,32 @@ def expand_case(
 def cases(chip: str) -> list[Case]:
     """What is compiled for ``chip``: the published width at 8 and 64 slots; on sm_90 every width and form."""
     built = [pool_case(chip, 128, "bf16", slots) for slots in (8, 64)]
-    built.append(merge_case(chip, 128, is_last=True))
     built.append(pool_case(chip, 128, "bf16", 8, has_mask=True))
-    built.append(backward_case(chip, 128, "bf16", 8))
-    built.append(fold_case("bf16", 8))
+    built.append(merge_case(chip, 128, is_last=True))
+    built += [backward_case(chip, 128, "bf16", slots) for slots in (8, 64)]
+    built += [fold_case(chip, "bf16", rows) for rows in (8, 64)]
     small = slot_expand_config(128, 2, 2, chip, 28, 8, 132)
     built += [expand_case(128, "bf16", config) for config in (slot_expand_options(128, 2, chip)[0], small)]
     if chip != "sm_90":
+        # What shared memory or registers are scarcest for there.
+        built.append(expand_case(512, "bf16", slot_expand_options(512, 2, chip)[0]))
+        built.append(pool_case(chip, 256, "bf16", 64))
         return built
-    built += [pool_case(chip, head_dim, "bf16", slots) for head_dim in (64, 256) for slots in (8, 32, 64)]
-    built += [pool_case(chip, head_dim, "fp32", slots) for head_dim in (64, 128, 256) for slots in (8, 64)]
-    built.append(pool_case(chip, 128, "bf16", 32))
-    built.append(pool_case(chip, 80, "bf16", 8))
+    built += [pool_case(chip, head_dim, "bf16", slots) for head_dim in (64, 256) for slots in (8, 64)]
+    built += [pool_case(chip, head_dim, "fp32", slots) for head_dim, slots in ((128, 8), (128, 64), (256, 8))]
+    built.append(pool_case(chip, 80, "bf16", 32))
     built.append(pool_case(chip, 96, "fp16", 8, whole=True))
     built.append(pool_case(chip, 128, "bf16", 8, aligned=False))
     built += [pool_case(chip, 128, "bf16", slots, exact_query=True) for slots in (8, 64)]
-    built += [backward_case(chip, head_dim, "bf16", 64) for head_dim in (64, 128, 256)]
-    built += [backward_case(chip, head_dim, "fp32", 64) for head_dim in (128, 256)]
-    built += [fold_case("bf16", rows) for rows in (32, 64)]
-    built += [fold_case("fp16", 8), fold_case("fp32", 8), fold_case("bf16", 8, channels=240, width=70)]
-    for width in (64, 128, 256, 512):
-        if width != 128:
-            built += [expand_case(width, "bf16", config) for config in slot_expand_options(width, 2, chip)]
-        built.append(expand_case(width, "fp32", slot_expand_options(width, 4, chip)[0]))
+    built.append(backward_case(chip, 256, "bf16", 64))
+    built.append(backward_case(chip, 128, "fp32", 64))
+    built += [fold_case(chip, "fp16", 8), fold_case(chip, "fp32", 8)]
+    built.append(fold_case(chip, "bf16", 32, channels=240, width=70))
+    for width in (64, 256, 512):
+        built += [expand_case(width, "bf16", config) for config in slot_expand_options(width, 2, chip)]
+    built += [expand_case(width, "fp32", slot_expand_options(width, 4, chip)[0]) for width in (128, 512)]
     built.append(expand_case(128, "fp16", small, head_dim=80))
     built.append(expand_case(128, "bf16", small, aligned=False))
     built.append(expand_case(128, "bf16", slot_expand_config(128, 2, 4, chip, 28, 8, 132), weights="fp32"))
-    built.append(merge_case(chip, 256, is_last=True))
-    built.append(merge_case(chip, 128, is_last=False))
+    built.append(merge_case(chip, 256, is_last=False))
     return built

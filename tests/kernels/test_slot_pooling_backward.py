@@ -156,6 +156,7 @@ def test_policy() -> None:
     assert slot_backward_config(128, 2, 64, "sm_90").block_slots == 32
     assert slot_backward_config(128, 2, 8, "sm_90") == slot_pool_config(128, 2, 8, "sm_90")
     assert slot_backward_config(256, 2, 64, "sm_80").block_slots == 16
+    assert slot_backward_config(128, 2, 64, "gfx942").block_slots == 16
 
 
 def test_nothing_for_no_rows(device: torch.device) -> None:
