@@ -21,6 +21,8 @@ LATENT_BYTES = 4
 PIECES = 4
 #: Messages that are injected as one, where several are.
 MESSAGES = 4
+#: Slots a layer of a message of slots.
+SLOTS = 8
 #: In the name of C2C's fuser where it is run as its released code runs it.
 AS_RELEASED = ", as released"
 
@@ -171,6 +173,50 @@ def inject_several(shape: Shape) -> Work:
     return inject(shape) + Work(more * LATENT_BYTES, more)
 
 
+def slots_summarize(shape: Shape) -> Work:
+    """Slots, the sharer's side, all layers: a score and two weighted sums a token and slot, then the fold.
+
+    The pooled slots themselves are not stored.
+    """
+    config, item = shape.config, shape.itemsize
+    d, channels, slots = config.bottleneck, config.sharer.channels, config.slots
+    rows, made = shape.batch * shape.context, shape.batch * slots
+    fold = 2 * channels * d
+    weights = slots * channels + fold + d + slots * d  # queries, W_down and its bias, embeddings
+    layer = Work(
+        (rows * 2 * channels + weights) * item + made * d * LATENT_BYTES,
+        rows * slots * 6 * channels + made * 2 * fold,
+    )
+    return layer * shape.layers
+
+
+def slots_deliver(shape: Shape) -> Work:
+    """Slots, the receiver's side, all layers: the message in, k positions in the cache's dtype out.
+
+    The receiver's own cache takes no part, and neither does its length.
+    """
+    config, item = shape.config, shape.itemsize
+    d, channels = config.bottleneck, config.receiver.channels
+    made = shape.batch * config.slots
+    parameters, products = _blocks(config)
+    up = 2 * channels * d
+    layer = Work(
+        (parameters + up + 2 * channels) * item + made * (d * LATENT_BYTES + 2 * channels * item),
+        made * 2 * (products + up),
+    )
+    return layer * shape.layers
+
+
+def slots_append(shape: Shape) -> Work:
+    """`slots_deliver` into a new cache: the receiver's own is read and written once."""
+    own = 2 * _rows(shape) * 2 * shape.config.receiver.channels * shape.itemsize
+    return slots_deliver(shape) + Work(own * shape.layers, 0)
+
+
+def slots_summarize_and_deliver(shape: Shape) -> Work:
+    return slots_summarize(shape) + slots_deliver(shape)
+
+
 def _stored(shape: Shape) -> int:
     """Bytes of a latent as it is stored, ``itemsize`` a number; of a quantised one with a scale a layer and item."""
     rows = shape.layers * shape.batch
@@ -240,6 +286,9 @@ class Group:
         target: what the CPU path must reach over the naive reference at 512 tokens, float32, two cores.
         others: what all but ours must at least move and do, where they read the caches and ours does not.
         compiled_in: the group in which ``torch.compile`` of the same reference is timed, where that is another.
+        slots: an adapter of slots, which is LCF-X's beside: `SLOTS` of them pool the context, without spans.
+        reads_caches: whether ours reads the sharer's or the receiver's cache at all.
+        kernels: modules of ``lcf_fast.kernels`` without which its Triton kernels cannot be checked.
     """
 
     name: str
@@ -250,6 +299,21 @@ class Group:
     target: float | None = None
     others: Callable[[Shape], Work] | None = None
     compiled_in: str = ""
+    slots: bool = False
+    reads_caches: bool = True
+    kernels: tuple[str, ...] = ()
+
+
+def _slots_group(name: str, title: str, *, prompt: bool = False, reads_caches: bool = True) -> Group:
+    return Group(
+        name,
+        title,
+        crossing=True,
+        prompt=prompt,
+        slots=True,
+        reads_caches=reads_caches,
+        kernels=("slot_pooling", "slot_projection"),
+    )
 
 
 GROUPS = (
@@ -273,10 +337,15 @@ GROUPS = (
         prompt=False,
         others=summarize_layers,
         compiled_in="summarize",
+        reads_caches=False,
     ),
     Group("projection", "joint K/V projection, one layer"),
     Group("pool", "attention pooling, one layer", crossing=True, prompt=False),
     Group("injection", "gated injection, one layer"),
+    _slots_group("slots_summarize", f"slots: a message of {SLOTS}, all layers"),
+    _slots_group("slots_deliver", f"slots: a message to {SLOTS} positions, all layers", reads_caches=False),
+    _slots_group("slots_append", f"slots: {SLOTS} positions behind a copy of the receiver's cache", prompt=True),
+    _slots_group("slots", "slots: a context to positions, all layers"),
 )
 #: Work of the host, on the CPU wherever the rest runs (`bench.wire`). The message is that of the pooled tokens.
 HOST_GROUPS = (
@@ -326,6 +395,30 @@ CASES = (
     Case("joint_projection", "projection", "one layer", joint_projection, checked=True),
     Case("attention_pool", "pool", "one layer", attention_pool, checked=True),
     Case("gated_injection", "injection", "one layer", gated_injection, checked=True),
+    Case(f"slots.summarize (k = {SLOTS})", "slots_summarize", "all layers", slots_summarize),
+    Case(
+        f"slots.place (k = {SLOTS})",
+        "slots_deliver",
+        "all layers",
+        slots_deliver,
+        note="new positions, their keys rotated, whatever the receiver's length: its cache takes no part, and N is what"
+        " was pooled",
+    ),
+    Case(
+        f"slots.append (k = {SLOTS})",
+        "slots_append",
+        "all layers",
+        slots_append,
+        note="also copies the receiver's whole cache into the new one that ends with the slots, which is counted",
+    ),
+    Case(
+        f"slots.summarize+place (k = {SLOTS})",
+        "slots",
+        "all layers",
+        slots_summarize_and_deliver,
+        checked=True,
+        note="both sides, whatever the receiver's length; N is what is pooled",
+    ),
 )
 _HOST = "on the CPU, and % of its copy bandwidth; also"
 _WRITES = f"{_HOST} checks, describes and hashes the message, which the others do not"

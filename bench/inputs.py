@@ -6,19 +6,22 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig, Message, PartialPool, Spans, reference
+from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig, Message, PartialPool, Spans, reference
 from lcf_fast.adapter import parameter_shapes
 from lcf_fast.architectures import SEED
+from lcf_fast.slots import slot_parameter_shapes
 from lcf_fast.spans import windows
 
-from .cases import MESSAGES, PIECES, Group, kept_layers
+from .cases import MESSAGES, PIECES, SLOTS, Group, kept_layers
+from .rope import Rope, make_rope
 
 Pair = tuple[Tensor, Tensor]
+Adapter = TypeVar("Adapter", LatentCacheFlow, LatentSlots)
 #: Tokens from one overlapping window's start to the next one's: half a window.
 WINDOW_STEP = 100
 
@@ -44,6 +47,10 @@ class Caches:
         spans = [offset for offset in self.spans if offset < context] + [context]
         return Caches(_first(self.sharer, tokens), _first(self.receiver, tokens), _first(self.context, context), spans)
 
+    def last(self, layers: int) -> Caches:
+        """Of the last layers alone."""
+        return Caches(self.sharer[-layers:], self.receiver[-layers:], self.context[-layers:], self.spans)
+
 
 def _first(layers: Sequence[Pair], tokens: int) -> list[Pair]:
     assert layers[0][0].shape[2] >= tokens
@@ -61,10 +68,11 @@ class Operands:
         weights: the adapter's stacked parameters over the kept layers.
         spans: ``(1, P+1)``, or ``(1, T, P+1)`` where they overlap; int32, where the caches are; ``spans_host`` the same
             on the CPU, for loops in Python.
-        message: ``(L, 1, d)``, LCF-X.
+        message: ``(L, 1, d)``, LCF-X; of slots ``(L, 1, k, d)``.
         summary: ``(L, 2, 1, Hs, Ds)``, the ``K*, V*`` that it was folded from.
         latent: ``(1, N, d)``, for the injection of one layer.
         row: the kept layer that the one-layer cases take.
+        rope: how the receiver rotates keys, and the positions that slots come to: those behind its cache.
     """
 
     config: LCFConfig
@@ -78,6 +86,7 @@ class Operands:
     summary: Tensor | None = None
     latent: Tensor | None = None
     row: int = 0
+    rope: Rope | None = None
 
     @cached_property
     def sharer(self) -> list[Pair]:
@@ -93,13 +102,22 @@ class Operands:
 
         The two gate logits are copied: torch.compile would copy them in every call, since their slices are not aligned.
         """
-        slices = [{name: part[row] for name, part in self.weights.items()} for row in range(len(self.kept))]
-        return [{**one, "gate_logit": one["gate_logit"].clone()} for one in slices]
+        return [
+            {name: part[row].clone() if name == "gate_logit" else part[row] for name, part in self.weights.items()}
+            for row in range(len(self.kept))
+        ]
 
     @cached_property
     def adapter(self) -> LatentCacheFlow:
         """A module that holds these very weights."""
-        adapter = LatentCacheFlow(self.config, keep_layers=self.kept, device="meta")
+        return self._filled(LatentCacheFlow(self.config, keep_layers=self.kept, device="meta"))
+
+    @cached_property
+    def slots_adapter(self) -> LatentSlots:
+        """The same of slots; it has every layer."""
+        return self._filled(LatentSlots(self.config, device="meta"))
+
+    def _filled(self, adapter: Adapter) -> Adapter:
         index = {
             "receiver_layers": torch.tensor(self.kept),
             "sharer_layers": torch.tensor([self.config.sharer_layers[t] for t in self.kept]),
@@ -119,7 +137,7 @@ class Operands:
     @cached_property
     def sent(self) -> Message:
         assert self.message is not None
-        return Message(self.message, self.kept, self.spans.shape[-1] - 1)
+        return Message(self.message, self.kept, 1 if self.config.slots else self.spans.shape[-1] - 1)
 
     @cached_property
     def sent_by_several(self) -> list[Message]:
@@ -230,13 +248,14 @@ def geometry_of(layers: Sequence[Pair]) -> CacheGeometry:
 
 
 def make_config(group: Group, sharer: CacheGeometry, receiver: CacheGeometry, width: int) -> LCFConfig:
-    """LCF from sharer to receiver; LCF-X from the receiver's model to itself."""
+    """LCF from sharer to receiver; LCF-X and slots from the receiver's model to itself."""
     return LCFConfig(
         receiver if group.crossing else sharer,
         receiver,
         bottleneck=width,
         cross_context=group.crossing,
         gate_init=1.0,
+        slots=SLOTS if group.slots else 0,
     )
 
 
@@ -244,13 +263,15 @@ def make_weights(config: LCFConfig, *, device: torch.device, dtype: torch.dtype)
     """Random parameters of all layers, fixed seed, drawn on the CPU; activations come out of order 1, gates open."""
     generator = torch.Generator().manual_seed(SEED + config.bottleneck)
     weights = {}
-    for name, shape in parameter_shapes(config, config.receiver.layers).items():
+    shapes = slot_parameter_shapes(config) if config.slots else parameter_shapes(config, config.receiver.layers)
+    for name, shape in shapes.items():
         if name == "gate_logit":
             tensor = torch.full(shape, cast(float, config.gate_init))
         elif name == "norm_weight":
             tensor = torch.empty(shape).uniform_(0.8, 1.2, generator=generator)
-        elif name.endswith("_query"):
-            tensor = torch.randn(shape, generator=generator)  # scores of order 1: spans are not simply averaged
+        elif name.endswith(("_query", "_embedding")):
+            # Scores of order 1: spans are not simply averaged. Embeddings: as large as what they are added to.
+            tensor = torch.randn(shape, generator=generator)
         else:
             # A linear's weight: unit variance out. A bias: the scale of one input.
             fan_in = shape[-1] if name.endswith("weight") else config.in_channels
@@ -283,7 +304,7 @@ def make_operands(
     """
     kept = kept_layers(group, config.receiver) if kept is None else kept
     if len(kept) < config.receiver.layers:
-        rows = torch.tensor(kept, device=weights["gate_logit"].device)
+        rows = torch.tensor(kept, device=weights["down_weight"].device)
         weights = {name: stacked.index_select(0, rows) for name, stacked in weights.items()}
     device = caches.receiver[0][0].device
     host = torch.tensor([caches.spans], dtype=torch.int32)
@@ -299,7 +320,11 @@ def make_operands(
         spans_host=host,
         row=len(kept) // 2,
     )
+    if group.name in ("slots_deliver", "slots_append", "slots"):
+        operands.rope = make_rope(config.receiver, caches.receiver[0][0].shape[2], config.slots, device)
     with torch.no_grad():
+        if group.name in ("slots_deliver", "slots_append"):
+            operands.message = reference.summarize_slots_layers(operands.sharer, weights)
         if group.name == "inject":
             operands.message, operands.summary = reference.summarize_layers(operands.sharer, weights, host)
         if group.name == "injection":

@@ -12,10 +12,12 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from . import ROOT
+from .cases import Case, Group, cases_of
 
 #: Positions that are checked: one tile and a rest, or less than a tile.
 TOKENS = 33
@@ -87,6 +89,13 @@ def start(caches: Any, width: int, dtypes: list[str], *, everything: bool) -> Ch
     return Check(process, folder)
 
 
+def checked_cases(group: Group, *, everything: bool) -> list[Case]:
+    """The cases of a group that are checked, as `start` says; none where the package lacks their kernels."""
+    if any(find_spec(f"lcf_fast.kernels.{name}") is None for name in group.kernels):
+        return []
+    return [case for case in cases_of(group) if case.checked or (everything and case.interpreted)]
+
+
 def check(data: dict[str, Any]) -> list[dict[str, Any]]:
     """Every case on the interpreted kernels, against float64."""
     import torch
@@ -96,7 +105,6 @@ def check(data: dict[str, Any]) -> list[dict[str, Any]]:
     from . import cases, errors, inputs, variants
 
     whole = inputs.Caches(data["sharer"], data["receiver"], data["context"], data["spans"])
-    geometries = inputs.geometry_of(whole.sharer), inputs.geometry_of(whole.receiver)
     results = []
     for name in data["dtypes"]:
         dtype = getattr(torch, name)
@@ -106,15 +114,16 @@ def check(data: dict[str, Any]) -> list[dict[str, Any]]:
         )
         caches = inputs.Caches(sharer, receiver, context, whole.spans)
         for group in cases.GROUPS:
-            chosen = [
-                case for case in cases.cases_of(group) if case.checked or (data["everything"] and case.interpreted)
-            ]
+            chosen = checked_cases(group, everything=data["everything"])
             if not chosen:
                 continue
+            # Slots are in every layer of a cache, so their adapter is one of two models of few layers.
+            given = caches.last(LAYERS) if group.slots else caches
+            geometries = inputs.geometry_of(given.sharer), inputs.geometry_of(given.receiver)
             config = inputs.make_config(group, *geometries, data["width"])
             weights = inputs.make_weights(config, device=torch.device("cpu"), dtype=dtype)
             kept = tuple(range(config.receiver.layers))[-LAYERS:]
-            operands = inputs.make_operands(group, caches, config, weights, kept=kept)
+            operands = inputs.make_operands(group, given, config, weights, kept=kept)
             run = variants.REFERENCE[group.name]
             truth = variants.flatten(run(operands.double()), kept)
             plain = variants.flatten(run(operands), kept)

@@ -77,7 +77,7 @@ class Job:
             case = cases_of(self.group)[0]
             count = timing.rotation_sets(case.work(self.shape).bytes // 2, timing.l2_bytes(self.settings.device))
             sets = self.operands.rotated(
-                count, one_layer=case.scope == "one layer", reads_caches=self.group.others is None
+                count, one_layer=case.scope == "one layer", reads_caches=self.group.reads_caches
             )
         calls: Calls = {
             one.variant.name: [partial(one.variant.run, operands) for operands in sets]
@@ -208,7 +208,7 @@ class Job:
             op=one.case.name if one.case else self.group.name,
             variant=name,
             kind=one.variant.kind,
-            spans=self.operands.context_spans.counts[0] if config.cross_context else None,
+            spans=self.operands.context_spans.counts[0] if config.mode == "lcf_x" else None,
             dtype=dtype_name(self.settings.dtype),
             within=one.within,
             judgement=one.judgement,

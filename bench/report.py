@@ -61,12 +61,12 @@ def plural(count: int, name: str) -> str:
 
 
 def pooled(row: dict[str, Any]) -> str:
-    """What is pooled, where the row's N does not say it; and in how many spans."""
+    """What is pooled, where the row's N does not say it; and in how many spans, where there are any."""
     if row["context"] is None:
         return ""
-    spans = plural(row["spans"], "span")
+    spans = "" if row["spans"] is None else f" in {plural(row['spans'], 'span')}"
     alone = row["group"] in (group.name for group in ALL_GROUPS if not group.prompt)
-    return f" in {spans}" if alone else f", context {row['context']} in {spans}"
+    return spans if alone else f", context {row['context']}{spans}"
 
 
 def cells(row: dict[str, Any], names: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lcf_fast import Message, ops, reference
 
+from . import slots
 from .c2c import fuse, fuse_as_released, make_fuser
 from .cases import AS_RELEASED
 from .inputs import Operands
@@ -143,6 +144,7 @@ OURS: dict[str, Run] = {
     "adapter.inject": lambda o: o.adapter.inject(o.receiver_cache, o.sent),
     "adapter.inject (4 messages)": lambda o: o.adapter.inject(o.receiver_cache, o.sent_by_several),
     "adapter.summarize+inject": _summarize_and_inject,
+    **slots.OURS,
 }
 
 
@@ -171,6 +173,7 @@ REFERENCE: dict[str, Run] = {
     "windows": _reference_summary,
     "merge": _reference_summary,  # at once, from the cache: without states there is no other way
     "lcfx": _reference_lcfx,
+    **slots.REFERENCE,
 }
 
 
@@ -205,6 +208,8 @@ def compiled(group: str, mode: str | None) -> Run:
     def compiles(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, dynamic=False, mode=mode)
 
+    if group in slots.REFERENCE:
+        return slots.compiled(group, compiles)
     if group == "projection":
         projection = compiles(reference.joint_projection)
         return lambda o: projection(*o.sharer[o.row], *o.receiver[o.row], o.layer_weights[o.row])
@@ -350,6 +355,8 @@ def baselines(group: str, o: Operands) -> list[Variant]:
             offsets = _offsets(o)
             flash = _pooling(group, flash_pool, offsets.to(o.spans.device), int(offsets.diff().max()))
             found.append(Variant(f"{again}flash-attn", "baseline", flash))
+    if group == "slots_summarize":
+        found.append(Variant("SDPA", "baseline", slots.sdpa_summarize))
     if group == "lcf":
         found += _c2c(o, len(o.kept) if on_gpu else 1)
     return found
