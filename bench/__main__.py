@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   python -m bench --quick                            two minutes on two cores
   python -m bench --only lcf inject --tokens 512     the whole of LCF, and inject, at one size
   python -m bench --only adapter.extend windows merge encode decode --context 4096     messages
+  python -m bench --only slots_summarize slots_deliver slots_append slots    slots
   python -m bench --device cuda --dtype float16 --bottleneck 64 128 256 512
   python -m bench --sharer Qwen/Qwen2.5-0.5B-Instruct --receiver Qwen/Qwen3-0.6B
 

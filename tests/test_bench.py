@@ -373,7 +373,7 @@ ABOUT = {"commit", "device", "device_type", "driver", "torch", "triton", "transf
 def test_the_job_from_end_to_end(tiny: tuple[str, str], tmp_path: Path) -> None:
     """As a user starts it, interpreter and all."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    only = ["fuse_layers", "gated_injection", "adapter.extend", "decode"]
+    only = ["fuse_layers", "gated_injection", "adapter.extend", "slots.append (k = 8)", "decode"]
     done = subprocess.run(
         [sys.executable, "-m", "bench", *arguments(tiny, tmp_path / "out", "--only", *only)],
         cwd=ROOT,
@@ -391,7 +391,7 @@ def test_the_job_from_end_to_end(tiny: tuple[str, str], tmp_path: Path) -> None:
     assert results["schema"] == 1 and set(results["about"]) >= ABOUT
     assert results["failures"] == [] and results["copy_gb_s"] > 0
     ops_run = {row["op"] for row in results["rows"] if row["kind"] == "ours"}
-    assert ops_run == {*only[:3], "Message.from_bytes"}
+    assert ops_run == {*only[:4], "Message.from_bytes"}
     assert all(set(row) == ROW for row in results["rows"])
     interpreted = results["interpreted"]
     checked = [case for group in cases.GROUPS for case in interpreted_check.checked_cases(group, everything=False)]
@@ -403,7 +403,7 @@ def test_the_job_from_end_to_end(tiny: tuple[str, str], tmp_path: Path) -> None:
     printed_error = done.stdout.split("  fuse_layers ")[1].split()[0]
     section = table.section(results)
     assert f"| `fuse_layers` | 3 | 24 | 64 | {printed_error} |" in section
-    for name in ("adapter.extend", "Message.from_bytes"):
+    for name in ("adapter.extend", "slots.append (k = 8)", "Message.from_bytes"):
         note = next(case.note for case in cases.CASES + cases.HOST_CASES if case.name == name)
         assert section.count(f"`{name}`: {note}.") == 1 and done.stdout.count(note) == 1
     assert "message from bytes, on the CPU, all layers (3): N = 40 in" in done.stdout
