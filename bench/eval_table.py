@@ -1,22 +1,11 @@
-"""The README's table of channels, from a committed summary of `lcf-fast eval`.
-
-``python -m bench.eval_table bench/results/evaluation/small-agents.json``; with ``--write README.md`` it goes between
-the file's markers instead of to stdout.
-"""
+"""The README's table of channels, from a committed summary of `lcf-fast eval` (`bench.published` puts it there)."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .table import written
-
-BEGIN, END = "<!-- eval:begin -->", "<!-- eval:end -->"
-COMMAND = "python -m bench.eval_table --write README.md bench/results/evaluation/small-agents.json"
 _CONTROLS = ("matched", "mismatched", "self", "zero", "random")
 _DASH = "—"
 
@@ -29,7 +18,7 @@ def table(file: Path) -> str:
         f"{summary['judged']} verdicts, corrected together (Holm), at {summary['alpha']:g}. Times: of a whole batch, "
         "from its start to its first tokens."
     )
-    return "\n\n".join([*parts, note, f"Made by `{COMMAND}`."])
+    return "\n\n".join([*parts, note])
 
 
 def _set(found: dict[str, Any]) -> str:
@@ -50,15 +39,3 @@ def _set(found: dict[str, Any]) -> str:
 def _interval(interval: dict[str, float], sign: str = "") -> str:
     value, low, high = (100 * interval[name] for name in ("value", "low", "high"))
     return f"{value:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.eval_table", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("summary", type=Path, metavar="JSON", help="a summary.json of lcf-fast eval")
-    parser.add_argument("--write", type=Path, metavar="FILE", help=f"put it between {BEGIN} and {END} there")
-    given = parser.parse_args(arguments)
-    return written(table(given.summary), given.write, BEGIN, END)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

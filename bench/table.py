@@ -121,26 +121,22 @@ def replaced(readme: str, content: str, begin: str = BEGIN, end: str = END) -> s
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 
-def written(content: str, path: Path | None, begin: str = BEGIN, end: str = END) -> int:
-    """Put it between the markers of a file, or on stdout; the exit status."""
-    if path is None:
-        print(content)
-        return 0
-    try:
-        text = replaced(path.read_text(encoding="utf-8"), content, begin, end)
-    except ValueError as error:
-        print(f"{path}: {error}", file=sys.stderr)
-        return 1
-    path.write_text(text, encoding="utf-8")
-    return 0
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.table", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", type=Path, nargs="+", metavar="JSON", help="files of bench/results/")
     parser.add_argument("--write", type=Path, metavar="FILE", help=f"put it between {BEGIN} and {END} there")
     given = parser.parse_args(arguments)
-    return written(table(given.results), given.write)
+    content = table(given.results)
+    if given.write is None:
+        print(content)
+        return 0
+    try:
+        text = replaced(given.write.read_text(encoding="utf-8"), content)
+    except ValueError as error:
+        print(f"{given.write}: {error}", file=sys.stderr)
+        return 1
+    given.write.write_text(text, encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
