@@ -227,7 +227,7 @@ def test_slots_are_interpreted_where_their_kernels_are(monkeypatch: pytest.Monke
 
 def test_the_interpreted_check_takes_models_of_few_layers() -> None:
     """Slots lie in every layer of a cache, so their adapter cannot keep a part of the layers."""
-    sharer, receiver = Geometry(2, 2, 32), Geometry(3, 2, 64)
+    sharer, receiver = Geometry(4, 2, 32), Geometry(3, 2, 64)
     caches = inputs.Caches(make_cache(sharer, 1, 5), make_cache(receiver, 1, 5), make_cache(receiver, 1, 5), [0, 5])
     cut = caches.last(interpreted.LAYERS)
     assert [inputs.geometry_of(part).layers for part in (cut.sharer, cut.receiver, cut.context)] == [2, 2, 2]
