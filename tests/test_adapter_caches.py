@@ -134,7 +134,8 @@ def test_padding_of_a_batch_changes_nothing_for_the_row(models: tuple[Any, Any])
     )
     for pair, row, old in zip(together, alone, own):
         for tensor, expected, was in zip(pair, row, old):
-            torch.testing.assert_close(tensor[:1, :, 4:], expected, rtol=1e-5, atol=1e-6)
+            # Another number of rows may be added up in another order (numbers of order 1).
+            torch.testing.assert_close(tensor[:1, :, 4:], expected, rtol=1e-5, atol=1e-5)
             assert torch.equal(tensor[0, :, :4], was[0, :, :4])
 
 

@@ -118,7 +118,9 @@ def test_pruned_edits_are_those_with_the_others_gates_closed(cross_context: bool
             for layer, (pair, other) in enumerate(zip(pruned, closed, strict=True)):
                 assert torch.equal(pair[0], other[0])
                 assert torch.equal(pair[1], other[1])
-                assert torch.equal(pair[1], every[layer][1]) == (layer in [*kept, DEAD])
+                # With other layers beside it a product may be added up in another order: the same to rounding.
+                apart = float((pair[1] - every[layer][1]).abs().max())
+                assert apart < 1e-5 if layer in [*kept, DEAD] else apart > 1e-3
     assert adapter.parameter_count() * 2 == whole
 
 
