@@ -41,6 +41,7 @@ def add_demo_command(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Refuse what cannot be done, then do it all."""
     from ..errors import IndexRangeError
+    from ..training.models import hide_loading
     from .statistics import check_scipy
 
     most = 4
@@ -56,6 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
                 raise IndexRangeError(name, expected=f"{least} to {limit}", got=str(value))
     check_scipy()
     _check_transformers()
+    hide_loading()
     from .report import check_plot, print_results, write_json, write_png
 
     check_plot()

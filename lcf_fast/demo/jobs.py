@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..training.models import hide_loading
+
 __all__ = ["Display", "Job", "Watch", "Workers", "pack", "unpack"]
 
 #: Told how a job goes, in words.
@@ -87,6 +89,7 @@ def _begin(mail: Any) -> None:
     global _mail
     _mail = mail
     torch.set_num_threads(1)
+    hide_loading()
 
 
 def _work(job: Job) -> Any:

@@ -19,7 +19,7 @@ from ..c2c import C2CConfig, C2CFuser
 from ..config import CacheGeometry
 from ..errors import CheckpointError
 from ..files import write_whole
-from ..training.models import hide_loading, load_model
+from ..training.models import load_model
 from .agents import make_agent
 from .experiments import learn_receiver, learn_sharer, secret_table
 from .export import save_agent, save_items, save_questions
@@ -155,7 +155,6 @@ def _agents(folder: Path, plan: Plan, seeds: range, pool: Workers) -> None:
 
 
 def _load(folder: Path) -> Any:
-    hide_loading()
     return load_model(folder.name, str(folder), "fp32")
 
 

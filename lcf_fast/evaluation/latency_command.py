@@ -59,6 +59,7 @@ def add_latency_command(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from ..files import write_whole
+    from ..training.models import hide_loading
     from .failures import EvaluationError
     from .latency import default_protocol, run_latency, said
     from .latency_report import latency_markdown
@@ -73,6 +74,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if min(arguments.text_tokens) < 1 or len(set(arguments.text_tokens)) < len(arguments.text_tokens):
         expected = "numbers of at least 1, each once"
         raise EvaluationError("--text-tokens", expected=expected, got=str(arguments.text_tokens))
+    hide_loading()
     device = chosen_device(arguments.device)
     precision = arguments.precision or ("fp32" if device.type == "cpu" else "bf16")
     lengths = {name: getattr(arguments, name) for name in _LENGTHS}
@@ -100,10 +102,9 @@ def _groups(arguments: argparse.Namespace, device: torch.device, precision: str)
     dtype = DTYPES[precision]
     if arguments.sharer is None:
         return random_groups(arguments.text_tokens, device=device, dtype=dtype)
-    from ..training.models import hide_loading, load_config
+    from ..training.models import load_config
     from .loading import load_adapters, load_agents, load_fuser
 
-    hide_loading()
     sharer, receiver = arguments.sharer, arguments.receiver
     configs = {"sharer": load_config("sharer", sharer), "receiver": load_config("receiver", receiver)}
     adapters = load_adapters(arguments.adapter, configs, device, dtype)
