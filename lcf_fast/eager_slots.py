@@ -15,7 +15,7 @@ from torch import Tensor
 from .noise import TrainingNoise
 from .reference import Pair, accumulation_dtype, rms_norm
 
-__all__ = ["expand_slots", "fold_slots", "pool_slots", "slot_weights"]
+__all__ = ["expand_slots", "fold_slots", "merge_states", "pool_slots", "pool_states", "slot_weights"]
 
 # A layer of up to this many elements is cheaper to copy next to its neighbours than to launch alone.
 _STACK_ELEMENTS = 1 << 16
@@ -32,6 +32,37 @@ def pool_slots(sharer: Sequence[Pair], slot_query: Tensor, attention_mask: Tenso
     parts = [_pool(key, value, query, attention_mask) for key, value, query in _stacks(sharer, slot_query)]
     keys, values = (torch.cat(part) if len(part) > 1 else part[0] for part in zip(*parts))
     return keys, values
+
+
+def pool_states(sharer: Sequence[Pair], slot_query: Tensor, attention_mask: Tensor | None) -> Pair:
+    """``states (L, B, Hs, k, 2, Ds)`` and ``stats (L, B, Hs, k, 2)`` of a piece of a context; no token: 0, -inf and 0.
+
+    Arguments as `pool_slots`'. N may be 0.
+    """
+    found = []
+    for key, value, query in _stacks(sharer, slot_query):
+        key, value = _cleared(key, attention_mask), _cleared(value, attention_mask)
+        scores = _scores(key, query, attention_mask)
+        nothing = scores.new_full((*scores.shape[:-1], 1), -torch.inf)  # a piece may be empty
+        greatest = torch.cat([scores, nothing], -1).amax(-1)
+        weights = (scores - _finite(greatest)[..., None]).exp()
+        states = torch.stack([torch.matmul(weights, side) for side in (key, value)], 4)
+        found.append((states, torch.stack([greatest, weights.sum(-1)], -1)))
+    states, stats = (torch.cat(part) if len(part) > 1 else part[0] for part in zip(*found))
+    return states, stats
+
+
+def merge_states(states: Tensor, stats: Tensor) -> Pair:
+    """States ``(L, B, Hs, R, k, 2, Ds)`` of disjoint tokens and ``stats (L, B, Hs, R, k, 2)`` without the R axis."""
+    greatest = stats[..., 0].amax(3, keepdim=True)
+    scale = (stats[..., 0] - _finite(greatest)).exp()
+    total = (scale * stats[..., 1]).sum(3)
+    return (scale[..., None, None] * states).sum(3), torch.stack([greatest.squeeze(3), total], -1)
+
+
+def _finite(greatest: Tensor) -> Tensor:
+    """What to take off scores; of no score 0, since infinity less infinity is no number."""
+    return greatest.masked_fill(greatest == -torch.inf, 0.0)
 
 
 def slot_weights(sharer: Sequence[Pair], slot_query: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -60,11 +91,15 @@ def _cleared(cache: Tensor, mask: Tensor | None) -> Tensor:
     return cache if mask is None else cache.masked_fill(~mask[:, None, :, None], 0.0)
 
 
-def _weights(key: Tensor, query: Tensor, mask: Tensor | None) -> Tensor:
+def _scores(key: Tensor, query: Tensor, mask: Tensor | None) -> Tensor:
     scores = torch.matmul(query[:, None] * key.shape[-1] ** -0.5, key.mT)  # (l, B, H, k, N)
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
-    return scores.softmax(-1)
+    return scores
+
+
+def _weights(key: Tensor, query: Tensor, mask: Tensor | None) -> Tensor:
+    return _scores(key, query, mask).softmax(-1)
 
 
 def _pool(key: Tensor, value: Tensor, query: Tensor, mask: Tensor | None) -> Pair:

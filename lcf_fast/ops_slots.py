@@ -23,6 +23,7 @@ from .dispatch import needs_grad
 from .errors import BackendError, DeviceError, DTypeError, GeometryError, ShapeError, SpanError
 from .library import unit_rows
 from .noise import TrainingNoise
+from .slot_states import SlotStates
 
 __all__ = ["expand_slots", "expand_slots_layers", "fold_slots", "slot_pool", "summarize_slots_layers"]
 
@@ -189,6 +190,28 @@ def expand_slots_layers(
     with torch.no_grad():
         slot_projection.expand_slots(latent.contiguous(), weights, destinations, norm_eps=norm_eps)
     return destinations
+
+
+# --- contexts in pieces, for `lcf_fast.slots`, which has checked
+# ---------------------------------------------------------------------
+
+
+@torch.no_grad()
+def pool_slot_states(sharer: Sequence[Pair], slot_query: Tensor, mask: Tensor | None) -> SlotStates:
+    """All layers of a piece of a context as states that merge. ``mask (B, N)`` bool; N may be 0."""
+    flat = [tensor for pair in sharer for tensor in pair]
+    if not flat[0].shape[2] or _backend(flat[0], slot_query.shape[1], None, None) == "eager":
+        return SlotStates(*eager_slots.pool_states(sharer, slot_query, mask))
+    from .kernels import slot_pooling
+
+    pairs = [(unit_rows(key), unit_rows(value)) for key, value in sharer]
+    return SlotStates(*slot_pooling.pool_slot_states(pairs, slot_query.contiguous(), attention_mask=mask))
+
+
+def fold_slots_layers(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """`fold_slots` of all layers: ``(L, B, k, Hs, Ds)`` twice to the latent ``(L, B, k, d)``."""
+    width = weights["down_bias"].shape[1]
+    return _fold(slot_key.contiguous(), slot_value.contiguous(), weights, slot_key.shape[2], width)
 
 
 # --- what is checked, and where it goes

@@ -30,6 +30,7 @@ from .noise import TrainingNoise
 from .placement import slot_positions
 from .receiving import check_origin
 from .rotary import Rotary
+from .slot_states import SlotStates, finish_states, merge_states
 
 __all__ = ["LatentSlots", "slot_parameter_shapes"]
 
@@ -164,6 +165,50 @@ class LatentSlots(HasOrigin, nn.Module):
             with torch.no_grad():
                 shares = eager_slots.slot_weights(layers, weights["slot_query"], mask)
         return self._message(latent, shares)
+
+    def pool(self, cache_piece: Any, *, attention_mask: Tensor | None = None) -> SlotStates:
+        """Pool a piece of a context to a state of fixed size that merges with those of other pieces. For inference.
+
+        Args:
+            cache_piece: the cache of the piece's tokens alone, as in :meth:`summarize`; it may be empty.
+            attention_mask: ``(B, M)``, of the piece; a row may have no token.
+
+        Raises: as :meth:`summarize`, but for SpanError.
+        """
+        sharer = cache_layers(
+            cache_piece,
+            name="cache_piece",
+            geometry=self.config.sharer,
+            length=known_length(attention_mask),
+            every_layer=False,
+        )
+        check_pairs(sharer, "cache_piece", self.config.sharer)
+        key = sharer[0][0]
+        check_device("cache_piece", key, self.receiver_layers, "the adapter")
+        mask = real_tokens("attention_mask", attention_mask, key)
+        return ops.pool_slot_states([sharer[s] for s in self._reads], self._weights()["slot_query"], mask)
+
+    def merge(self, parts: Sequence[SlotStates]) -> SlotStates:
+        """States of the pieces of a context as one, exactly and in any order.
+
+        Raises: as `lcf_fast.slot_states.merge_states`.
+        """
+        return merge_states(parts)
+
+    @torch.no_grad()
+    def finish(self, pool: SlotStates) -> Message:
+        """The message of a whole context, as :meth:`summarize` makes it; the state stays as it is.
+
+        Raises:
+            SpanError: a row that never had a token. ShapeError, DTypeError, DeviceError: no state of this adapter's.
+        """
+        slot_key, slot_value = finish_states(pool)
+        config = self.config
+        wanted = (len(self._kept), config.slots, config.sharer.kv_heads, config.sharer.head_dim)
+        if (*slot_key.shape[:1], *slot_key.shape[2:]) != wanted:
+            raise ShapeError("pool", expected=f"(L, B, k, Hs, Ds) of {wanted}", got=str(tuple(slot_key.shape)))
+        check_device("pool", slot_key, self.receiver_layers, "the adapter")
+        return self._message(ops.fold_slots_layers(slot_key, slot_value, self._weights()))
 
     def _message(self, latent: Tensor, slot_weights: Tensor | None = None) -> Message:
         return Message(
