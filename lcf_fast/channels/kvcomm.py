@@ -25,7 +25,7 @@ from .controls import Control, check_control, controlled_cache, sent_for
 from .kvcomm_attention import Layout, check_implementation, ragged_attention
 from .kvcomm_selection import LayerSelection, alpha_for, layer_scores, top_layers
 from .request import Answer, Request, Timings
-from .routing import rows_of
+from .routing import rows_told
 
 __all__ = ["KVCommChannel", "LayerSelection"]
 
@@ -204,7 +204,7 @@ class KVCommChannel(Channel):
         prompts = receiver.prompts([request.asked() for request in requests], room)
         contexts: dict[str, dict[int, list[int]]] = {}
         for name, sharer in self.sharers.items():
-            rows = [row for row in rows_of(told, name, self.sharers) if name in told[row].sharer_contexts]
+            rows = rows_told(told, name, self.sharers)
             if rows:
                 texts = {row: "\n\n".join(told[row].sharer_contexts[name]) for row in rows}
                 contexts[name] = {row: sharer.reader.text(text)[0] for row, text in texts.items()}

@@ -21,7 +21,7 @@ from .agent import Agent, padded_left
 from .base import Channel, Clock, Prepared
 from .controls import check_control, controlled_cache, controlled_message, sent_for
 from .request import Request
-from .routing import replace_rows, rows_of, take_rows
+from .routing import replace_rows, rows_of, rows_told, take_rows
 
 __all__ = ["Fuser", "LCFChannel", "LCFXChannel", "Sharer", "sharers_by_name"]
 
@@ -187,13 +187,9 @@ class LCFXChannel(Channel):
         """As `Channel.check`."""
         told = sent_for(requests, self.control)
         for name, sharer in self.sharers.items():
-            for row in self._told_by(name, told):
+            for row in rows_told(told, name, self.sharers):
                 self._read(sharer.agent, told[row].sharer_contexts[name])
         super().check(requests, room)
-
-    def _told_by(self, name: str, told: Sequence[Request]) -> list[int]:
-        """The requests that a sharer has something to say to."""
-        return [row for row in rows_of(told, name, self.sharers) if name in told[row].sharer_contexts]
 
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         receiver, batch = self.receiver, len(requests)
@@ -201,7 +197,7 @@ class LCFXChannel(Channel):
         told = sent_for(requests, self.control)
         generator = torch.Generator().manual_seed(self.seed)
         for name, sharer in self.sharers.items():
-            rows = self._told_by(name, told)
+            rows = rows_told(told, name, self.sharers)
             if rows:
                 written = self._messages(sharer, [told[row].sharer_contexts[name] for row in rows], clock, generator)
                 for row, data in zip(rows, written):

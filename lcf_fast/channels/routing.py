@@ -8,7 +8,7 @@ from ..caches import Pair
 from ..errors import GeometryError
 from .request import Request
 
-__all__ = ["replace_rows", "rows_of", "take_rows"]
+__all__ = ["replace_rows", "rows_of", "rows_told", "take_rows"]
 
 
 def rows_of(requests: Sequence[Request], sharer: str, known: Collection[str]) -> list[int]:
@@ -23,6 +23,11 @@ def rows_of(requests: Sequence[Request], sharer: str, known: Collection[str]) ->
                 expected = f"sharers of this channel: {', '.join(known) or 'none'}"
                 raise GeometryError(f"requests[{i}].sharers", expected=expected, got=repr(name))
     return [i for i, request in enumerate(requests) if request.sharers is None or sharer in request.sharers]
+
+
+def rows_told(requests: Sequence[Request], sharer: str, known: Collection[str]) -> list[int]:
+    """Those of `rows_of` that the sharer has read something for."""
+    return [row for row in rows_of(requests, sharer, known) if sharer in requests[row].sharer_contexts]
 
 
 def take_rows(cache: Sequence[Pair], rows: list[int], batch: int) -> list[Pair]:

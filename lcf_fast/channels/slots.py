@@ -20,7 +20,7 @@ from .base import Channel, Clock, Prepared
 from .controls import check_control, controlled_message, sent_for
 from .lcf import Sharer, sharers_by_name
 from .request import Request
-from .routing import rows_of
+from .routing import rows_told
 
 __all__ = ["SlotsChannel"]
 
@@ -72,7 +72,7 @@ class SlotsChannel(Channel):
         prompts = self.receiver.prompts([request.asked() for request in requests], room)
         slots = [0] * len(requests)
         for name, sharer in self.sharers.items():
-            for row in self._told_by(name, told):
+            for row in rows_told(told, name, self.sharers):
                 self._read(sharer.agent, told[row].sharer_contexts[name])
                 slots[row] += count
         for prompt, own in zip(prompts, slots):
@@ -84,7 +84,7 @@ class SlotsChannel(Channel):
         told = sent_for(requests, self.control)
         generator = torch.Generator().manual_seed(self.seed)
         for name, sharer in self.sharers.items():
-            rows = self._told_by(name, told)
+            rows = rows_told(told, name, self.sharers)
             if rows:
                 written = self._messages(sharer, [told[row].sharer_contexts[name] for row in rows], clock, generator)
                 for row, data in zip(rows, written):
@@ -112,10 +112,6 @@ class SlotsChannel(Channel):
                 cache = self._read_behind(placed, there, ids[:, :-1], mask[:, :-1])
         long_ids, long_mask = with_slots(ids, mask, there, placement=self.placement)
         return Prepared(long_ids, long_mask, cache, sizes)
-
-    def _told_by(self, name: str, told: Sequence[Request]) -> list[int]:
-        """The requests that a sharer has something to say to."""
-        return [row for row in rows_of(told, name, self.sharers) if name in told[row].sharer_contexts]
 
     def _read(self, agent: Agent, paragraphs: Sequence[str]) -> list[int]:
         """Tokens of a sharer's context, without a template as it is asked nothing."""
