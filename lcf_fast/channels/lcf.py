@@ -21,7 +21,7 @@ from .agent import Agent, padded_left
 from .base import Channel, Clock, Prepared
 from .controls import check_control, controlled_cache, controlled_message, sent_for
 from .request import Request
-from .routing import replace_rows, rows_of, rows_told, take_rows
+from .routing import collected, replace_rows, rows_of, rows_told, take_rows
 
 __all__ = ["Fuser", "LCFChannel", "LCFXChannel", "Sharer", "sharers_by_name"]
 
@@ -193,15 +193,9 @@ class LCFXChannel(Channel):
 
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         receiver, batch = self.receiver, len(requests)
-        sent: list[list[bytes]] = [[] for _ in requests]
         told = sent_for(requests, self.control)
         generator = torch.Generator().manual_seed(self.seed)
-        for name, sharer in self.sharers.items():
-            rows = rows_told(told, name, self.sharers)
-            if rows:
-                written = self._messages(sharer, [told[row].sharer_contexts[name] for row in rows], clock, generator)
-                for row, data in zip(rows, written):
-                    sent[row].append(data)
+        sent = collected(told, self.sharers, lambda sharer, read: self._messages(sharer, read, clock, generator))
         prompts = receiver.prompts([request.asked() for request in requests], room)
         ids, mask = padded_left(prompts, receiver.padding(), receiver.device)
         with clock.of("receiver"):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from ..caches import Pair
 from ..errors import GeometryError
 from .request import Request
 
-__all__ = ["replace_rows", "rows_of", "rows_told", "take_rows"]
+__all__ = ["collected", "replace_rows", "rows_of", "rows_told", "take_rows"]
+
+
+Named = TypeVar("Named")
 
 
 def rows_of(requests: Sequence[Request], sharer: str, known: Collection[str]) -> list[int]:
@@ -28,6 +32,24 @@ def rows_of(requests: Sequence[Request], sharer: str, known: Collection[str]) ->
 def rows_told(requests: Sequence[Request], sharer: str, known: Collection[str]) -> list[int]:
     """Those of `rows_of` that the sharer has read something for."""
     return [row for row in rows_of(requests, sharer, known) if sharer in requests[row].sharer_contexts]
+
+
+def collected(
+    requests: Sequence[Request],
+    sharers: Mapping[str, Named],
+    write: Callable[[Named, list[tuple[str, ...]]], Iterable[bytes]],
+) -> list[list[bytes]]:
+    """What each request is sent, one message a sharer that has read something for it, in the sharers' order.
+
+    ``write``: a sharer's messages about so many contexts.
+    """
+    sent: list[list[bytes]] = [[] for _ in requests]
+    for name, sharer in sharers.items():
+        rows = rows_told(requests, name, sharers)
+        if rows:
+            for row, data in zip(rows, write(sharer, [requests[row].sharer_contexts[name] for row in rows])):
+                sent[row].append(data)
+    return sent
 
 
 def take_rows(cache: Sequence[Pair], rows: list[int], batch: int) -> list[Pair]:

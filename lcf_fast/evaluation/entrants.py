@@ -181,7 +181,7 @@ def _lcf_x(
     seed: int,
 ) -> list[Entrant]:
     theirs = [Sharer(sharer, adapter.eval())]
-    itself = receiver.called(sharer.name)
+    itself, weights = receiver.called(sharer.name), _weights(adapter, own)
     found = []
     for number, cut in enumerate(spans):
         name = "lcf_x" if number == 0 else f"lcf_x_{cut}"
@@ -195,7 +195,7 @@ def _lcf_x(
         able = limited(_able(own)) if number == 0 else (MATCHED,)
         for control in able:
             make(control)  # refuses other models' before anything runs
-        found.append(Entrant(name, make, able, {**_weights(adapter, own), "dtype": dtype, "spans": cut}, "cross"))
+        found.append(Entrant(name, make, able, {**weights, "dtype": dtype, "spans": cut}, "cross"))
     return found
 
 
