@@ -57,7 +57,7 @@ class CrossChannels:
             NONE: answers_of(self.receiver, prompts),
             MATCHED: self.answer(prompts, message),
             MISMATCHED: self.answer(prompts, theirs),
-            ZERO: self.answer(prompts, zeros(message)),
+            ZERO: self.answer(prompts, self.nothing(message)),
             TEXT: answers_of(self.receiver, self.with_text(items)),
         }
 
@@ -71,6 +71,10 @@ class CrossChannels:
         message = Message.from_bytes(sent).to(torch.float32)
         edited = self.adapter.inject(read(self.receiver, prompts[:, :-1]), message)
         return go_on(self.receiver, edited, prompts)
+
+    def nothing(self, sent: bytes) -> bytes:
+        """A message of that form which says nothing."""
+        return zeros(sent)
 
     def with_text(self, items: CrossItems) -> Tensor:
         """The sharer's facts written before the receiver's own."""
@@ -86,7 +90,7 @@ class CrossChannels:
     def ways(self, item: CrossItems, other: CrossItems) -> dict[str, Callable[[], object]]:
         """For each channel, all that happens between the question about one item and the receiver's first token."""
         prompts, mine, theirs = item.receiver_ids, *(read(self.sharer, i.sharer_ids) for i in (item, other))
-        nothing = zeros(self.message(mine, item))
+        nothing = self.nothing(self.message(mine, item))
         return {
             NONE: lambda: answers_of(self.receiver, prompts),
             MATCHED: lambda: self.answer(prompts, self.message(mine, item)),

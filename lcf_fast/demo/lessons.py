@@ -94,10 +94,13 @@ def train_adapter(
     seed: int,
     watch: Watch,
     slot_dropout: bool = False,
+    placement: str = "append",
+    guard_weight: float = 0.0,
 ) -> None:
     """Train in place, one stage after the other. The runs' logs and checkpoints are thrown away.
 
-    ``slot_dropout``: so that a message of slots can be cut to any number of them.
+    ``slot_dropout``: so that a message of slots can be cut to any number of them. ``placement``, ``guard_weight``: as
+    in `TrainingSettings`.
     """
     steps, before = sum(stage.steps for stage, _ in stages), 0
 
@@ -115,6 +118,8 @@ def train_adapter(
             precision="fp32",
             device="cpu",
             slot_dropout=slot_dropout,
+            placement=placement,
+            guard_weight=guard_weight,
         )
         data = Lessons(sample, seed + number, tell)
         with TemporaryDirectory(prefix="lcf-demo-") as folder:

@@ -10,13 +10,12 @@ from statistics import mean
 from typing import Any
 
 from ..files import whole_file, write_whole
+from .channels import NONE, TEXT
 from .report import new_figure
-from .slot_study import method_name
+from .study_methods import method_of
 from .tasks import CHANCE
 
 __all__ = ["study_markdown", "write_study"]
-
-_FOUND = "matching message"
 
 
 def write_study(study: dict[str, Any], out: Path, *, plot: bool = True) -> list[Path]:
@@ -35,18 +34,17 @@ def study_markdown(study: dict[str, Any]) -> str:
     facts, seeds = study["plan"]["facts"], study["seeds"]
     header = ["method", "parameters", "bytes", *(f"{n} fact{'s' if n > 1 else ''}" for n in facts), "first token, ms"]
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
-    rows.append(["no message", "", "0", *(_of_text(study, "none", n) for n in facts), ""])
+    rows.append([NONE, "", "0", *(_of_text(study, "none", n) for n in facts), _time(study, NONE)])
     for cells in _methods(study):
         first = cells[0]
         scores = [_score(cells, "matched", n) + f" / {_mean(cells, 'mismatched', n):.1f}" for n in facts]
-        name = method_name(first["slots"], first["dropout"])
-        time = f"{1000 * study['first_token'][name][_FOUND]:.1f}"
-        rows.append([name, f"{first['parameters']:,}", f"{first['sent']:,}", *scores, time])
+        name, sent = method_of(first["method"]).name, ", ".join(f"{n:,}" for n in dict.fromkeys(_sizes(first, facts)))
+        rows.append([name, f"{first['parameters']:,}", sent, *scores, _time(study, first["method"])])
         for k, by_facts in sorted(first["kept"].items(), key=lambda pair: int(pair[0])):
             cut = [_score([{**c, "kept": c["kept"][k]} for c in cells], "kept", n) for n in by_facts]
             rows.append([f"… the first {k} of them", "", "", *cut, ""])
     told = [f"{2 * n}" for n in facts]
-    rows.append(["facts as text", "", ", ".join(told), *(_of_text(study, "told", n) for n in facts), ""])
+    rows.append([TEXT, "", ", ".join(told), *(_of_text(study, "told", n) for n in facts), _time(study, TEXT)])
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     many = len(seeds) > 1
     note = (
@@ -61,10 +59,18 @@ def study_markdown(study: dict[str, Any]) -> str:
 
 def _methods(study: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """The cells of each method, in order; numbers of facts as text, as JSON has them."""
-    found: dict[tuple[int, bool], list[dict[str, Any]]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for cell in json.loads(json.dumps(study["cells"])):
-        found.setdefault((cell["slots"], cell["dropout"]), []).append(cell)
+        found.setdefault(cell["method"], []).append(cell)
     return list(found.values())
+
+
+def _sizes(cell: dict[str, Any], facts: Sequence[int]) -> list[int]:
+    return [cell["sent"][str(n)] for n in facts]
+
+
+def _time(study: dict[str, Any], name: str) -> str:
+    return f"{1000 * study['first_token'][name]:.1f}"
 
 
 def _shares(cells: Sequence[dict[str, Any]], what: str, facts: int | str) -> list[float]:
@@ -95,24 +101,28 @@ def _greatest(study: dict[str, Any], what: str) -> float:
 def _draw(study: dict[str, Any], path: str | os.PathLike[str]) -> None:
     figure = new_figure((8.0, 5.0))
     panel = figure.subplots()
+    plain: dict[str, list[list[dict[str, Any]]]] = {"o-": [], "s": [], "^": []}
+    for cells in _methods(study):
+        method = method_of(cells[0]["method"])
+        if not method.variant:
+            plain["o-" if method.slots else {"lcf_x": "s", "lcf": "^"}[method.key]].append(cells)
     for number, facts in enumerate(study["plan"]["facts"]):
-        colour = f"C{number}"
-        slots = [cells for cells in _methods(study) if cells[0]["slots"] and not cells[0]["dropout"]]
-        label = f"slots, {facts} fact{'s' if facts > 1 else ''}"
-        for cells, style in [(slots, "o-"), ([c for c in _methods(study) if not c[0]["slots"]], "s")]:
-            if not cells:
+        label: str | None = f"{facts} fact{'s' if facts > 1 else ''}"
+        for style, methods in plain.items():
+            if not methods:
                 continue
-            shares = [[100 * share for share in _shares(c, "matched", facts)] for c in cells]
+            shares = [[100 * share for share in _shares(cells, "matched", facts)] for cells in methods]
             middle = [mean(each) for each in shares]
             low = [m - min(each) for m, each in zip(middle, shares)]
             high = [max(each) - m for m, each in zip(middle, shares)]
-            sizes = [c[0]["sent"] for c in cells]
-            named = label if style == "o-" else None
-            panel.errorbar(sizes, middle, yerr=[low, high], fmt=style, color=colour, capsize=2, lw=1, label=named)
+            sizes = [cells[0]["sent"][str(facts)] for cells in methods]
+            panel.errorbar(sizes, middle, yerr=[low, high], fmt=style, color=f"C{number}", capsize=2, lw=1, label=label)
+            label = None
     panel.axhline(100 * CHANCE, color="grey", linestyle=":", linewidth=1)
     panel.set_xscale("log", base=2)
     panel.set(xlabel="bytes of a message, header and all", ylabel="right answers, %", ylim=(0, 105))
-    panel.set_title("circles: 1, 2, 4 ... slots; squares: LCF-X; bars: least and greatest of the seeds", fontsize=9)
+    title = "circles: 1, 2, 4 ... slots; squares: LCF-X; triangles: LCF; bars: least and greatest of the seeds"
+    panel.set_title(title, fontsize=9)
     panel.legend(fontsize=8, frameon=False)
     with whole_file(Path(path)) as file:
         figure.savefig(file, format="png", dpi=130)

@@ -1,4 +1,4 @@
-"""How much a message can hold: LCF-X and slots of several numbers, on one to eight facts, over seeds.
+"""How much a message can hold: LCF, LCF-X and slots of several numbers, on one to eight facts, over seeds.
 
 One model is both sharer and receiver. Every adapter is trained alike, on one to eight facts at a time, as many steps of
 as many items by the same loop; it is then asked about a message of its own, another item's, and zeros. What a folder
@@ -9,28 +9,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint import load_any
 from ..errors import CheckpointError
 from ..files import write_whole
 from ..message import Message
 from .agents import AgentSize, answers_of, make_agent, recall_accuracy, teach_recall
-from .channels import CrossChannels, SlotsChannels, first_token_times, read, zeros
+from .channels import MATCHED, NONE, TEXT, CrossChannels, first_token_times, read
 from .jobs import Display, Job, Watch, Workers, pack, unpack
-from .lessons import Stage, make_adapter, make_slots_adapter, train_adapter
+from .study_methods import Method, method_of
 from .tasks import CrossItems, cross_items, others
 
-__all__ = ["FULL_STUDY", "QUICK_STUDY", "Cell", "StudyPlan", "method_name", "run_study"]
+__all__ = ["FULL_STUDY", "QUICK_STUDY", "Cell", "StudyPlan", "run_study"]
 
-#: Slots of LCF-X: none, one vector for all positions.
-LCF_X = 0
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -64,16 +61,16 @@ class Cell:
     """One method with one seed. Accuracies by number of facts, as right answers of ``items``.
 
     Attributes:
-        slots: k, or 0 for LCF-X.
+        method: its key.
+        sent: bytes of one item's message, by number of facts.
         matched, mismatched, zero: with the item's own message, another item's, and zeros.
         kept: matched with the first k' slots alone, by k' and then by facts; of slot dropout.
     """
 
     seed: int
-    slots: int
-    dropout: bool
+    method: str
     parameters: int
-    sent: int
+    sent: dict[int, int]
     items: int
     training_cpu: float
     matched: dict[int, int]
@@ -82,45 +79,34 @@ class Cell:
     kept: dict[int, dict[int, int]]
 
 
-def method_name(slots: int, dropout: bool = False) -> str:
-    """As tables call it."""
-    if slots == LCF_X:
-        return "LCF-X"
-    return f"{slots} slot{'s' if slots > 1 else ''}{', any number sent' if dropout else ''}"
-
-
 def run_study(
-    plan: StudyPlan, out: Path, *, seeds: Sequence[int], slots: Sequence[int], dropout: int | None, workers: int
+    plan: StudyPlan, out: Path, *, seeds: Sequence[int], methods: Sequence[str], workers: int
 ) -> dict[str, Any]:
     """Train and measure what the folder lacks; all figures, as `study.json` has them.
 
     Args:
-        slots: numbers of slots, 0 for LCF-X.
-        dropout: slots of one more adapter, which is trained to be cut to any number of them; None: none.
+        methods: keys, as in `study_methods`.
         workers: processes, of one thread each.
 
     Raises:
-        CheckpointError: the folder holds another plan's figures. PlateauError: a model does not learn to recall.
+        GeometryError: no such method. CheckpointError: the folder holds another plan's figures.
+        PlateauError: a model does not learn to recall.
     """
+    chosen = [method_of(key) for key in methods]
     _check_mark(out, plan)
-    methods = [(k, False) for k in slots] + ([] if dropout is None else [(dropout, True)])
     with Workers(workers, Display()) as pool:
         unlearned = [seed for seed in seeds if not _agent_path(out, seed).exists()]
         pool.run([Job(f"model {seed}", _learn, (plan, out, seed)) for seed in unlearned])
-        missing = [
-            (seed, k, drops) for k, drops in methods for seed in seeds if not _cell_path(out, seed, k, drops).exists()
-        ]
-        pool.run(
-            [Job(f"{method_name(k, drops)}, seed {s}", _carry_out, (plan, out, s, k, drops)) for s, k, drops in missing]
-        )
-    cells = [_read_cell(_cell_path(out, seed, k, drops)) for k, drops in methods for seed in seeds]
+        missing = [(seed, one) for one in chosen for seed in seeds if not _cell_path(out, seed, one).exists()]
+        pool.run([Job(f"{one.name}, seed {seed}", _carry_out, (plan, out, seed, one)) for seed, one in missing])
+    cells = [_read_cell(_cell_path(out, seed, one)) for one in chosen for seed in seeds]
     recalls = [json.loads(_agent_path(out, seed).with_suffix(".json").read_text(encoding="utf-8")) for seed in seeds]
     return {
         "plan": asdict(plan),
         "seeds": list(seeds),
         "text": [{"seed": seed, **recall} for seed, recall in zip(seeds, recalls)],
         "cells": [asdict(cell) for cell in cells],
-        "first_token": _times(plan, out, seeds[0], methods),
+        "first_token": _times(plan, out, seeds[0], chosen),
     }
 
 
@@ -147,52 +133,37 @@ def _learn(plan: StudyPlan, out: Path, seed: int, watch: Watch) -> None:
     write_whole(path, pack(model))
 
 
-def _carry_out(plan: StudyPlan, out: Path, seed: int, slots: int, dropout: bool, watch: Watch) -> None:
+def _carry_out(plan: StudyPlan, out: Path, seed: int, method: Method, watch: Watch) -> None:
     """Job: train an adapter, ask over it, and put both into the folder."""
     watch("begins")
     model = _load_agent(plan, out, seed)
-    adapter: Any
-    if slots == LCF_X:
-        adapter = make_adapter(model, model, cross_context=True, seed=70_000 + seed)
-    else:
-        adapter = make_slots_adapter(model, model, slots=slots, seed=70_000 + seed)
-    most = max(plan.facts)
-
-    def sample(items: int, generator: torch.Generator) -> Any:
-        return cross_items(items, int(torch.randint(1, most + 1, (), generator=generator)), generator).batch()
-
+    adapter: Any = method.make(model, 70_000 + seed)
     began = time.process_time()
-    lessons = [(Stage(plan.steps), sample)]
-    train_adapter(adapter, model, model, lessons, seed=80_000 + seed, watch=watch, slot_dropout=dropout)
+    method.train(adapter, model, plan.steps, max(plan.facts), seed=80_000 + seed, watch=watch)
     spent = time.process_time() - began
     watch("measuring")
     adapter.eval()
-    channels = _channels(adapter, model)
+    channels = method.channels(adapter, model)
     generator = torch.Generator().manual_seed(90_000 + seed)
-    found: dict[str, dict[int, int]] = {"matched": {}, "mismatched": {}, "zero": {}}
+    found: dict[str, dict[int, int]] = {"sent": {}, "matched": {}, "mismatched": {}, "zero": {}}
     kept: dict[int, dict[int, int]] = {}
     for n in plan.facts:
         items = cross_items(plan.items, n, generator)
         matched, mismatched = (_sent(channels, told) for told in (items, items[others(items, generator)]))
-        for name, sent in (("matched", matched), ("mismatched", mismatched), ("zero", zeros(matched))):
+        for name, sent in (("matched", matched), ("mismatched", mismatched), ("zero", channels.nothing(matched))):
             found[name][n] = _right(channels, items, sent)
-        for k in _fewer(slots) if dropout else ():
+        found["sent"][n] = len(_sent(channels, items[:1]))
+        for k in _fewer(method.slots) if method.variant == "dropout" else ():
             cut = Message.from_bytes(matched).take_slots(k).to_bytes()
             kept.setdefault(k, {})[n] = _right(channels, items, cut)
-    size = len(_sent(channels, items[:1]))
-    cell = Cell(seed, slots, dropout, adapter.parameter_count(), size, plan.items, spent, **found, kept=kept)
-    adapter.save_pretrained(_adapter_path(out, seed, slots, dropout))
-    write_whole(_cell_path(out, seed, slots, dropout), json.dumps(asdict(cell)).encode())
+    cell = Cell(seed, method.key, method.parameters(adapter), items=plan.items, training_cpu=spent, **found, kept=kept)
+    adapter.save_pretrained(_adapter_path(out, seed, method))
+    write_whole(_cell_path(out, seed, method), json.dumps(asdict(cell)).encode())
 
 
 def _fewer(slots: int) -> list[int]:
     """1, 2, 4 ... below k."""
     return [k for k in (1, 2, 4, 8, 16, 32) if k < slots]
-
-
-def _channels(adapter: Any, model: Any) -> CrossChannels:
-    kind = SlotsChannels if adapter.config.slots else CrossChannels
-    return kind(adapter, model, model)
 
 
 @torch.no_grad()
@@ -205,17 +176,17 @@ def _right(channels: CrossChannels, items: CrossItems, sent: bytes) -> int:
     return int((channels.answer(items.receiver_ids, sent) == items.answers).sum())
 
 
-def _times(plan: StudyPlan, out: Path, seed: int, methods: Sequence[tuple[int, bool]]) -> dict[str, dict[str, float]]:
-    """Median seconds to the first token, by method and what it is given; measured when nothing else of it runs."""
+def _times(plan: StudyPlan, out: Path, seed: int, methods: Sequence[Method]) -> dict[str, float]:
+    """Median seconds to the first token, by method, and of text and nothing; when nothing else of the study runs."""
     model = _load_agent(plan, out, seed)
     items = cross_items(2, max(plan.facts), torch.Generator().manual_seed(95_000 + seed))
-    found = {}
-    for k, drops in methods:
-        adapter = load_any(_adapter_path(out, seed, k, drops))
+    ways: dict[str, Callable[[], object]] = {}
+    for method in methods:
+        channels = method.channels(method.load(_adapter_path(out, seed, method)), model)
         with torch.no_grad():
-            ways = _channels(adapter, model).ways(items[:1], items[1:2])
-        found[method_name(k, drops)] = first_token_times(ways, plan.rounds)
-    return found
+            all_ways = channels.ways(items[:1], items[1:2])
+        ways |= {method.key: all_ways[MATCHED], **{name: all_ways[name] for name in (NONE, TEXT)}}
+    return first_token_times(ways, plan.rounds)
 
 
 # --- the folder
@@ -237,18 +208,18 @@ def _agent_path(out: Path, seed: int) -> Path:
     return out / "models" / f"{seed}.safetensors"
 
 
-def _adapter_path(out: Path, seed: int, slots: int, dropout: bool) -> Path:
-    return out / "adapters" / f"{seed}-{slots}{'-dropout' if dropout else ''}"
+def _adapter_path(out: Path, seed: int, method: Method) -> Path:
+    return out / "adapters" / f"{seed}-{method.key}"
 
 
-def _cell_path(out: Path, seed: int, slots: int, dropout: bool) -> Path:
-    return _adapter_path(out, seed, slots, dropout) / "cell.json"
+def _cell_path(out: Path, seed: int, method: Method) -> Path:
+    return _adapter_path(out, seed, method) / "cell.json"
 
 
 def _read_cell(path: Path) -> Cell:
     row = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("matched", "mismatched", "zero"):
-        row[name] = {int(n): right for n, right in row[name].items()}
+    for name in ("sent", "matched", "mismatched", "zero"):
+        row[name] = {int(n): count for n, count in row[name].items()}
     row["kept"] = {int(k): {int(n): right for n, right in by.items()} for k, by in row["kept"].items()}
     return Cell(**row)
 

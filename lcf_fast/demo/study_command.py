@@ -9,12 +9,13 @@ from typing import Any
 __all__ = ["add_study_command"]
 
 _EXAMPLES = """examples:
-  lcf-fast study --out out/slots                       five seeds, LCF-X and 1 to 16 slots; half an hour on two cores
-  lcf-fast study --out out/slots --seeds 0 --slots 0 8     one seed; 0 slots: LCF-X
+  lcf-fast study --out out/slots                       the table: five seeds of each method; 35 minutes on two cores
+  lcf-fast study --out out/slots --methods slots_8 slots_8_shared slots_8_prefix     the same folder, other rows
+  lcf-fast study --out out/slots --seeds 0 --methods lcf_x slots_8      one seed
   lcf-fast study --out out/try --quick                 everything in seconds, with nothing learned
 """
-_DESCRIPTION = """How much does a message hold? On one small model, as sharer and receiver: LCF-X and messages of slots,
-trained alike on one to eight facts at a time, asked about their own message, another item's, and zeros. The same
+_DESCRIPTION = """How much does a message hold? On one small model, as sharer and receiver: LCF, LCF-X and messages of
+slots, trained alike on one to eight facts at a time, asked about their own message, another item's, and zeros. The same
 command goes on where it was stopped. Writes study.json, study.md and study.png."""
 
 
@@ -29,10 +30,10 @@ def add_study_command(commands: Any) -> None:
     )
     parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path("out/slots"), help="default: out/slots")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="N", help="default: 0 to 4")
-    parser.add_argument("--slots", type=int, nargs="+", default=[0, 1, 2, 4, 8, 16], metavar="K",
-                        help="numbers of slots, 0 for LCF-X; default: 0 1 2 4 8 16")  # fmt: skip
-    parser.add_argument("--dropout", type=int, default=8, metavar="K",
-                        help="slots of one more, of which any number can be sent; 0: none; default: 8")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", default=None, metavar="NAME",
+                        help="lcf, lcf_x, slots_K; or slots_K_ and what is changed: dropout (any number of slots can "
+                        "be sent), shared (queries, by all heads), one_block, per_fact (K = 1), prefix, guard; "
+                        "default: lcf lcf_x slots_1 slots_2 slots_4 slots_8 slots_16")  # fmt: skip
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each; default: 2")
     parser.add_argument("--quick", action="store_true", help="seconds: everything is done, nothing learned")
     parser.add_argument("--no-plot", action="store_true", help="no picture, which needs matplotlib")
@@ -45,16 +46,18 @@ def _run(arguments: argparse.Namespace) -> None:
     from .report import check_plot
     from .slot_report import study_markdown, write_study
     from .slot_study import FULL_STUDY, QUICK_STUDY, run_study
+    from .study_methods import METHODS, method_of
 
     for name, values, least, most in (
         ("--seeds", arguments.seeds, 0, 10**6),
-        ("--slots", arguments.slots, 0, 64),
-        ("--dropout", [arguments.dropout], 0, 64),
         ("--workers", [arguments.workers], 1, 64),
     ):
         for value in values:
             if not least <= value <= most:
                 raise IndexRangeError(name, expected=f"{least} to {most}", got=str(value))
+    methods = list(dict.fromkeys(arguments.methods or METHODS))
+    for key in methods:
+        method_of(key)
     if not arguments.no_plot:
         check_plot()
     hide_loading()
@@ -62,8 +65,7 @@ def _run(arguments: argparse.Namespace) -> None:
         QUICK_STUDY if arguments.quick else FULL_STUDY,
         arguments.out,
         seeds=list(dict.fromkeys(arguments.seeds)),
-        slots=list(dict.fromkeys(arguments.slots)),
-        dropout=arguments.dropout or None,
+        methods=methods,
         workers=arguments.workers,
     )
     written = write_study(study, arguments.out, plot=not arguments.no_plot)
