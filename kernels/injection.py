@@ -24,6 +24,7 @@ from .common import (
     head_chunk,
     heads_block,
     needs_wide_offsets,
+    row_offsets,
     target_of,
 )
 from .policy import tile_config
@@ -136,6 +137,77 @@ def copy_tile(
         tl.store((p_out + o_head * stride_out_head) + (o_out[:, None] + o_channel[None, :]), b_row, mask=m_tile)
 
 
+@triton.jit
+def inject_side(
+    receiver,
+    out,
+    latent,
+    edit_mask,
+    up_weight,
+    up_bias,
+    head_gate_weight,
+    head_gate_bias,
+    gate_logit,
+    tokens,
+    i_tile,
+    i_batch,
+    stride_batch,
+    stride_head,
+    stride_token,
+    stride_out_batch,
+    stride_out_head,
+    stride_out_token,
+    KV: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+    IS_INPLACE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile of the key (KV 0) or the value (1), from a latent in memory.
+
+    The gate is read here, on the device: a closed one costs a copy out of place and nothing in place.
+    """
+    HALF: tl.constexpr = WIDTH // 2
+    i_start = (i_tile * BLOCK_T).to(tl.int64)
+    o_t = tl.arange(0, BLOCK_T)
+    m_write = i_start + o_t < tokens
+    m_edit = m_write
+    if HAS_MASK:
+        m_edit = m_write & (tl.load(edit_mask + i_batch * tokens + i_start + o_t, mask=m_write, other=0) != 0)
+    p_row = receiver + i_batch * stride_batch + i_start * stride_token
+    p_out = out + i_batch * stride_out_batch + i_start * stride_out_token
+    o_row = row_offsets(o_t, stride_token, IS_WIDE)
+    o_out = row_offsets(o_t, stride_out_token, IS_WIDE)
+    is_open = tl.load(gate_logit + KV).to(tl.float32) > 0
+    edits = tl.sum(m_edit.to(tl.int32), 0)
+    if is_open & (edits > 0):
+        o_z = tl.arange(0, HALF)
+        p_z = latent + (i_batch * tokens + i_start) * WIDTH + o_t[:, None] * WIDTH + o_z[None, :]
+        n_k = cast(tl.load(p_z, mask=m_edit[:, None], other=0.0), DTYPE)
+        n_v = cast(tl.load(p_z + HALF, mask=m_edit[:, None], other=0.0), DTYPE)
+        alpha = gate_scores(
+            n_k, n_v, head_gate_weight + KV * (HEADS * WIDTH), head_gate_bias + KV * HEADS,
+            HEADS, WIDTH, BLOCK_T, BLOCK_H, DTYPE, PRECISION,
+        )  # fmt: skip
+        n_half = cast(tl.load(p_z + KV * HALF, mask=m_edit[:, None], other=0.0), DTYPE)
+        if IS_INPLACE:
+            m_write = m_edit
+        inject_tile(
+            n_half, alpha, p_row, o_row, stride_head, p_out, o_out, stride_out_head, m_edit, m_write,
+            up_weight + KV * (HEADS * HEAD_DIM * HALF), up_bias + KV * (HEADS * HEAD_DIM),
+            HEADS, HEAD_DIM, WIDTH, BLOCK_H, BLOCK_C, DTYPE, PRECISION,
+        )  # fmt: skip
+    elif not IS_INPLACE:
+        copy_tile(p_row, o_row, stride_head, p_out, o_out, stride_out_head, m_write, HEADS, HEAD_DIM, BLOCK_C)
+
+
 @triton.jit(do_not_specialize=["tokens", "tiles"])
 def gated_injection_kernel(
     receiver_key,
@@ -175,63 +247,27 @@ def gated_injection_kernel(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of one layer, key or value (the grid's fastest half), from a latent in memory ``(B, N, d)``.
-
-    The gate is read here, on the device: a closed one costs a copy out of place and nothing in place.
-    """
-    HALF: tl.constexpr = WIDTH // 2
+    """One tile of one layer, key or value (the grid's fastest half), from a latent in memory ``(B, N, d)``."""
     i_program = tl.program_id(0)
-    i_kv = i_program % 2
     i_tile = (i_program // 2) % tiles
     i_batch = (i_program // (2 * tiles)).to(tl.int64)
-    i_start = (i_tile * BLOCK_T).to(tl.int64)
-    o_t = tl.arange(0, BLOCK_T)
-    m_write = i_start + o_t < tokens
-    m_edit = m_write
-    if HAS_MASK:
-        m_edit = m_write & (tl.load(edit_mask + i_batch * tokens + i_start + o_t, mask=m_write, other=0) != 0)
-    if i_kv == 0:
-        p_row = receiver_key + i_batch * stride_key_batch + i_start * stride_key_token
-        p_out = out_key + i_batch * stride_out_key_batch + i_start * stride_out_key_token
-        stride_token = tl.cast(stride_key_token, tl.int64)
-        stride_head = tl.cast(stride_key_head, tl.int64)
-        stride_out_token = tl.cast(stride_out_key_token, tl.int64)
-        stride_out_head = tl.cast(stride_out_key_head, tl.int64)
-    else:
-        p_row = receiver_value + i_batch * stride_value_batch + i_start * stride_value_token
-        p_out = out_value + i_batch * stride_out_value_batch + i_start * stride_out_value_token
-        stride_token = tl.cast(stride_value_token, tl.int64)
-        stride_head = tl.cast(stride_value_head, tl.int64)
-        stride_out_token = tl.cast(stride_out_value_token, tl.int64)
-        stride_out_head = tl.cast(stride_out_value_head, tl.int64)
-    if IS_WIDE:
-        o_row = o_t * stride_token
-        o_out = o_t * stride_out_token
-    else:
-        o_row = o_t * stride_token.to(tl.int32)
-        o_out = o_t * stride_out_token.to(tl.int32)
-    is_open = tl.load(gate_logit + i_kv).to(tl.float32) > 0
-    edits = tl.sum(m_edit.to(tl.int32), 0)
-    if is_open & (edits > 0):
-        o_z = tl.arange(0, HALF)
-        p_z = latent + (i_batch * tokens + i_start) * WIDTH + o_t[:, None] * WIDTH + o_z[None, :]
-        n_k = cast(tl.load(p_z, mask=m_edit[:, None], other=0.0), DTYPE)
-        n_v = cast(tl.load(p_z + HALF, mask=m_edit[:, None], other=0.0), DTYPE)
-        alpha = gate_scores(
-            n_k, n_v, head_gate_weight + i_kv * (HEADS * WIDTH), head_gate_bias + i_kv * HEADS,
-            HEADS, WIDTH, BLOCK_T, BLOCK_H, DTYPE, PRECISION,
-        )  # fmt: skip
-        n_half = cast(tl.load(p_z + i_kv * HALF, mask=m_edit[:, None], other=0.0), DTYPE)
-        if IS_INPLACE:
-            m_write = m_edit
-        inject_tile(
-            n_half, alpha, p_row, o_row, stride_head, p_out, o_out, stride_out_head, m_edit, m_write,
-            up_weight + i_kv * (HEADS * HEAD_DIM * HALF), up_bias + i_kv * (HEADS * HEAD_DIM),
-            HEADS, HEAD_DIM, WIDTH, BLOCK_H, BLOCK_C, DTYPE, PRECISION,
+    # Each side in a branch of its own: of a pointer that is chosen by a branch Triton 3.6 forgets the alignment.
+    if i_program % 2 == 0:
+        inject_side(
+            receiver_key, out_key, latent, edit_mask,
+            up_weight, up_bias, head_gate_weight, head_gate_bias, gate_logit, tokens, i_tile, i_batch,
+            stride_key_batch, stride_key_head, stride_key_token,
+            stride_out_key_batch, stride_out_key_head, stride_out_key_token, 0,
+            HAS_MASK, IS_WIDE, IS_INPLACE, HEADS, HEAD_DIM, WIDTH, BLOCK_T, BLOCK_C, BLOCK_H, DTYPE, PRECISION,
         )  # fmt: skip
     else:
-        if not IS_INPLACE:
-            copy_tile(p_row, o_row, stride_head, p_out, o_out, stride_out_head, m_write, HEADS, HEAD_DIM, BLOCK_C)
+        inject_side(
+            receiver_value, out_value, latent, edit_mask,
+            up_weight, up_bias, head_gate_weight, head_gate_bias, gate_logit, tokens, i_tile, i_batch,
+            stride_value_batch, stride_value_head, stride_value_token,
+            stride_out_value_batch, stride_out_value_head, stride_out_value_token, 1,
+            HAS_MASK, IS_WIDE, IS_INPLACE, HEADS, HEAD_DIM, WIDTH, BLOCK_T, BLOCK_C, BLOCK_H, DTYPE, PRECISION,
+        )  # fmt: skip
 
 
 def gated_injection(

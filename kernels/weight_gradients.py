@@ -29,6 +29,7 @@ from .common import (
     odd,
     padded,
     pointer_of,
+    row_offsets,
     table_entry,
     target_of,
 )
@@ -123,6 +124,65 @@ def ffn_weights_kernel(
     tl.store(dffn_out + o_out + HALF * HIDDEN, dout_v)
 
 
+@triton.jit
+def down_columns(
+    p_cache,
+    p_z,
+    index,
+    p_w,
+    tokens,
+    sharer_tokens,
+    first,
+    last,
+    tiles,
+    batch,
+    columns,
+    stride_batch,
+    stride_token,
+    o_channel,
+    HAS_INDEX: tl.constexpr,
+    HAS_SHARER: tl.constexpr,
+    IS_SHARER: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Channels ``o_channel`` of the head at ``p_cache``: ``p_w`` gets their columns, ``p_z`` is the layer's dlatent."""
+    HALF: tl.constexpr = WIDTH // 2
+    o_t = tl.arange(0, BLOCK_T)
+    o_z = tl.arange(0, HALF)
+    m_channel = o_channel < HEAD_DIM
+    span = last - first
+    d_k = tl.zeros([HALF, o_channel.shape[0]], dtype=tl.float32)
+    d_v = tl.zeros([HALF, o_channel.shape[0]], dtype=tl.float32)
+    for i in range(0, batch * tiles):
+        i_item = (i // tiles).to(tl.int64)
+        i_row = (i % tiles) * BLOCK_T
+        i_start = (first + i_row).to(tl.int64)
+        m_row, o_row = edited_rows(
+            index, i_item, i_start, o_t, last, tokens, sharer_tokens, HAS_INDEX, HAS_SHARER
+        )  # fmt: skip
+        if not IS_SHARER:
+            o_row = o_t
+        i_base = i_start
+        if IS_SHARER and HAS_INDEX:
+            i_base = i_start * 0
+        o_rows = row_offsets(o_row, stride_token, IS_WIDE)
+        p_x = (p_cache + i_item * stride_batch + i_base * stride_token) + o_rows[:, None] + o_channel[None, :]
+        x = cast(tl.load(p_x, mask=m_row[:, None] & m_channel[None, :], other=0.0), DTYPE)
+        p_row = p_z + (i_item * span + i_row) * WIDTH + o_t[:, None] * WIDTH + o_z[None, :]
+        z_k = cast(tl.load(p_row, mask=m_row[:, None], other=0.0), DTYPE)
+        z_v = cast(tl.load(p_row + HALF, mask=m_row[:, None], other=0.0), DTYPE)
+        d_k = dot(tl.trans(z_k), x, d_k, PRECISION)
+        d_v = dot(tl.trans(z_v), x, d_v, PRECISION)
+    p_w += o_z[:, None] * columns + o_channel[None, :]
+    tl.store(p_w, d_k, mask=m_channel[None, :])
+    tl.store(p_w + HALF * columns, d_v, mask=m_channel[None, :])
+
+
 @triton.jit(do_not_specialize=["tokens", "sharer_tokens", "first", "last", "tiles", "batch", "column"])
 def down_weight_kernel(
     keys,
@@ -163,58 +223,29 @@ def down_weight_kernel(
 
     ``column``: where this model's keys begin in W_down, which has ``columns``; the values follow the keys.
     """
-    HALF: tl.constexpr = WIDTH // 2
     CHUNKS: tl.constexpr = (HEAD_DIM + BLOCK_C - 1) // BLOCK_C
     i_program = tl.program_id(0)
-    i_chunk = i_program % CHUNKS
     i_head = (i_program // CHUNKS) % HEADS
     i_kv = (i_program // (CHUNKS * HEADS)) % 2
     i_layer = i_program // (2 * CHUNKS * HEADS)
-    o_t = tl.arange(0, BLOCK_T)
-    o_z = tl.arange(0, HALF)
-    o_channel = i_chunk * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_channel = o_channel < HEAD_DIM
-    if i_kv == 0:
-        p_cache = pointer_of(keys, i_layer, LAYERS, CACHE_DTYPE, IS_ALIGNED)
-        stride_batch = tl.cast(stride_key_batch, tl.int64)
-        stride_head = tl.cast(stride_key_head, tl.int64)
-        stride_token = tl.cast(stride_key_token, tl.int64)
-    else:
-        p_cache = pointer_of(values, i_layer, LAYERS, CACHE_DTYPE, IS_ALIGNED)
-        stride_batch = tl.cast(stride_value_batch, tl.int64)
-        stride_head = tl.cast(stride_value_head, tl.int64)
-        stride_token = tl.cast(stride_value_token, tl.int64)
-    p_cache += i_head * stride_head
-    step = stride_token
-    if not IS_WIDE:
-        step = stride_token.to(tl.int32)
-    span = last - first
-    d_k = tl.zeros([HALF, BLOCK_C], dtype=tl.float32)
-    d_v = tl.zeros([HALF, BLOCK_C], dtype=tl.float32)
-    for i in range(0, batch * tiles):
-        i_item = (i // tiles).to(tl.int64)
-        i_row = (i % tiles) * BLOCK_T
-        i_start = (first + i_row).to(tl.int64)
-        m_row, o_row = edited_rows(
-            index, i_item, i_start, o_t, last, tokens, sharer_tokens, HAS_INDEX, HAS_SHARER
-        )  # fmt: skip
-        if not IS_SHARER:
-            o_row = o_t
-        i_base = i_start
-        if IS_SHARER and HAS_INDEX:
-            i_base = i_start * 0
-        p_x = (p_cache + i_item * stride_batch + i_base * stride_token) + (o_row * step)[:, None] + o_channel[None, :]
-        x = cast(tl.load(p_x, mask=m_row[:, None] & m_channel[None, :], other=0.0), DTYPE)
-        p_z = dlatent + ((i_layer.to(tl.int64) * batch + i_item) * span + i_row) * WIDTH
-        p_z += o_t[:, None] * WIDTH + o_z[None, :]
-        z_k = cast(tl.load(p_z, mask=m_row[:, None], other=0.0), DTYPE)
-        z_v = cast(tl.load(p_z + HALF, mask=m_row[:, None], other=0.0), DTYPE)
-        d_k = dot(tl.trans(z_k), x, d_k, PRECISION)
-        d_v = dot(tl.trans(z_v), x, d_v, PRECISION)
+    o_channel = (i_program % CHUNKS) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p_z = dlatent + i_layer.to(tl.int64) * batch * (last - first) * WIDTH
     p_w = ddown + i_layer.to(tl.int64) * columns * WIDTH + column + (i_kv * HEADS + i_head) * HEAD_DIM
-    p_w += o_z[:, None] * columns + o_channel[None, :]
-    tl.store(p_w, d_k, mask=m_channel[None, :])
-    tl.store(p_w + HALF * columns, d_v, mask=m_channel[None, :])
+    # Each side in a branch of its own: of a pointer that is chosen by a branch Triton 3.6 forgets the alignment.
+    if i_kv == 0:
+        down_columns(
+            pointer_of(keys, i_layer, LAYERS, CACHE_DTYPE, IS_ALIGNED) + i_head.to(tl.int64) * stride_key_head,
+            p_z, index, p_w, tokens, sharer_tokens, first, last, tiles, batch, columns,
+            stride_key_batch, stride_key_token, o_channel,
+            HAS_INDEX, HAS_SHARER, IS_SHARER, IS_WIDE, HEAD_DIM, WIDTH, BLOCK_T, DTYPE, PRECISION,
+        )  # fmt: skip
+    else:
+        down_columns(
+            pointer_of(values, i_layer, LAYERS, CACHE_DTYPE, IS_ALIGNED) + i_head.to(tl.int64) * stride_value_head,
+            p_z, index, p_w, tokens, sharer_tokens, first, last, tiles, batch, columns,
+            stride_value_batch, stride_value_token, o_channel,
+            HAS_INDEX, HAS_SHARER, IS_SHARER, IS_WIDE, HEAD_DIM, WIDTH, BLOCK_T, DTYPE, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens", "sharer_tokens", "first", "last", "tiles", "batch"])

@@ -1,0 +1,131 @@
+"""Every kernel through Triton's own compiler, binder and launcher, to a CUDA driver that runs nothing.
+
+``python tests/launching/drive.py LIBRARY CHIP``: LIBRARY is stub_cuda.c, built as ``libcuda.so.1``; CHIP is ``sm_90``
+or the like. Prints a line of JSON a launch. What it proves, for the Triton and torch that it runs in: each kernel
+compiles as it is really launched, within the chip's shared memory, and each parameter that reaches the driver is the one
+that the launch was given, addresses in launch tables among them. What it cannot: that a GPU computes with them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SIZES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u64": 8, "fp32": 4, "fp64": 8}
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def parameter_sizes(cubin: bytes) -> list[tuple[int, int]]:
+    """``(offset, bytes)`` of a kernel's parameters, as its binary describes them (EIATTR_KPARAM_INFO)."""
+    found = {}
+    for match in re.finditer(rb"\x04\x17\x0c\x00", cubin):
+        _, ordinal, offset, flags = struct.unpack_from("<IHHI", cubin, match.end())
+        found[ordinal] = offset, flags >> 18 & 0x3FFF
+    return [found[i] for i in sorted(found)]
+
+
+def given(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
+    """A launch's arguments that the kernel has parameters for, tuples flattened."""
+    if isinstance(kind, tuple):
+        for one, part in zip(kind, value, strict=True):
+            yield from given(one, part)
+    elif kind != "constexpr":
+        yield kind, value
+
+
+def bits(kind: str, value: Any) -> tuple[int, int]:
+    """What a parameter's bytes are to be, and how many."""
+    if kind.startswith("*"):
+        return 8, 0 if value is None else value.data_ptr()
+    if kind in ("fp32", "fp64"):
+        return SIZES[kind], int.from_bytes(struct.pack("<f" if kind == "fp32" else "<d", value), "little")
+    return SIZES[kind], int(value) & (1 << 8 * SIZES[kind]) - 1
+
+
+def watch(stub: ctypes.CDLL, capability: tuple[int, int]) -> list[dict[str, Any]]:
+    """Put the stub in the place of a GPU; the launches, one by one, come into what is returned."""
+    import torch
+    from triton.backends.nvidia.driver import CudaDriver
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    torch.cuda.get_device_capability = lambda *_: capability
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.synchronize = lambda *_: None
+    torch._C._cuda_getCurrentRawStream = lambda _: 0  # type: ignore[attr-defined]
+    active: Any = CudaDriver()
+    active.get_current_device = lambda: 0
+    active.get_current_stream = lambda _: 0
+    active.get_device_capability = lambda *_: capability
+    driver.set_active(active)
+
+    counts = (ctypes.c_int * 4096).in_dll(stub, "stub_counts")
+    values = (ctypes.c_ulonglong * 1024).in_dll(stub, "stub_values")
+    last = ctypes.c_int.in_dll(stub, "stub_kernel")
+    grid = (ctypes.c_int * 3).in_dll(stub, "stub_grid")
+    shared = ctypes.c_int.in_dll(stub, "stub_shared")
+    parameters: dict[int, list[tuple[int, int]]] = {}
+    load_binary, run = active.utils.load_binary, JITFunction.run
+    launches: list[dict[str, Any]] = []
+
+    def load(name: str, kernel: bytes, *rest: Any) -> Any:
+        loaded = load_binary(name, kernel, *rest)
+        parameters[loaded[1]] = parameter_sizes(kernel)
+        counts[loaded[1]] = len(parameters[loaded[1]])
+        return loaded
+
+    def checked(self: Any, *arguments: Any, **options: Any) -> Any:
+        last.value = 0
+        compiled = run(self, *arguments, **options)
+        name, sizes = self.__name__, parameters[last.value]
+        assert min(grid) > 0, (name, list(grid))
+        bound = {**dict(zip(self.arg_names, arguments)), **options}
+        wanted = [pair for key, kind in compiled.src.signature.items() for pair in given(kind, bound.get(key))]
+        # Triton adds addresses of scratch memory.
+        assert len(wanted) <= len(sizes) <= len(wanted) + 2, (name, len(sizes), len(wanted))
+        for i, (kind, value) in enumerate(wanted):
+            size, number = bits(kind, value)
+            assert sizes[i][1] == size, (name, i, kind, sizes[i])
+            assert values[i] & (1 << 8 * size) - 1 == number, (name, i, kind, hex(values[i]), value)
+        taken = max(offset + size for offset, size in sizes)
+        launches.append({"kernel": name, "parameters": len(wanted), "bytes": taken, "shared": shared.value})
+        return compiled
+
+    active.utils.load_binary = load
+    JITFunction.run = checked
+    return launches
+
+
+def main() -> None:
+    library, chip = sys.argv[1:]
+    number = int(chip.removeprefix("sm_"))
+    os.environ["TRITON_LIBCUDA_PATH"] = str(Path(library).parent)
+    stub = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+    launches = watch(stub, divmod(number, 10))
+
+    import torch
+
+    import lcf_fast
+    from lcf_fast import backends
+    from lcf_fast.kernels import common
+
+    backends._obstacle = lambda *_: None
+    common._target = lambda _: chip  # type: ignore[assignment]
+    sys.path += [str(TESTS / "gpu"), str(TESTS)]
+    import sanitize
+
+    with torch.no_grad(), lcf_fast.use_backend("triton"):
+        sanitize.main("cpu")
+    for launch in launches:
+        print(json.dumps(launch))
+
+
+if __name__ == "__main__":
+    main()
