@@ -2,8 +2,8 @@
 
 ``python tests/launching/drive.py LIBRARY CHIP``: LIBRARY is stub_cuda.c, built as ``libcuda.so.1``; CHIP is ``sm_90``
 or the like. Prints a line of JSON a launch. What it proves, for the Triton and torch that it runs in: each kernel
-compiles as it is really launched, within the chip's shared memory, and each parameter that reaches the driver is the one
-that the launch was given, addresses in launch tables among them. What it cannot: that a GPU computes with them.
+compiles as it is really launched, within the chip's shared memory, and each parameter that reaches the driver is what
+the launch was given, addresses in launch tables among them. What it cannot: that a GPU computes with them.
 """
 
 from __future__ import annotations
@@ -52,19 +52,8 @@ def bits(kind: str, value: Any) -> tuple[int, int]:
 def watch(stub: ctypes.CDLL, capability: tuple[int, int]) -> list[dict[str, Any]]:
     """Put the stub in the place of a GPU; the launches, one by one, come into what is returned."""
     import torch
-    from triton.backends.nvidia.driver import CudaDriver
+    from triton.backends.nvidia.driver import CudaDriver, CudaLauncher
     from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    torch.cuda.get_device_capability = lambda *_: capability
-    torch.cuda.current_device = lambda: 0
-    torch.cuda.synchronize = lambda *_: None
-    torch._C._cuda_getCurrentRawStream = lambda _: 0  # type: ignore[attr-defined]
-    active: Any = CudaDriver()
-    active.get_current_device = lambda: 0
-    active.get_current_stream = lambda _: 0
-    active.get_device_capability = lambda *_: capability
-    driver.set_active(active)
 
     counts = (ctypes.c_int * 4096).in_dll(stub, "stub_counts")
     values = (ctypes.c_ulonglong * 1024).in_dll(stub, "stub_values")
@@ -72,8 +61,43 @@ def watch(stub: ctypes.CDLL, capability: tuple[int, int]) -> list[dict[str, Any]
     grid = (ctypes.c_int * 3).in_dll(stub, "stub_grid")
     shared = ctypes.c_int.in_dll(stub, "stub_shared")
     parameters: dict[int, list[tuple[int, int]]] = {}
-    load_binary, run = active.utils.load_binary, JITFunction.run
     launches: list[dict[str, Any]] = []
+
+    class Launcher(CudaLauncher):  # type: ignore[misc]
+        """Triton's own, and a look at what arrived."""
+
+        def __init__(self, source: Any, metadata: Any) -> None:
+            super().__init__(source, metadata)
+            self.name, self.kinds = source.fn.__name__, list(source.signature.values())
+
+        def __call__(self, *arguments: Any) -> None:
+            last.value = 0
+            super().__call__(*arguments)
+            name, sizes = self.name, parameters[last.value]
+            assert min(grid) > 0, (name, list(grid))
+            # Before the kernel's own: grid, stream, function, and what Triton tells its hooks.
+            own = arguments[9:]
+            wanted = [pair for kind, value in zip(self.kinds, own, strict=True) for pair in given(kind, value)]
+            # Triton adds addresses of scratch memory.
+            assert len(wanted) <= len(sizes) <= len(wanted) + 2, (name, len(sizes), len(wanted))
+            for i, (kind, value) in enumerate(wanted):
+                size, number = bits(kind, value)
+                assert sizes[i][1] == size, (name, i, kind, sizes[i])
+                assert values[i] & (1 << 8 * size) - 1 == number, (name, i, kind, hex(values[i]), value)
+            taken = max(offset + size for offset, size in sizes)
+            launches.append({"kernel": name, "parameters": len(wanted), "bytes": taken, "shared": shared.value})
+
+    torch.cuda.get_device_capability = lambda *_: capability
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.synchronize = lambda *_: None
+    torch._C._cuda_getCurrentRawStream = lambda _: 0  # type: ignore[attr-defined]
+    active: Any = CudaDriver()
+    active.launcher_cls = Launcher
+    active.get_current_device = lambda: 0
+    active.get_current_stream = lambda _: 0
+    active.get_device_capability = lambda *_: capability
+    driver.set_active(active)
+    load_binary = active.utils.load_binary
 
     def load(name: str, kernel: bytes, *rest: Any) -> Any:
         loaded = load_binary(name, kernel, *rest)
@@ -81,25 +105,7 @@ def watch(stub: ctypes.CDLL, capability: tuple[int, int]) -> list[dict[str, Any]
         counts[loaded[1]] = len(parameters[loaded[1]])
         return loaded
 
-    def checked(self: Any, *arguments: Any, **options: Any) -> Any:
-        last.value = 0
-        compiled = run(self, *arguments, **options)
-        name, sizes = self.__name__, parameters[last.value]
-        assert min(grid) > 0, (name, list(grid))
-        bound = {**dict(zip(self.arg_names, arguments)), **options}
-        wanted = [pair for key, kind in compiled.src.signature.items() for pair in given(kind, bound.get(key))]
-        # Triton adds addresses of scratch memory.
-        assert len(wanted) <= len(sizes) <= len(wanted) + 2, (name, len(sizes), len(wanted))
-        for i, (kind, value) in enumerate(wanted):
-            size, number = bits(kind, value)
-            assert sizes[i][1] == size, (name, i, kind, sizes[i])
-            assert values[i] & (1 << 8 * size) - 1 == number, (name, i, kind, hex(values[i]), value)
-        taken = max(offset + size for offset, size in sizes)
-        launches.append({"kernel": name, "parameters": len(wanted), "bytes": taken, "shared": shared.value})
-        return compiled
-
     active.utils.load_binary = load
-    JITFunction.run = checked
     return launches
 
 
