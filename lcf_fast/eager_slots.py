@@ -120,9 +120,17 @@ def fold_slots(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str, Tenso
 
 
 def expand_slots(
-    latent: Tensor, weights: Mapping[str, Tensor], kv_heads: int, norm_eps: float, noise: TrainingNoise | None
+    latent: Tensor,
+    weights: Mapping[str, Tensor],
+    kv_heads: int,
+    norm_eps: float,
+    noise: TrainingNoise | None,
+    row: int = 0,
 ) -> list[Pair]:
-    """``(L, B, k, d)`` to one key and value ``(B, Hr, k, Dr)`` a layer; all layers in each product."""
+    """``(L, B, k, d)`` to one key and value ``(B, Hr, k, Dr)`` a layer; all layers in each product.
+
+    ``row``: what the noise calls the first layer.
+    """
     layers, batch, slots, width = latent.shape
     dtype = accumulation_dtype(latent.dtype)
     z = latent.to(dtype).flatten(1, 2)  # (L, B·k, d)
@@ -133,7 +141,7 @@ def expand_slots(
         added = torch.bmm(F.gelu(torch.bmm(rms_norm(z, scale[:, None], norm_eps), w_in.mT)), w_out.mT)
         if noise is not None and noise.threshold:
             shape = (batch, slots, width)
-            kept = torch.stack([noise.keep(layer, block, shape, z.device) for layer in range(layers)])
+            kept = torch.stack([noise.keep(row + i, block, shape, z.device) for i in range(layers)])
             added = torch.where(kept.view_as(z), added * noise.keep_scale, 0.0)
         z = z + added
     up, bias = weights["up_weight"].to(dtype).flatten(1, 2), weights["up_bias"].to(dtype).flatten(1)

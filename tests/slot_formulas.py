@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import Pair
+from lcf_fast.noise import TrainingNoise
 
 Weights = dict[str, Tensor]
 EPS = 1e-6
@@ -68,8 +69,18 @@ def fold_formula(slot_key: Tensor, slot_value: Tensor, weights: Weights, dtype: 
     return projected + w["down_bias"][:, None, None] + w["slot_embedding"][:, None, :slots]
 
 
-def expand_formula(latent: Tensor, weights: Weights, heads: int, dtype: torch.dtype) -> list[Pair]:
-    """The definition with products in ``dtype``, and sums, norms and residual in at least float32."""
+def expand_formula(
+    latent: Tensor,
+    weights: Weights,
+    heads: int,
+    dtype: torch.dtype,
+    noise: TrainingNoise | None = None,
+    row: int = 0,
+) -> list[Pair]:
+    """The definition with products in ``dtype``, and sums, norms and residual in at least float32.
+
+    ``row``: what the noise calls the first layer.
+    """
     accumulate = torch.promote_types(dtype, torch.float32)
     w = {name: tensor.to(dtype) for name, tensor in weights.items()}
     pairs = []
@@ -78,7 +89,11 @@ def expand_formula(latent: Tensor, weights: Weights, heads: int, dtype: torch.dt
             scale = weights["norm_weight"][i, block].to(accumulate)
             normed = (z * torch.rsqrt(z.square().mean(-1, keepdim=True) + EPS) * scale).to(dtype)
             hidden = F.gelu(F.linear(normed, w["ffn_in_weight"][i, block]))
-            z = z + F.linear(hidden, w["ffn_out_weight"][i, block]).to(accumulate)
+            added = F.linear(hidden, w["ffn_out_weight"][i, block]).to(accumulate)
+            if noise is not None:
+                keep = noise.keep(row + i, block, (z.shape[0], z.shape[1], z.shape[2]), z.device)
+                added = torch.where(keep, added * noise.keep_scale, 0.0)
+            z = z + added
         key, value = (F.linear(z.to(dtype), w["up_weight"][i, side], w["up_bias"][i, side]) for side in (0, 1))
         pairs.append((key.unflatten(-1, (heads, -1)).transpose(1, 2), value.unflatten(-1, (heads, -1)).transpose(1, 2)))
     return pairs

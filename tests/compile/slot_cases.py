@@ -148,16 +148,24 @@ def fold_case(chip: str, dtype: str, rows: int, *, channels: int = 1024, width: 
 
 
 def expand_case(
-    width: int, dtype: str, config: SlotExpandConfig, *, head_dim: int = 128, aligned: bool = True, weights: str = ""
+    width: int,
+    dtype: str,
+    config: SlotExpandConfig,
+    *,
+    head_dim: int = 128,
+    aligned: bool = True,
+    weights: str = "",
+    noise: bool = False,
 ) -> Case:
     """Latents through FFN blocks and up-projection; ``weights``: their dtype, if not the destination's."""
     tables = ("keys", "values")
-    types: dict[str, Any] = dict.fromkeys(tables, ("i64",) * LAYERS) | {"latent": "*fp32"}
+    types: dict[str, Any] = dict.fromkeys(tables, ("i64",) * LAYERS) | {"latent": "*fp32", "keep_scale": "fp32"}
     names = ("norm_weight", "ffn_in_weight", "ffn_out_weight", "up_weight", "up_bias")
     types |= dict.fromkeys(names, f"*{weights or dtype}")
     constexprs = {
         "LAYERS": LAYERS,
         "IS_ALIGNED": aligned,
+        "HAS_NOISE": noise,
         "HEADS": HEADS,
         "HEAD_DIM": head_dim,
         "WIDTH": width,
@@ -172,6 +180,7 @@ def expand_case(
         "PRECISION": "ieee",
     }
     marks = ("" if head_dim == 128 else f"-{head_dim}") + ("" if aligned else "-odd") + (weights and f"-{weights}")
+    marks += "-noise" if noise else ""
     return make(
         f"expand-{width}-{dtype}-{config.block_rows}{marks}",
         slot_projection.expand_slots_kernel,
@@ -193,6 +202,8 @@ def cases(chip: str) -> list[Case]:
     built += [fold_case(chip, "bf16", rows) for rows in (8, 64)]
     small = slot_expand_config(128, 2, 2, chip, 28, 8, 132)
     built += [expand_case(128, "bf16", config) for config in (slot_expand_options(128, 2, chip)[0], small)]
+    noisy = slot_expand_config(128, 2, 2, chip, 28, 4096, 132, has_noise=True)
+    built.append(expand_case(128, "bf16", noisy, noise=True))
     if chip != "sm_90":
         # What shared memory or registers are scarcest for there.
         built.append(expand_case(512, "bf16", slot_expand_options(512, 2, chip)[0]))
@@ -211,6 +222,7 @@ def cases(chip: str) -> list[Case]:
     for width in (64, 256, 512):
         built += [expand_case(width, "bf16", config) for config in slot_expand_options(width, 2, chip)]
     built += [expand_case(width, "fp32", slot_expand_options(width, 4, chip)[0]) for width in (128, 512)]
+    built.append(expand_case(128, "fp32", slot_expand_options(128, 4, chip)[0], noise=True))
     built.append(expand_case(128, "fp16", small, head_dim=80))
     built.append(expand_case(128, "bf16", small, aligned=False))
     built.append(expand_case(128, "bf16", slot_expand_config(128, 2, 4, chip, 28, 8, 132), weights="fp32"))
