@@ -97,3 +97,38 @@ def expand_formula(
         key, value = (F.linear(z.to(dtype), w["up_weight"][i, side], w["up_bias"][i, side]) for side in (0, 1))
         pairs.append((key.unflatten(-1, (heads, -1)).transpose(1, 2), value.unflatten(-1, (heads, -1)).transpose(1, 2)))
     return pairs
+
+
+FOLD = ("down_weight", "down_bias", "slot_embedding")
+EXPANSION = ("norm_weight", "ffn_in_weight", "ffn_out_weight", "up_weight", "up_bias")
+
+
+def fold_gradients(
+    grad: Tensor, slot_key: Tensor, slot_value: Tensor, weights: Weights, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Autograd's of `fold_formula`, by name."""
+    named = {"slot_key": slot_key, "slot_value": slot_value} | {name: weights[name] for name in FOLD}
+    leaves = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in named.items()}
+    latent = fold_formula(leaves["slot_key"], leaves["slot_value"], {name: leaves[name] for name in FOLD}, dtype)
+    return dict(zip(leaves, torch.autograd.grad(latent, list(leaves.values()), grad.to(dtype))))
+
+
+def expand_gradients(
+    grad: Tensor,
+    latent: Tensor,
+    weights: Weights,
+    dtype: torch.dtype,
+    noise: TrainingNoise | None = None,
+    row: int = 0,
+) -> dict[str, Tensor]:
+    """Autograd's of `expand_formula`, by name, from ``grad (L, 2, B, H, k, D)``.
+
+    In at least float32: that a gradient is rounded to its weight's dtype comes later.
+    """
+    named = {"latent": latent} | {name: weights[name] for name in EXPANSION}
+    wide = torch.promote_types(dtype, torch.float32)
+    leaves = {name: tensor.detach().to(wide).requires_grad_() for name, tensor in named.items()}
+    pairs = expand_formula(leaves["latent"], leaves, grad.shape[3], dtype, noise, row)
+    made = torch.stack([torch.stack(pair) for pair in pairs])
+    found = torch.autograd.grad(made, list(leaves.values()), grad.to(made.dtype), allow_unused=True)
+    return {n: torch.zeros_like(leaf) if g is None else g for (n, leaf), g in zip(leaves.items(), found)}

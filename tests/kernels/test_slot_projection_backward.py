@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from slot_formulas import EPS, Weights, expand_formula, fold_formula, make_slot_weights
+from slot_formulas import EPS, EXPANSION, FOLD, Weights, expand_gradients, fold_gradients, make_slot_weights
 from torch import Tensor
 
 from helpers import ADVERSARIES, Adversary, adversarial, assert_within_budget, guarded
@@ -19,25 +17,13 @@ NOISE = TrainingNoise(5, dropout=0.2)
 #: The two round at other places: plain torch makes norms and what is added to the residual in the products' dtype, this
 #: in float32.
 BUDGET = 3.0
-FOLD = ("down_weight", "down_bias", "slot_embedding")
-EXPANSION = ("norm_weight", "ffn_in_weight", "ffn_out_weight", "up_weight", "up_bias")
-
-
-def autograd(
-    formula: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor], grads: list[Tensor]
-) -> list[Tensor]:
-    """Gradients of what ``formula`` returns, in the inputs' dtypes."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    made = formula(leaves)
-    found = torch.autograd.grad(made, leaves, [g.to(x.dtype) for g, x in zip(grads, made)], allow_unused=True)
-    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves)]
 
 
 def within(got: dict[str, Tensor], exact: dict[str, Tensor], plain: dict[str, Tensor], budget: float) -> None:
     assert set(got) == set(exact)
     for name, gradient in got.items():
         try:
-            assert_within_budget(gradient, exact[name], plain[name].to(gradient.dtype), budget)
+            assert_within_budget(gradient, exact[name], plain[name], budget)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
 
@@ -56,12 +42,10 @@ def check_fold(
     assert slots is not None
     got = {"slot_key": slots[0], "slot_value": slots[1], **found}
 
-    def of(dtype: torch.dtype) -> dict[str, Tensor]:
-        inputs = [x.to(dtype) for x in (slot_key, slot_value, *weights.values())]
-        grads = autograd(lambda x: [fold_formula(x[0], x[1], dict(zip(FOLD, x[2:])), dtype)], inputs, [grad])
-        return dict(zip(("slot_key", "slot_value", *FOLD), grads))
-
-    within(got, of(torch.float64), of(torch.float32), BUDGET)
+    exact, plain = (
+        fold_gradients(grad, slot_key, slot_value, weights, dtype) for dtype in (torch.float64, torch.float32)
+    )
+    within(got, exact, plain, BUDGET)
     return got
 
 
@@ -157,18 +141,10 @@ def check_expand(
     arguments = None if noise is None else noise.arguments
     dlatent, found = expand_slots_backward(grad, latent, weights, norm_eps=EPS, noise=arguments, row=row)
     got = {"latent": dlatent, **found}
-    heads = grad.shape[3]
-
-    def of(dtype: torch.dtype, leaf: torch.dtype) -> dict[str, Tensor]:
-        def formula(x: list[Tensor]) -> list[Tensor]:
-            pairs = expand_formula(x[0], dict(zip(EXPANSION, x[1:])), heads, dtype, noise, row)
-            return [torch.stack([torch.stack(pair) for pair in pairs])]
-
-        # Leaves of float32: that a gradient is rounded to its weight's dtype comes later.
-        inputs = [x.to(leaf) for x in (latent, *weights.values())]
-        return dict(zip(("latent", *EXPANSION), autograd(formula, inputs, [grad])))
-
-    within(got, of(torch.float64, torch.float64), of(grad.dtype, torch.float32), budget)
+    exact, plain = (
+        expand_gradients(grad, latent, weights, dtype, noise, row) for dtype in (torch.float64, grad.dtype)
+    )
+    within(got, exact, plain, budget)
     return got
 
 
