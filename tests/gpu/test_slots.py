@@ -23,7 +23,13 @@ from torch import Tensor
 
 from helpers import PUBLISHED_RECEIVER, Geometry, Pair, assert_within_budget, make_cache
 from lcf_fast import CacheGeometry, LatentSlots, LCFConfig, use_backend
-from lcf_fast.kernels.slot_pooling import finish_slot_states, merge_slot_states, pool_slot_states, pool_slots
+from lcf_fast.kernels.slot_pooling import (
+    finish_slot_states,
+    merge_slot_states,
+    pool_slot_states,
+    pool_slots,
+    pool_slots_with_stats,
+)
 from lcf_fast.kernels.slot_pooling_backward import pool_slots_backward
 from lcf_fast.kernels.slot_projection import expand_slots, fold_slots
 from lcf_fast.kernels.slot_projection_backward import expand_slots_backward, fold_slots_backward
@@ -242,9 +248,16 @@ def test_lengths_and_slots_do_not_recompile() -> None:
     for tokens, slots in [*((tokens, 8) for tokens in LENGTHS), *((300, slots) for slots in (1, 2, 3, 8, 15, 16))]:
         sharer = make_cache(geometry, 1, tokens, dtype=torch.bfloat16, device="cuda")
         query = torch.randn(2, slots, 3, 96, device="cuda").bfloat16()
-        latent = fold_slots(*pool_slots(sharer, query), weights)
+        slot_key, slot_value, stats = pool_slots_with_stats(sharer, query)
+        latent = fold_slots(slot_key, slot_value, weights)
         _, destinations = slice_of_a_cache(geometry, 1, slots, torch.bfloat16)
         expand_slots(latent, weights, destinations, norm_eps=EPS)
+        grad = torch.stack([torch.stack(pair) for pair in destinations])
+        dlatent, _ = expand_slots_backward(grad, latent, {name: weights[name] for name in EXPANSION}, norm_eps=EPS)
+        fold = {name: weights[name] for name in FOLD}
+        pooled, _ = fold_slots_backward(dlatent, slot_key, slot_value, fold, wants_slots=True)
+        assert pooled is not None
+        pool_slots_backward(sharer, query, (slot_key, slot_value), stats, pooled)
     made = {name: count - before.get(name, 0) for name, count in compiled_variants().items()}
     assert any(made.values()), "nothing was compiled: the count sees nothing"
     # Whole contexts and chunks; a slot's stride of 1 and of more.
