@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import inlined
+
 #: As `lcf_fast.noise.BLOCK_STREAM`.
 BLOCK_STREAM = tl.constexpr(2)
 #: `lcf_fast.noise.TrainingNoise.arguments`: seed, threshold, keep scale, 1 / temperature.
@@ -14,7 +16,7 @@ NO_NOISE: NoiseArguments = (0, 0, 1.0, 1.0)
 
 @triton.jit
 def random_tile(seed, o_channel, o_token, i_item, row, stream):
-    """32 random bits for each (token, channel) of a tile, as int64."""
+    """32 random bits for each (token, channel) of a tile, as int64. ``i_item``: of all tokens, or (tokens, 1)."""
     zeros = o_token[:, None].to(tl.int32) * 0 + o_channel[None, :].to(tl.int32) * 0
     channel = zeros + o_channel[None, :].to(tl.int32)
     token = zeros + o_token[:, None].to(tl.int32)
@@ -22,6 +24,16 @@ def random_tile(seed, o_channel, o_token, i_item, row, stream):
     place = (zeros + (row | (stream << 16))).to(tl.int32)
     bits, _, _, _ = tl.philox(seed, channel, token, item, place)
     return bits.to(tl.int64)
+
+
+@inlined
+def drawn_for(o_row, i_item, slots, IS_PACKED: tl.constexpr):
+    """The token and the item that each row's numbers are drawn for. Packed rows are (item, slot), slot fastest."""
+    o_token = o_row
+    if IS_PACKED:
+        o_token = o_row % slots
+        i_item = (o_row // slots)[:, None]
+    return o_token, i_item
 
 
 @triton.jit

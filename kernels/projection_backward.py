@@ -33,7 +33,7 @@ from .common import (
     row_offsets,
     target_of,
 )
-from .noise import NO_NOISE, NoiseArguments, keep_tile
+from .noise import NO_NOISE, NoiseArguments, drawn_for, keep_tile
 from .policy import backward_config
 from .projection import down_tile, ffn_block, rms_norm_tile
 
@@ -53,6 +53,46 @@ def edited_rows(
         if HAS_SHARER:
             m_row = m_row & (o_sharer < sharer_tokens)
     return m_row, o_sharer
+
+
+@triton.jit
+def states_tile(
+    z_k,
+    z_v,
+    p_state,
+    m_row,
+    stride_block,
+    p_norm,
+    p_in,
+    p_out,
+    seed,
+    threshold,
+    keep_scale,
+    o_token,
+    i_item,
+    row,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    EPS: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`projection.blocks_tile`, the latent stored before each block and after the last, ``stride_block`` apart."""
+    HALF: tl.constexpr = WIDTH // 2
+    for i in tl.static_range(BLOCKS):
+        tl.store(p_state, z_k, mask=m_row)
+        tl.store(p_state + HALF, z_v, mask=m_row)
+        p_state += stride_block
+        z_k, z_v = ffn_block(
+            z_k, z_v, p_norm + i * WIDTH, p_in + i * HIDDEN * WIDTH, p_out + i * HIDDEN * WIDTH,
+            i, seed, threshold, keep_scale, o_token, i_item, row,
+            WIDTH, HIDDEN, BLOCK_F, EPS, HAS_NOISE, DTYPE, PRECISION,
+        )  # fmt: skip
+    tl.store(p_state, z_k, mask=m_row)
+    tl.store(p_state + HALF, z_v, mask=m_row)
 
 
 @triton.jit(
@@ -180,19 +220,12 @@ def states_kernel(
     m_store = (i_tile * BLOCK_T + o_t < span)[:, None]
     p_state = states + ((i_layer * batch + i_batch) * span + i_tile * BLOCK_T) * WIDTH
     p_state += o_t[:, None] * WIDTH + o_z[None, :]
-    for i in tl.static_range(BLOCKS):
-        tl.store(p_state, z_k, mask=m_store)
-        tl.store(p_state + HALF, z_v, mask=m_store)
-        p_state += stride_block
-        i_block = i_layer * BLOCKS + i
-        z_k, z_v = ffn_block(
-            z_k, z_v, norm_weight + i_block * WIDTH, ffn_in_weight + i_block * (HIDDEN * WIDTH),
-            ffn_out_weight + i_block * (HIDDEN * WIDTH),
-            i, seed, threshold, keep_scale, i_start + o_t, i_batch, row + i_layer,
-            WIDTH, HIDDEN, BLOCK_F, EPS, HAS_NOISE, DTYPE, PRECISION,
-        )  # fmt: skip
-    tl.store(p_state, z_k, mask=m_store)
-    tl.store(p_state + HALF, z_v, mask=m_store)
+    states_tile(
+        z_k, z_v, p_state, m_store, stride_block, norm_weight + i_layer * (BLOCKS * WIDTH),
+        ffn_in_weight + i_layer * (BLOCKS * HIDDEN * WIDTH), ffn_out_weight + i_layer * (BLOCKS * HIDDEN * WIDTH),
+        seed, threshold, keep_scale, i_start + o_t, i_batch, row + i_layer,
+        WIDTH, HIDDEN, BLOCKS, BLOCK_F, EPS, HAS_NOISE, DTYPE, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -211,7 +244,7 @@ def block_output_gradient(
     return cast(d_k, DTYPE), cast(d_v, DTYPE)
 
 
-@triton.jit(do_not_specialize=["row", "seed", "threshold", "keep_scale", "first", "span", "tiles", "batch"])
+@triton.jit(do_not_specialize=["row", "seed", "threshold", "keep_scale", "first", "span", "tiles", "batch", "slots"])
 def gradients_kernel(
     states,
     dstates,
@@ -227,8 +260,10 @@ def gradients_kernel(
     span,
     tiles,
     batch,
+    slots,
     stride_block,
     HAS_NOISE: tl.constexpr,
+    IS_PACKED: tl.constexpr,
     WIDTH: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -238,7 +273,10 @@ def gradients_kernel(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of one layer: from ``dstates[BLOCKS]`` to ``dstates[0]``; ``dnorm (G, B, tiles, BLOCKS, d)``."""
+    """One tile of one layer: from ``dstates[BLOCKS]`` to ``dstates[0]``; ``dnorm (G, B, tiles, BLOCKS, d)``.
+
+    IS_PACKED: as `block_launch` says of ``slots``.
+    """
     HALF: tl.constexpr = WIDTH // 2
     i_program = tl.program_id(0)
     i_tile = i_program % tiles
@@ -247,7 +285,7 @@ def gradients_kernel(
     o_t = tl.arange(0, BLOCK_T)
     o_z = tl.arange(0, HALF)
     o_f = tl.arange(0, BLOCK_F)
-    o_token = (first + i_tile * BLOCK_T).to(tl.int64) + o_t
+    o_token, i_item = drawn_for((first + i_tile * BLOCK_T).to(tl.int64) + o_t, i_batch, slots, IS_PACKED)
     m_row = (i_tile * BLOCK_T + o_t < span)[:, None]
     o_state = ((i_layer * batch + i_batch) * span + i_tile * BLOCK_T) * WIDTH + BLOCKS * stride_block
     p_state = states + o_state + o_t[:, None] * WIDTH + o_z[None, :]
@@ -265,7 +303,7 @@ def gradients_kernel(
         z_v = tl.load(p_state + HALF, mask=m_row, other=0.0)
         n_k, n_v, scale = rms_norm_tile(z_k, z_v, p_norm, WIDTH, EPS, DTYPE)
         u_k, u_v = block_output_gradient(
-            d_k, d_v, i_block, seed, threshold, keep_scale, o_token, i_batch, row + i_layer, WIDTH, HAS_NOISE, DTYPE
+            d_k, d_v, i_block, seed, threshold, keep_scale, o_token, i_item, row + i_layer, WIDTH, HAS_NOISE, DTYPE
         )  # fmt: skip
         e_k = tl.zeros([BLOCK_T, HALF], dtype=tl.float32)
         e_v = tl.zeros([BLOCK_T, HALF], dtype=tl.float32)
@@ -400,13 +438,15 @@ def project_gradients(
     norm_eps: float,
     noise: NoiseArguments | None,
     row: int,
+    slots: int | None = None,
 ) -> Tensor:
     """Fill ``dstates[:-1]`` from ``dstates[-1]``; returns the norms' gradient ``(G, blocks, d)`` float32.
 
-    ``first``: the position of the first row, which the noise goes by; ``dtype``: of the products.
+    ``first``: the position of the first row, which the noise goes by; ``dtype``: of the products; ``slots``: as of
+    `block_launch`.
     """
     layers, batch, _, width = states.shape[1:]
-    arguments, options, tiles = block_launch(states, weights, first, dtype, norm_eps, noise, row)
+    arguments, options, tiles = block_launch(states, weights, first, dtype, norm_eps, noise, row, slots)
     dnorm = states.new_empty((layers, batch * tiles, states.shape[0] - 1, width))
     with device_guard(states):
         gradients_kernel[(layers * batch * tiles,)](states, dstates, dnorm, *arguments, **options)
@@ -421,9 +461,13 @@ def block_launch(
     norm_eps: float,
     noise: NoiseArguments | None,
     row: int,
+    slots: int | None,
 ) -> tuple[tuple[Any, ...], dict[str, Any], int]:
     """What the kernels that go through the blocks are launched with: arguments from the norms' weights on, compile-time
-    arguments and options, and tiles an item."""
+    arguments and options, and tiles an item.
+
+    ``slots``: the rows are (item, slot), so many an item, packed as those of one item; the noise goes by both.
+    """
     batch, span, width = states.shape[2:]
     blocks, hidden = weights["ffn_in_weight"].shape[1:3]
     config = backward_config(width, dtype.itemsize, target_of(states))
@@ -436,10 +480,12 @@ def block_launch(
         span,
         tiles,
         batch,
+        1 if slots is None else slots,
         states.stride(0),
     )
     options = {
         "HAS_NOISE": noise is not None,
+        "IS_PACKED": slots is not None,
         "WIDTH": width,
         "HIDDEN": hidden,
         "BLOCKS": blocks,

@@ -51,6 +51,8 @@ from .policy import PROCESSORS, known_target
 from .slot_policy import SlotPoolConfig, chunk_tokens, slot_pool_config
 
 Pair = tuple[Tensor, Tensor]
+#: ``slot_key``, ``slot_value`` and ``stats``.
+Pooled = tuple[Tensor, Tensor, Tensor]
 
 
 @triton.jit(do_not_specialize=["tokens", "slots", "groups", "chunks", "steps", "batch", "stride_mask_batch"])
@@ -102,7 +104,7 @@ def pool_slots_kernel(
     ``keys``, ``values``: launch tables. ``query (L, k, H, D)``, its last two axes contiguous; IS_QUERY_EXACT: it has
     more digits than the cache's dtype holds. ``states (L, B, H, chunks, k, 2, D)``, ``stats (L, B, H, chunks, k, 2)``
     float32. IS_WHOLE: the one chunk is the whole context, and the result goes to ``out_key``, ``out_value``
-    ``(L, B, k, H, D)`` float32; else those are not written.
+    ``(L, B, k, H, D)`` float32 in place of ``states``; else those are not written.
     """
     IS_HALF: tl.constexpr = tl.float32 != DTYPE
     i_group = tl.program_id(0) % groups
@@ -175,14 +177,14 @@ def pool_slots_kernel(
         acc_key /= WEIGHT_SCALE
         acc_value /= WEIGHT_SCALE
 
+    o_state = i_program.to(tl.int64) * slots + o_k
+    tl.store(stats + 2 * o_state, maximum, mask=m_k)
+    tl.store(stats + 2 * o_state + 1, total, mask=m_k)
     if IS_WHOLE:  # no token at all: 0 / 0, NaN
         o_out = ((i_row // HEADS).to(tl.int64) * slots + o_k) * (HEADS * HEAD_DIM) + i_head * HEAD_DIM
         tl.store(out_key + o_out[:, None] + o_d[None, :], acc_key / total[:, None], mask=m_kd)
         tl.store(out_value + o_out[:, None] + o_d[None, :], acc_value / total[:, None], mask=m_kd)
     else:
-        o_state = i_program.to(tl.int64) * slots + o_k
-        tl.store(stats + 2 * o_state, maximum, mask=m_k)
-        tl.store(stats + 2 * o_state + 1, total, mask=m_k)
         p_state = states + (o_state * (2 * HEAD_DIM))[:, None] + o_d[None, :]
         tl.store(p_state, acc_key, mask=m_kd)
         tl.store(p_state + HEAD_DIM, acc_value, mask=m_kd)
@@ -206,8 +208,9 @@ def merge_slots_kernel(
 ):
     """Merge the ``parts`` states of one slot of one row (layer, batch item, head), BLOCK_P a step.
 
-    ``states (L, B, H, parts, k, 2, D)``, ``stats (L, B, H, parts, k, 2)``, contiguous. IS_LAST: the result goes to
-    ``out_key``, ``out_value`` ``(L, B, k, H, D)``; else to ``out_states``, ``out_stats``, without the parts' axis.
+    ``states (L, B, H, parts, k, 2, D)``, ``stats (L, B, H, parts, k, 2)``, contiguous; ``out_states`` and ``out_stats``
+    are without the parts' axis. IS_LAST: the result goes to ``out_key``, ``out_value`` ``(L, B, k, H, D)`` in place of
+    ``out_states``.
     """
     i_program = tl.program_id(0)
     i_slot = i_program % slots
@@ -236,17 +239,17 @@ def merge_slots_kernel(
         total = total * keep + tl.sum(weight * part_total, 0)
         b_key = b_key * keep + tl.sum(weight[:, None] * part_key, 0)
         b_value = b_value * keep + tl.sum(weight[:, None] * part_value, 0)
+    o_stat = i_program.to(tl.int64)
+    tl.store(out_stats + 2 * o_stat, maximum)
+    tl.store(out_stats + 2 * o_stat + 1, total)
     if IS_LAST:  # no token at all: 0 / 0, NaN
         o_out = (i_row // HEADS).to(tl.int64) * slots + i_slot
         o_out = (o_out * HEADS + i_row % HEADS) * HEAD_DIM + o_d
         tl.store(out_key + o_out, b_key / total, mask=m_d)
         tl.store(out_value + o_out, b_value / total, mask=m_d)
     else:
-        o_out = i_program.to(tl.int64)
-        tl.store(out_stats + 2 * o_out, maximum)
-        tl.store(out_stats + 2 * o_out + 1, total)
-        tl.store(out_states + o_out * (2 * HEAD_DIM) + o_d, b_key, mask=m_d)
-        tl.store(out_states + o_out * (2 * HEAD_DIM) + HEAD_DIM + o_d, b_value, mask=m_d)
+        tl.store(out_states + o_stat * (2 * HEAD_DIM) + o_d, b_key, mask=m_d)
+        tl.store(out_states + o_stat * (2 * HEAD_DIM) + HEAD_DIM + o_d, b_value, mask=m_d)
 
 
 def _launch_pool(
@@ -255,11 +258,11 @@ def _launch_pool(
     slot_query: Tensor,
     attention_mask: Tensor | None,
     config: SlotPoolConfig,
-    out: Pair | None,
-) -> Pair:
-    """Launch the pooling of layers that lie alike: to ``out`` ``(L, B, k, H, D)``, or to the chunks' states.
+    out: Pooled | None,
+) -> Pair | None:
+    """Launch the pooling of layers that lie alike: to ``out``, or to the chunks' states.
 
-    Returns ``out`` if one chunk was enough and it was given, else ``states (L, B, H, chunks, k, 2, D)`` and ``stats``.
+    Returns None if ``out`` was given and one chunk enough, else ``states (L, B, H, chunks, k, 2, D)`` and ``stats``.
     """
     layers = len(keys)
     batch, heads, tokens, head_dim = keys[0].shape
@@ -271,18 +274,20 @@ def _launch_pool(
     chunks = triton.cdiv(tokens, chunk)
     (key_table, value_table), aligned = address_tables(keys, values)
     is_whole = out is not None and chunks == 1
-    made = out
-    if out is None or not is_whole:
+    if out is not None and is_whole:
+        states, stats = out[0], out[2]
+    else:
         shape = (layers, batch, heads, chunks, slots, 2)
-        made = keys[0].new_empty(*shape, head_dim, dtype=torch.float32), keys[0].new_empty(shape, dtype=torch.float32)
-    assert made is not None
+        states = keys[0].new_empty(*shape, head_dim, dtype=torch.float32)
+        stats = keys[0].new_empty(shape, dtype=torch.float32)
     pool_slots_kernel[(rows * chunks * groups,)](
         key_table,
         value_table,
         slot_query,
         slot_query if attention_mask is None else attention_mask,
-        *made,
-        *(made if out is None else out),
+        states,
+        stats,
+        *((states, states) if out is None else out[:2]),
         tokens,
         slots,
         groups,
@@ -311,22 +316,23 @@ def _launch_pool(
         num_warps=config.num_warps,
         num_stages=config.num_stages if attention_mask is None else config.masked_stages,
     )
-    return made
+    return None if is_whole else (states, stats)
 
 
-def _launch_merge(states: Tensor, stats: Tensor, config: SlotPoolConfig, out: Pair | None) -> Pair:
-    """Launch the merge over axis 3 of contiguous states: to ``out``, or to states without that axis."""
+def _launch_merge(states: Tensor, stats: Tensor, config: SlotPoolConfig, out: Pooled | None) -> Pair:
+    """Launch the merge over axis 3 of contiguous states: to ``out``, or to the states without that axis it returns."""
     layers, batch, heads, parts, slots = stats.shape[:5]
     head_dim = states.shape[-1]
-    made = out
-    if made is None:
+    if out is None:
         shape = (layers, batch, heads, slots, 2)
         made = states.new_empty(*shape, head_dim), stats.new_empty(shape)
+    else:
+        made = out[0], out[2]
     merge_slots_kernel[(layers * batch * heads * slots,)](
         states,
         stats,
         *made,
-        *made,
+        *(made if out is None else out[:2]),
         parts,
         slots,
         HEADS=heads,
@@ -359,6 +365,13 @@ def _rows_contiguous(slot_query: Tensor) -> Tensor:
 
 
 def pool_slots(sharer: Sequence[Pair], slot_query: Tensor, *, attention_mask: Tensor | None = None) -> Pair:
+    """`pool_slots_with_stats` without the stats."""
+    return pool_slots_with_stats(sharer, slot_query, attention_mask=attention_mask)[:2]
+
+
+def pool_slots_with_stats(
+    sharer: Sequence[Pair], slot_query: Tensor, *, attention_mask: Tensor | None = None
+) -> Pooled:
     """Launch the pooling of all layers to k slots. Arguments are checked by ``lcf_fast.ops``.
 
     Args:
@@ -368,22 +381,28 @@ def pool_slots(sharer: Sequence[Pair], slot_query: Tensor, *, attention_mask: Te
         attention_mask: ``(B, N)`` bool or integer, zero where the token is padding.
 
     Returns:
-        ``slot_key, slot_value`` ``(L, B, k, H, D)`` float32; NaN where a row has no token to pool.
+        ``slot_key, slot_value`` ``(L, B, k, H, D)``, NaN where a row has no token to pool; and the softmax's ``stats
+        (L, B, H, k, 2)``, the greatest score and the sum, which the backward starts from. All float32.
     """
     keys, values = [key for key, _ in sharer], [value for _, value in sharer]
     batch, heads, _, head_dim = keys[0].shape
-    shape = (len(keys), batch, slot_query.shape[1], heads, head_dim)
-    pooled = keys[0].new_empty(shape, dtype=torch.float32), keys[0].new_empty(shape, dtype=torch.float32)
+    layers, slots = len(keys), slot_query.shape[1]
+    shape = (layers, batch, slots, heads, head_dim)
+    pooled = (
+        keys[0].new_empty(shape, dtype=torch.float32),
+        keys[0].new_empty(shape, dtype=torch.float32),
+        keys[0].new_empty((layers, batch, heads, slots, 2), dtype=torch.float32),
+    )
     if not pooled[0].numel():
         return pooled
     slot_query = _rows_contiguous(slot_query)
-    config = _config(keys[0], shape[2])
+    config = _config(keys[0], slots)
     with device_guard(keys[0]):
         attention_mask = loadable_mask(attention_mask)
         for run in alike_runs(keys, values, len(keys)):
-            out = pooled[0][run], pooled[1][run]
+            out = pooled[0][run], pooled[1][run], pooled[2][run]
             made = _launch_pool(keys[run], values[run], slot_query[run], attention_mask, config, out)
-            if made is not out:
+            if made is not None:
                 _launch_merge(*made, config, out)
     return pooled
 
@@ -406,6 +425,7 @@ def pool_slot_states(sharer: Sequence[Pair], slot_query: Tensor, *, attention_ma
         attention_mask = loadable_mask(attention_mask)
         for run in alike_runs(keys, values, len(keys)):
             made = _launch_pool(keys[run], values[run], slot_query[run], attention_mask, config, None)
+            assert made is not None
             if made[1].shape[3] > 1:
                 made = _launch_merge(*made, config, None)
             states[run] = made[0].view_as(states[run])
@@ -434,6 +454,7 @@ def finish_slot_states(states: Tensor, stats: Tensor) -> Pair:
     pooled = states.new_empty(shape), states.new_empty(shape)
     if pooled[0].numel():
         with device_guard(states):
-            config = _config(states, slots)
-            _launch_merge(states.contiguous().unsqueeze(3), stats.contiguous().unsqueeze(3), config, pooled)
+            out = (*pooled, torch.empty_like(stats, memory_format=torch.contiguous_format))
+            parts = states.contiguous().unsqueeze(3), stats.contiguous().unsqueeze(3)
+            _launch_merge(*parts, _config(states, slots), out)
     return pooled

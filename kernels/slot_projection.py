@@ -39,6 +39,7 @@ from .common import (
     row_scale,
     target_of,
 )
+from .noise import NO_NOISE, NoiseArguments
 from .policy import PROCESSORS, known_target
 from .projection import blocks_tile
 from .slot_policy import slot_expand_config, slot_fold_config
@@ -176,7 +177,9 @@ def up_columns(
         tl.store(p_tile, cast(out, DTYPE), mask=m_out)
 
 
-@triton.jit(do_not_specialize=["rows", "slots", "tiles", "first_layer"])
+@triton.jit(
+    do_not_specialize=["rows", "slots", "tiles", "first_layer", "noise_row", "seed", "threshold", "keep_scale"]
+)  # fmt: skip
 def expand_slots_kernel(
     latent,
     keys,
@@ -190,6 +193,10 @@ def expand_slots_kernel(
     slots,
     tiles,
     first_layer,
+    noise_row,
+    seed,
+    threshold,
+    keep_scale,
     stride_key_batch,
     stride_key_head,
     stride_key_slot,
@@ -198,6 +205,7 @@ def expand_slots_kernel(
     stride_value_slot,
     LAYERS: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -214,7 +222,8 @@ def expand_slots_kernel(
     """One tile of rows of one layer, and one of SPLITS parts of its keys and values.
 
     ``latent (layers, rows, WIDTH)`` float32; ``keys``, ``values``: launch tables of the destinations from layer
-    ``first_layer`` on; all else from layer 0 on. All but destinations are contiguous.
+    ``first_layer`` on; all else from layer 0 on. All but destinations are contiguous. ``noise_row``: what the noise
+    calls layer 0; it and the three behind it are read with HAS_NOISE alone.
     Axis 0: ``[split, row tile, layer]``, split fastest: the programs of a layer share its weights in L2.
     """
     HALF: tl.constexpr = WIDTH // 2
@@ -236,8 +245,8 @@ def expand_slots_kernel(
     z_k, z_v = blocks_tile(
         z_k, z_v, norm_weight + row * (BLOCKS * WIDTH), ffn_in_weight + row * (BLOCKS * HIDDEN * WIDTH),
         ffn_out_weight + row * (BLOCKS * HIDDEN * WIDTH),
-        0, 0, 0.0, o_r, 0, 0,
-        WIDTH, HIDDEN, BLOCKS, BLOCK_F, EPS, False, DTYPE, PRECISION,
+        seed, threshold, keep_scale, o_r % slots, (o_r // slots)[:, None], noise_row + row,
+        WIDTH, HIDDEN, BLOCKS, BLOCK_F, EPS, HAS_NOISE, DTYPE, PRECISION,
     )  # fmt: skip
     n_k = cast(z_k, DTYPE)
     n_v = cast(z_v, DTYPE)
@@ -318,7 +327,13 @@ _STACKED = ("norm_weight", "ffn_in_weight", "ffn_out_weight", "up_weight", "up_b
 
 
 def expand_slots(
-    latent: Tensor, weights: Mapping[str, Tensor], destinations: Sequence[Pair], *, norm_eps: float
+    latent: Tensor,
+    weights: Mapping[str, Tensor],
+    destinations: Sequence[Pair],
+    *,
+    norm_eps: float,
+    noise: NoiseArguments | None = None,
+    row: int = 0,
 ) -> None:
     """Launch `expand_slots_kernel`: every layer's keys and values. Arguments are checked by ``lcf_fast.ops``.
 
@@ -328,6 +343,7 @@ def expand_slots(
             (L, blocks, d, 4d)``, ``up_weight (L, 2, Cr, d)``, ``up_bias (L, 2, Cr)``, of any dtype.
         destinations: one ``(key, value)`` a layer, ``(B, Hr, k, Dr)``, last stride 1, no two elements in one place; all
             of one dtype, in which the products run. Neighbouring layers with equal strides share a launch.
+        noise: dropout on what each block adds; ``row``: what the noise calls the first layer.
     """
     layers, batch, slots, width = latent.shape
     if not latent.numel():
@@ -343,7 +359,14 @@ def expand_slots(
         for run in alike_runs(keys, values, layers):
             count = run.stop - run.start
             config = slot_expand_config(
-                width, size, weights["up_weight"].element_size(), target, count, rows, PROCESSORS[target]
+                width,
+                size,
+                weights["up_weight"].element_size(),
+                target,
+                count,
+                rows,
+                PROCESSORS[target],
+                has_noise=noise is not None,
             )
             tiles = triton.cdiv(rows, config.block_rows)
             (key_table, value_table), aligned = address_tables(keys[run], values[run])
@@ -356,10 +379,13 @@ def expand_slots(
                 slots,
                 tiles,
                 run.start,
+                row,
+                *(NO_NOISE if noise is None else noise)[:3],
                 *keys[run.start].stride()[:3],
                 *values[run.start].stride()[:3],
                 LAYERS=len(key_table),
                 IS_ALIGNED=aligned,
+                HAS_NOISE=noise is not None,
                 HEADS=heads,
                 HEAD_DIM=head_dim,
                 WIDTH=width,

@@ -33,7 +33,7 @@ from .common import (
     table_entry,
     target_of,
 )
-from .noise import NoiseArguments
+from .noise import NoiseArguments, drawn_for
 from .policy import backward_config
 from .projection import rms_norm_tile
 from .projection_backward import block_launch, block_output_gradient, edited_rows
@@ -41,7 +41,7 @@ from .projection_backward import block_launch, block_output_gradient, edited_row
 Pair = tuple[Tensor, Tensor]
 
 
-@triton.jit(do_not_specialize=["row", "seed", "threshold", "keep_scale", "first", "span", "tiles", "batch"])
+@triton.jit(do_not_specialize=["row", "seed", "threshold", "keep_scale", "first", "span", "tiles", "batch", "slots"])
 def ffn_weights_kernel(
     states,
     dstates,
@@ -58,8 +58,10 @@ def ffn_weights_kernel(
     span,
     tiles,
     batch,
+    slots,
     stride_block,
     HAS_NOISE: tl.constexpr,
+    IS_PACKED: tl.constexpr,
     WIDTH: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -69,7 +71,10 @@ def ffn_weights_kernel(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_F hidden units of one block of one layer: their gradients in both matrices, summed over all rows."""
+    """BLOCK_F hidden units of one block of one layer: their gradients in both matrices, summed over all rows.
+
+    IS_PACKED: as `projection_backward.block_launch` says of ``slots``.
+    """
     HALF: tl.constexpr = WIDTH // 2
     CHUNKS: tl.constexpr = HIDDEN // BLOCK_F
     i_program = tl.program_id(0)
@@ -102,9 +107,10 @@ def ffn_weights_kernel(
         z_k = tl.load(p_state, mask=m_row, other=0.0)
         z_v = tl.load(p_state + HALF, mask=m_row, other=0.0)
         n_k, n_v, _ = rms_norm_tile(z_k, z_v, p_norm, WIDTH, EPS, DTYPE)
+        o_token, i_drawn = drawn_for(first + i_row + o_t, i_item, slots, IS_PACKED)
         u_k, u_v = block_output_gradient(
             tl.load(p_dstate, mask=m_row, other=0.0), tl.load(p_dstate + HALF, mask=m_row, other=0.0),
-            i_block, seed, threshold, keep_scale, first + i_row + o_t, i_item, row + i_layer, WIDTH, HAS_NOISE, DTYPE,
+            i_block, seed, threshold, keep_scale, o_token, i_drawn, row + i_layer, WIDTH, HAS_NOISE, DTYPE,
         )  # fmt: skip
         hidden = tl.zeros([BLOCK_T, BLOCK_F], dtype=tl.float32)
         hidden = dot(n_k, in_k, hidden, PRECISION)
@@ -329,11 +335,15 @@ def ffn_gradients(
     norm_eps: float,
     noise: NoiseArguments | None,
     row: int,
+    slots: int | None = None,
 ) -> dict[str, Tensor]:
-    """Gradients of ``ffn_in_weight`` and ``ffn_out_weight``, stacked over ``G`` layers, float32."""
+    """Gradients of ``ffn_in_weight`` and ``ffn_out_weight``, stacked over ``G`` layers, float32.
+
+    ``slots``: as of `projection_backward.block_launch`.
+    """
     layers = states.shape[1]
     blocks, hidden = weights["ffn_in_weight"].shape[1:3]
-    arguments, options, _ = block_launch(states, weights, first, dtype, norm_eps, noise, row)
+    arguments, options, _ = block_launch(states, weights, first, dtype, norm_eps, noise, row, slots)
     names = ("ffn_in_weight", "ffn_out_weight")
     found = {name: torch.empty_like(weights[name], dtype=torch.float32) for name in names}
     with device_guard(states):

@@ -15,7 +15,7 @@ from torch import Tensor
 from .noise import TrainingNoise
 from .reference import Pair, accumulation_dtype, rms_norm
 
-__all__ = ["expand_slots", "fold_slots", "merge_states", "pool_slots", "pool_states", "slot_weights"]
+__all__ = ["expand_slots", "finish_states", "fold_slots", "merge_states", "pool_slots", "pool_states", "slot_weights"]
 
 # A layer of up to this many elements is cheaper to copy next to its neighbours than to launch alone.
 _STACK_ELEMENTS = 1 << 16
@@ -58,6 +58,13 @@ def merge_states(states: Tensor, stats: Tensor) -> Pair:
     scale = (stats[..., 0] - _finite(greatest)).exp()
     total = (scale * stats[..., 1]).sum(3)
     return (scale[..., None, None] * states).sum(3), torch.stack([greatest.squeeze(3), total], -1)
+
+
+def finish_states(states: Tensor, stats: Tensor) -> Pair:
+    """``K~, V~``, each ``(L, B, k, Hs, Ds)``, of whole contexts' states; NaN where a row has no token."""
+    key, value = states.unbind(4)
+    total = stats[..., 1:]
+    return (key / total).transpose(2, 3), (value / total).transpose(2, 3)
 
 
 def _finite(greatest: Tensor) -> Tensor:
@@ -116,13 +123,21 @@ def fold_slots(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str, Tenso
     down = weights["down_weight"].to(dtype)
     latent = torch.baddbmm(weights["down_bias"].to(dtype)[:, None], flat, down.mT)
     embedding = weights["slot_embedding"][:, None, :slots].to(dtype)
-    return latent.view(layers, batch, slots, -1) + embedding
+    return latent.view(layers, batch, slots, down.shape[1]) + embedding
 
 
 def expand_slots(
-    latent: Tensor, weights: Mapping[str, Tensor], kv_heads: int, norm_eps: float, noise: TrainingNoise | None
-) -> list[Pair]:
-    """``(L, B, k, d)`` to one key and value ``(B, Hr, k, Dr)`` a layer; all layers in each product."""
+    latent: Tensor,
+    weights: Mapping[str, Tensor],
+    kv_heads: int,
+    norm_eps: float,
+    noise: TrainingNoise | None,
+    row: int = 0,
+) -> Tensor:
+    """``(L, B, k, d)`` to keys and values ``(L, 2, B, Hr, k, Dr)``; all layers in each product.
+
+    ``row``: what the noise calls the first layer.
+    """
     layers, batch, slots, width = latent.shape
     dtype = accumulation_dtype(latent.dtype)
     z = latent.to(dtype).flatten(1, 2)  # (L, B·k, d)
@@ -133,10 +148,10 @@ def expand_slots(
         added = torch.bmm(F.gelu(torch.bmm(rms_norm(z, scale[:, None], norm_eps), w_in.mT)), w_out.mT)
         if noise is not None and noise.threshold:
             shape = (batch, slots, width)
-            kept = torch.stack([noise.keep(layer, block, shape, z.device) for layer in range(layers)])
+            kept = torch.stack([noise.keep(row + i, block, shape, z.device) for i in range(layers)])
             added = torch.where(kept.view_as(z), added * noise.keep_scale, 0.0)
         z = z + added
     up, bias = weights["up_weight"].to(dtype).flatten(1, 2), weights["up_bias"].to(dtype).flatten(1)
-    flat = torch.baddbmm(bias[:, None], z, up.mT).view(layers, batch, slots, 2, kv_heads, -1)
-    made = flat.permute(0, 3, 1, 4, 2, 5)  # (L, 2, B, Hr, k, Dr)
-    return [(pair[0], pair[1]) for pair in made.unbind(0)]
+    head_dim = up.shape[1] // (2 * kv_heads)
+    flat = torch.baddbmm(bias[:, None], z, up.mT).view(layers, batch, slots, 2, kv_heads, head_dim)
+    return flat.permute(0, 3, 1, 4, 2, 5)

@@ -2,25 +2,22 @@
 
 Same names and signatures as `lcf_fast.reference`. `slot_pool`, `fold_slots` and `expand_slots` serve one layer,
 `summarize_slots_layers` and `expand_slots_layers` all of them at once, on a GPU in one launch a step. Softmax, sums,
-latents and norms run in float32 (float64 for float64 caches). Where gradients or dropout are needed the eager path
-serves, which autograd goes through.
+latents and norms run in float32 (float64 for float64 caches). Autograd goes through the eager path as it is; the
+kernels have gradients of their own (`library_slots`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks as check
-from . import eager_slots, reference
-from .backends import current_backend, resolve
-from .dispatch import needs_grad
-from .errors import BackendError, DeviceError, DTypeError, GeometryError, ShapeError, SpanError
+from . import eager_slots
+from . import library_slots as library
+from .dispatch import is_plain, needs_grad, undispatched
+from .errors import DeviceError, DTypeError, GeometryError, ShapeError, SpanError
 from .library import unit_rows
 from .noise import TrainingNoise
 from .slot_states import SlotStates
@@ -28,9 +25,6 @@ from .slot_states import SlotStates
 __all__ = ["expand_slots", "expand_slots_layers", "fold_slots", "slot_pool", "summarize_slots_layers"]
 
 Pair = tuple[Tensor, Tensor]
-
-#: Slots that the kernels serve.
-TRITON_SLOTS = 64
 
 
 def slot_pool(
@@ -155,11 +149,8 @@ def expand_slots(
     check.check_tensor("latent", latent)
     if latent.dim() != 3:
         raise ShapeError("latent", expected="(B, k, d)", got=check.describe(latent))
-    one = {name: weights[name][None] for name in _EXPANSION if name in weights}
-    if noise is not None and layer:  # all layers at once draw for rows from 0 on
-        _check_expand(latent[None], one, kv_heads)
-        return reference.expand_slots(latent, weights, kv_heads=kv_heads, norm_eps=norm_eps, noise=noise, layer=layer)
-    return expand_slots_layers(latent[None], one, kv_heads=kv_heads, norm_eps=norm_eps, noise=noise)[0]
+    one = {name: weights[name][None] for name in library.EXPANSION_WEIGHTS if name in weights}
+    return _expand(latent[None], one, kv_heads, norm_eps, noise, layer)[0]
 
 
 def expand_slots_layers(
@@ -178,18 +169,7 @@ def expand_slots_layers(
     Raises:
         As `expand_slots`.
     """
-    channels, hidden = _check_expand(latent, weights, kv_heads)
-    layers, batch, slots, width = latent.shape
-    own = [weights[name] for name in _EXPANSION]
-    if _backend(latent, slots, width, hidden, latent, *own, is_noisy=noise is not None) == "eager":
-        return eager_slots.expand_slots(latent, weights, kv_heads, norm_eps, noise)
-    from .kernels import slot_projection
-
-    made = latent.new_empty(layers, 2, batch, kv_heads, slots, channels // kv_heads)
-    destinations = [(pair[0], pair[1]) for pair in made.unbind(0)]
-    with torch.no_grad():
-        slot_projection.expand_slots(latent.contiguous(), weights, destinations, norm_eps=norm_eps)
-    return destinations
+    return _expand(latent, weights, kv_heads, norm_eps, noise, 0)
 
 
 # --- contexts in pieces, for `lcf_fast.slots`, which has checked
@@ -200,24 +180,23 @@ def expand_slots_layers(
 def pool_slot_states(sharer: Sequence[Pair], slot_query: Tensor, mask: Tensor | None) -> SlotStates:
     """All layers of a piece of a context as states that merge. ``mask (B, N)`` bool; N may be 0."""
     flat = [tensor for pair in sharer for tensor in pair]
-    if not flat[0].shape[2] or _backend(flat[0], slot_query.shape[1], None, None) == "eager":
+    is_traced = torch.compiler.is_compiling()  # a piece's state has no op: it is for inference
+    if is_traced or not flat[0].shape[2] or library.backend_of(flat[0], slot_query.shape[1]) == "eager":
         return SlotStates(*eager_slots.pool_states(sharer, slot_query, mask))
     from .kernels import slot_pooling
 
     pairs = [(unit_rows(key), unit_rows(value)) for key, value in sharer]
-    return SlotStates(*slot_pooling.pool_slot_states(pairs, slot_query.contiguous(), attention_mask=mask))
+    return SlotStates(*slot_pooling.pool_slot_states(pairs, slot_query, attention_mask=mask))
 
 
 def fold_slots_layers(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     """`fold_slots` of all layers: ``(L, B, k, Hs, Ds)`` twice to the latent ``(L, B, k, d)``."""
     width = weights["down_bias"].shape[1]
-    return _fold(slot_key.contiguous(), slot_value.contiguous(), weights, slot_key.shape[2], width)
+    return _fold(slot_key, slot_value, weights, slot_key.shape[2], width)
 
 
 # --- what is checked, and where it goes
 # ---------------------------------------------------------------------
-
-_EXPANSION = ("norm_weight", "ffn_in_weight", "ffn_out_weight", "up_weight", "up_bias")
 
 
 def _token_mask(attention_mask: Tensor | None, key: Tensor) -> Tensor | None:
@@ -253,8 +232,8 @@ def _check_fold(
     return width
 
 
-def _check_expand(latent: Tensor, weights: Mapping[str, Tensor], kv_heads: int) -> tuple[int, int]:
-    """The latent and the receiver's half fit; channels Cr and the FFN's inner width."""
+def _check_expand(latent: Tensor, weights: Mapping[str, Tensor], kv_heads: int) -> int:
+    """The latent and the receiver's half fit; the FFN's inner width."""
     check.check_tensor("latent", latent)
     if latent.dim() != 4 or not latent.shape[0]:
         raise ShapeError("latent", expected="(L, B, k, d), at least one layer", got=check.describe(latent))
@@ -271,54 +250,59 @@ def _check_expand(latent: Tensor, weights: Mapping[str, Tensor], kv_heads: int) 
         raise DTypeError("kv_heads", expected="an int", got=repr(kv_heads))
     if kv_heads < 1 or channels % kv_heads:
         raise GeometryError("kv_heads", expected=f"a divisor of {channels} channels", got=str(kv_heads))
-    return channels, hidden
+    return hidden
 
 
 def _pool(sharer: Sequence[Pair], slot_query: Tensor, mask: Tensor | None) -> Pair:
     flat = [tensor for pair in sharer for tensor in pair]
-    if _backend(flat[0], slot_query.shape[1], None, None, slot_query, *flat) == "eager":
+    backend = _serving(flat[0], slot_query.shape[1])
+    if backend == "eager":
         return eager_slots.pool_slots(sharer, slot_query, mask)
-    from .kernels import slot_pooling
-
-    pairs = [(unit_rows(key), unit_rows(value)) for key, value in sharer]
-    with torch.no_grad():
-        pooled: Pair = slot_pooling.pool_slots(pairs, slot_query.contiguous(), attention_mask=mask)
-    return pooled
+    arguments = (flat, slot_query, mask)
+    if backend == "triton" and is_plain(flat[0]) and not needs_grad(slot_query, *flat):
+        slot_key, slot_value, _ = undispatched(library.run_pool_slots, arguments)
+    else:
+        slot_key, slot_value, _ = library.pool_slots(*arguments)
+    return slot_key, slot_value
 
 
 def _fold(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str, Tensor], slots: int, width: int) -> Tensor:
-    own = [weights[name] for name in ("down_weight", "down_bias", "slot_embedding")]
-    if _backend(slot_key, slots, width, None, slot_key, slot_value, *own) == "eager":
+    own = [weights[name] for name in library.FOLD_WEIGHTS]
+    backend = _serving(slot_key, slots, width)
+    if backend == "eager":
         return eager_slots.fold_slots(slot_key, slot_value, weights)
-    from .kernels import slot_projection
-
-    named = dict(zip(("down_weight", "down_bias", "slot_embedding"), own))
-    named["slot_embedding"] = named["slot_embedding"][:, :slots].contiguous()
-    with torch.no_grad():
-        latent: Tensor = slot_projection.fold_slots(slot_key, slot_value, named)
+    arguments = (slot_key, slot_value, own)
+    latent: Tensor
+    if backend == "triton" and is_plain(slot_key) and not needs_grad(slot_key, slot_value, *own):
+        latent = undispatched(library.run_fold_slots, arguments)
+    else:
+        latent = library.fold_slots(*arguments)
     return latent
 
 
-@lru_cache(maxsize=1)
-def _has_kernels() -> bool:
-    return all(find_spec(f"lcf_fast.kernels.{name}") is not None for name in ("slot_pooling", "slot_projection"))
+def _expand(
+    latent: Tensor,
+    weights: Mapping[str, Tensor],
+    kv_heads: int,
+    norm_eps: float,
+    noise: TrainingNoise | None,
+    row: int,
+) -> list[Pair]:
+    """``row``: what the noise calls the first layer."""
+    hidden = _check_expand(latent, weights, kv_heads)
+    own = [weights[name] for name in library.EXPANSION_WEIGHTS]
+    backend = _serving(latent, latent.shape[2], latent.shape[3], hidden)
+    dropout = library.NO_NOISE if noise is None else (noise.seed, noise.dropout)
+    arguments = (latent, own, kv_heads, norm_eps, *dropout, row)
+    if backend == "eager":
+        made = eager_slots.expand_slots(latent, weights, kv_heads, norm_eps, noise, row)
+    elif backend == "triton" and is_plain(latent) and not needs_grad(latent, *own):
+        made = undispatched(library.run_expand_slots, arguments)
+    else:
+        made = library.expand_slots(*arguments)
+    return [(pair[0], pair[1]) for pair in made.unbind(0)]
 
 
-def _backend(
-    like: Tensor, slots: int, width: int | None, hidden: int | None, *tensors: Any, is_noisy: bool = False
-) -> str:
-    """The back end; BackendError where the kernels were asked for by name and cannot serve."""
-    if torch.compiler.is_compiling() or resolve(like.device, like.dtype, width, hidden) == "eager":
-        return "eager"
-    obstacle = None
-    if not _has_kernels():
-        obstacle = "kernels without slots"
-    elif not 1 <= slots <= TRITON_SLOTS:
-        obstacle = f"{slots} slots, not 1 to {TRITON_SLOTS}"
-    elif needs_grad(*tensors) or is_noisy:
-        obstacle = "training, for which the kernels of slots have no backward"
-    if obstacle is None:
-        return "triton"
-    if current_backend() == "triton":
-        raise BackendError("backend", expected="slots that the Triton kernels serve", got=obstacle)
-    return "eager"
+def _serving(like: Tensor, slots: int, width: int | None = None, hidden: int | None = None) -> str:
+    """The back end, or its error, before anything runs. A compiled graph chooses when it runs, not when traced."""
+    return "compiled" if torch.compiler.is_compiling() else library.backend_of(like, slots, width, hidden)

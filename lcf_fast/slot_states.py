@@ -83,6 +83,4 @@ def finish_states(pool: SlotStates) -> tuple[Tensor, Tensor]:
         empty = (pool.stats[0, :, 0, 0, 1] == 0).nonzero().flatten().tolist()  # the same for all layers, heads, slots
         if empty:
             raise SpanError("pool", expected="a token to pool in every row", got=f"none in rows {empty}"[:200])
-    key, value = pool.states.unbind(4)
-    total = pool.stats[..., 1:]
-    return (key / total).transpose(2, 3), (value / total).transpose(2, 3)
+    return eager_slots.finish_states(pool.states, pool.stats)

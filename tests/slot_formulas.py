@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import Pair
+from lcf_fast.noise import TrainingNoise
 
 Weights = dict[str, Tensor]
 EPS = 1e-6
@@ -68,8 +69,18 @@ def fold_formula(slot_key: Tensor, slot_value: Tensor, weights: Weights, dtype: 
     return projected + w["down_bias"][:, None, None] + w["slot_embedding"][:, None, :slots]
 
 
-def expand_formula(latent: Tensor, weights: Weights, heads: int, dtype: torch.dtype) -> list[Pair]:
-    """The definition with products in ``dtype``, and sums, norms and residual in at least float32."""
+def expand_formula(
+    latent: Tensor,
+    weights: Weights,
+    heads: int,
+    dtype: torch.dtype,
+    noise: TrainingNoise | None = None,
+    row: int = 0,
+) -> list[Pair]:
+    """The definition with products in ``dtype``, and sums, norms and residual in at least float32.
+
+    ``row``: what the noise calls the first layer.
+    """
     accumulate = torch.promote_types(dtype, torch.float32)
     w = {name: tensor.to(dtype) for name, tensor in weights.items()}
     pairs = []
@@ -78,7 +89,46 @@ def expand_formula(latent: Tensor, weights: Weights, heads: int, dtype: torch.dt
             scale = weights["norm_weight"][i, block].to(accumulate)
             normed = (z * torch.rsqrt(z.square().mean(-1, keepdim=True) + EPS) * scale).to(dtype)
             hidden = F.gelu(F.linear(normed, w["ffn_in_weight"][i, block]))
-            z = z + F.linear(hidden, w["ffn_out_weight"][i, block]).to(accumulate)
+            added = F.linear(hidden, w["ffn_out_weight"][i, block]).to(accumulate)
+            if noise is not None:
+                keep = noise.keep(row + i, block, (z.shape[0], z.shape[1], z.shape[2]), z.device)
+                added = torch.where(keep, added * noise.keep_scale, 0.0)
+            z = z + added
         key, value = (F.linear(z.to(dtype), w["up_weight"][i, side], w["up_bias"][i, side]) for side in (0, 1))
         pairs.append((key.unflatten(-1, (heads, -1)).transpose(1, 2), value.unflatten(-1, (heads, -1)).transpose(1, 2)))
     return pairs
+
+
+FOLD = ("down_weight", "down_bias", "slot_embedding")
+EXPANSION = ("norm_weight", "ffn_in_weight", "ffn_out_weight", "up_weight", "up_bias")
+
+
+def fold_gradients(
+    grad: Tensor, slot_key: Tensor, slot_value: Tensor, weights: Weights, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Autograd's of `fold_formula`, by name."""
+    named = {"slot_key": slot_key, "slot_value": slot_value} | {name: weights[name] for name in FOLD}
+    leaves = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in named.items()}
+    latent = fold_formula(leaves["slot_key"], leaves["slot_value"], {name: leaves[name] for name in FOLD}, dtype)
+    return dict(zip(leaves, torch.autograd.grad(latent, list(leaves.values()), grad.to(dtype))))
+
+
+def expand_gradients(
+    grad: Tensor,
+    latent: Tensor,
+    weights: Weights,
+    dtype: torch.dtype,
+    noise: TrainingNoise | None = None,
+    row: int = 0,
+) -> dict[str, Tensor]:
+    """Autograd's of `expand_formula`, by name, from ``grad (L, 2, B, H, k, D)``.
+
+    In at least float32: that a gradient is rounded to its weight's dtype comes later.
+    """
+    named = {"latent": latent} | {name: weights[name] for name in EXPANSION}
+    wide = torch.promote_types(dtype, torch.float32)
+    leaves = {name: tensor.detach().to(wide).requires_grad_() for name, tensor in named.items()}
+    pairs = expand_formula(leaves["latent"], leaves, grad.shape[3], dtype, noise, row)
+    made = torch.stack([torch.stack(pair) for pair in pairs])
+    found = torch.autograd.grad(made, list(leaves.values()), grad.to(made.dtype), allow_unused=True)
+    return {n: torch.zeros_like(leaf) if g is None else g for (n, leaf), g in zip(leaves.items(), found)}

@@ -1,4 +1,4 @@
-"""The public functions of slots on the eager path: within the error budget, checked, differentiable, batched right."""
+"""The public functions of slots: within the error budget, checked, differentiable and compilable on every back end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from helpers import (
     ADVERSARIES,
@@ -20,12 +21,14 @@ from helpers import (
     make_slot_weights,
     to_double,
 )
-from lcf_fast import ops, ops_slots, reference, use_backend
+from lcf_fast import library_slots, ops, reference, use_backend
+from lcf_fast.backends import Backend
 from lcf_fast.errors import BackendError, DTypeError, GeometryError, LCFError, ShapeError, SpanError
 from lcf_fast.noise import TrainingNoise
 
 SHARER, RECEIVER = Geometry(4, 2, 16), Geometry(4, 3, 8)
 WIDTH = 64
+BACKENDS: tuple[Backend, ...] = ("eager", "triton")
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -227,38 +230,224 @@ def test_bad_expansions(edit: Any, error: type[LCFError], argument: str, generat
     assert caught.value.argument == argument
 
 
+# --- on either back end
+# ---------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("count", [4, 2])
-def test_kernels_asked_for_by_name_serve_or_say_why_not(count: int, generator: torch.Generator) -> None:
+def test_kernels_asked_for_by_name_serve(count: int, generator: torch.Generator) -> None:
     sharer, weights = make_cache(SHARER, 2, 9, generator=generator), weights_of(4, generator)
     weights["slot_query"] = weights["slot_query"][:, :count]
     mask = ragged(2, 9, generator)
-
-    def both() -> Any:
+    with use_backend("triton"):
         latent = ops.summarize_slots_layers(sharer, weights, attention_mask=mask)
-        return latent, ops.expand_slots_layers(latent, weights, kv_heads=3)
+        made = ops.expand_slots_layers(latent, weights, kv_heads=3)
+    expected = reference.summarize_slots_layers(sharer, weights, attention_mask=mask)
+    torch.testing.assert_close(latent, expected, rtol=1e-5, atol=1e-5)
+    truth = reference.expand_slots_layers(latent, weights, kv_heads=3)
+    torch.testing.assert_close(made, truth, rtol=1e-4, atol=1e-4)
 
+
+def test_kernels_asked_for_by_name_say_why_they_cannot_serve(generator: torch.Generator) -> None:
+    sharer = make_cache(SHARER, 1, 9, generator=generator)
+    double = {name: tensor.double() for name, tensor in weights_of(4, generator).items()}
+    many = weights_of(65, generator)
+    latent = torch.randn(4, 1, 65, WIDTH, generator=generator)
     with use_backend("triton"):
-        if not ops_slots._has_kernels():
-            with pytest.raises(BackendError, match="without slots"):
-                both()
-        else:
-            latent, made = both()
-            expected, others = reference.summarize_slots_layers(sharer, weights, attention_mask=mask), both()[1]
-            torch.testing.assert_close(latent, expected, rtol=1e-5, atol=1e-5)
-            truth = reference.expand_slots_layers(latent, weights, kv_heads=3)
-            torch.testing.assert_close(made, truth, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(others, truth, rtol=1e-4, atol=1e-4)
-
-
-def test_kernels_asked_for_by_name_do_not_train(generator: torch.Generator) -> None:
-    sharer, weights = make_cache(SHARER, 1, 9, generator=generator), weights_of(4, generator)
-    trained = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
-    double = {name: tensor.double() for name, tensor in weights.items()}
-    latent = torch.randn(4, 1, 4, WIDTH, generator=generator)
-    with use_backend("triton"):
-        with pytest.raises(BackendError):
-            ops.summarize_slots_layers(sharer, trained)
-        with pytest.raises(BackendError):
-            ops.expand_slots_layers(latent, weights, kv_heads=3, noise=TrainingNoise(1, 1.0, 0.1))
-        with pytest.raises(BackendError):
+        with pytest.raises(BackendError, match="float64"):
             ops.summarize_slots_layers(to_double(sharer), double)
+        with pytest.raises(BackendError, match="65 slots"):
+            ops.summarize_slots_layers(sharer, many)
+        with pytest.raises(BackendError, match="65 slots"):
+            ops.expand_slots_layers(latent, many, kv_heads=3)
+        with pytest.raises(BackendError, match="bottleneck 32"):
+            ops.expand_slots_layers(latent[..., :32], make_slot_weights(SHARER, RECEIVER, 32, 65), kv_heads=3)
+
+
+#: For training on the kernels, which the interpreter takes its time for: two layers.
+SMALL = Geometry(2, 2, 16), Geometry(2, 3, 8)
+
+
+def small(batch: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Tensor]]:
+    sharer = make_cache(SMALL[0], batch, 9, dtype=dtype, generator=generator)
+    return sharer, make_slot_weights(*SMALL, WIDTH, 4, generator=generator)
+
+
+def trained(sharer: Any, weights: dict[str, Tensor], mask: Tensor, noise: TrainingNoise | None) -> dict[str, Tensor]:
+    """Latent, made positions, and the gradient of every weight, with fewer slots than there are embeddings."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
+    used = {**leaves, "slot_query": leaves["slot_query"][:, :3]}
+    latent = ops.summarize_slots_layers(sharer, used, attention_mask=mask)
+    made = torch.stack([torch.stack(pair) for pair in ops.expand_slots_layers(latent, used, kv_heads=3, noise=noise)])
+    loss = (made * (1 + torch.arange(8.0))).square().mean() + latent.sin().mean()
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return {"latent": latent.detach(), "made": made.detach(), **dict(zip(leaves, grads))}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "noise"),
+    [
+        (torch.float32, TrainingNoise(7, 1.0, 0.2)),
+        (torch.float32, TrainingNoise(7, 1.0, 0.0)),
+        (torch.bfloat16, TrainingNoise(7, 1.0, 0.2)),
+        (torch.float16, None),
+    ],
+    ids=str,
+)
+def test_the_kernels_train(dtype: torch.dtype, noise: TrainingNoise | None, generator: torch.Generator) -> None:
+    """Gradients of float32 parameters as near the truth as the eager path's, from caches of any dtype."""
+    sharer, weights = small(2, generator, dtype)
+    mask = ragged(2, 9, generator)
+    with use_backend("triton"):
+        got = trained(sharer, weights, mask, noise)
+        again = trained(sharer, weights, mask, noise)
+    double = {name: tensor.double() for name, tensor in weights.items()}
+    truth, plain = trained(to_double(sharer), double, mask, noise), trained(sharer, weights, mask, noise)
+    for name, found in got.items():
+        assert torch.equal(found, again[name]), name
+        assert found.dtype == torch.float32
+        assert_within_budget(found, truth[name], plain[name], 6.0 if name == "slot_query" else 4.0)
+    assert not got["slot_embedding"][:, 3:].any()
+
+
+def test_parameters_of_half_precision_have_gradients_of_their_dtype(generator: torch.Generator) -> None:
+    sharer, weights = small(2, generator, torch.bfloat16)
+    weights = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    mask = ragged(2, 9, generator)
+    with use_backend("triton"):
+        got = trained(sharer, weights, mask, None)
+    plain = trained(sharer, weights, mask, None)
+    truth = trained(to_double(sharer), {name: tensor.double() for name, tensor in weights.items()}, mask, None)
+    for name in weights:
+        assert got[name].dtype == torch.bfloat16
+        assert_within_budget(got[name], truth[name], plain[name], 4.0)
+
+
+def test_one_layer_trains_as_a_row_of_all(generator: torch.Generator) -> None:
+    """Pool, fold and expansion of a single layer, the noise of layer 2."""
+    sharer, weights = make_cache(SHARER, 2, 9, generator=generator), weights_of(4, generator)
+    noise = TrainingNoise(3, 1.0, 0.4)
+
+    def gradients() -> list[Tensor]:
+        one = {name: stacked[2].detach().requires_grad_() for name, stacked in weights.items()}
+        slot_key, slot_value = ops.slot_pool(*sharer[2], one["slot_query"])
+        latent = ops.fold_slots(slot_key, slot_value, one)
+        key, value = ops.expand_slots(latent, one, kv_heads=3, noise=noise, layer=2)
+        return list(torch.autograd.grad((key * value.sin()).sum(), list(one.values())))
+
+    with use_backend("triton"):
+        got = gradients()
+    for ours, expected in zip(got, gradients(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_caches_that_ask_have_gradients(generator: torch.Generator) -> None:
+    """And the queries beside them; a layer of the sharer may serve two."""
+    given, weights = make_cache(SHARER, 2, 9, generator=generator), weights_of(4, generator)
+    mask = ragged(2, 9, generator)
+
+    def gradients() -> list[Tensor]:
+        flat = [side.detach().requires_grad_() for pair in given[:3] for side in pair]
+        query = weights["slot_query"].detach().requires_grad_()
+        sharer = list(zip(flat[0::2], flat[1::2]))
+        latent = ops.summarize_slots_layers(
+            [sharer[0], *sharer], weights | {"slot_query": query}, attention_mask=mask
+        )
+        return list(torch.autograd.grad(latent.sin().sum(), [query, *flat]))
+
+    with use_backend("triton"):
+        got = gradients()
+    for ours, expected in zip(got, gradients(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert not got[1].masked_select(~mask[:, None, :, None]).any(), "padding has a gradient"
+
+
+def test_what_is_frozen_costs_nothing(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new sharer of a trained receiver's half: no gradient of that half is made, and none of the caches."""
+    from lcf_fast.kernels import slot_projection_backward as kernels
+
+    sharer, weights = small(2, generator)
+    own = ("slot_query", "slot_embedding", "down_weight", "down_bias")
+    leaves = {name: tensor.requires_grad_(name in own) for name, tensor in weights.items()}
+    given = {tensor.data_ptr() for tensor in leaves.values()} | {s.data_ptr() for pair in sharer for s in pair}
+    kept: list[Tensor] = []
+    made: list[dict[str, Tensor]] = []
+    run = kernels.expand_slots_backward
+
+    def watched(*arguments: Any, **keywords: Any) -> Any:
+        found = run(*arguments, **keywords)
+        made.append(found[1])
+        return found
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in given:
+            kept.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(kernels, "expand_slots_backward", watched)
+    with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        latent = ops.summarize_slots_layers(sharer, leaves)
+        pairs = ops.expand_slots_layers(latent, leaves, kv_heads=3)
+        torch.stack([side for pair in pairs for side in pair]).sum().backward()
+    assert made == [{}]
+    assert all((tensor.grad is not None) == (name in own) for name, tensor in leaves.items())
+    # What was pooled, of the pool and of the fold; the stats; the latent.
+    pooled, stats = [2 * 2 * 4 * 2 * 16] * 4, 2 * 2 * 2 * 4 * 2
+    assert sorted(tensor.numel() for tensor in kept) == sorted([*pooled, stats, latent.numel()])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: Backend, generator: torch.Generator) -> None:
+    """Schema, fake, autograd registration and aot dispatch of each op; one layout is permuted-dense."""
+    sharer, weights = small(2, generator)
+    flat = [side.transpose(1, 2).contiguous().transpose(1, 2) for pair in sharer for side in pair]
+    mask = ragged(2, 9, generator)
+
+    def leaves(names: tuple[str, ...]) -> list[Tensor]:
+        return [weights[name].detach().clone().requires_grad_() for name in names]
+
+    slot_key, slot_value = (torch.randn(2, 2, 3, 2, 16).requires_grad_() for _ in "kv")
+    latent = torch.randn(2, 2, 4, WIDTH).requires_grad_()
+    (query,) = leaves(("slot_query",))
+    with use_backend(backend):
+        opcheck(library_slots.pool_slots, (flat, query, mask))
+        opcheck(library_slots.pool_slots, ([side.clone().requires_grad_() for side in flat], query.detach(), None))
+        opcheck(library_slots.fold_slots, (slot_key, slot_value, leaves(library_slots.FOLD_WEIGHTS)))
+        expansion = leaves(library_slots.EXPANSION_WEIGHTS)
+        opcheck(library_slots.expand_slots, (latent, expansion, 3, 1e-6, 5, 0.3, 2))
+        quiet = (latent.detach(), expansion, 3, 1e-6, *library_slots.NO_NOISE, 0)
+        opcheck(library_slots.expand_slots, quiet, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("noise", [None, TrainingNoise(7, 1.0, 0.2)], ids=["quiet", "dropout"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_compiles_whole_forward_and_backward(
+    backend: Backend, noise: TrainingNoise | None, generator: torch.Generator
+) -> None:
+    sharer, weights = small(2, generator)
+    mask = ragged(2, 9, generator)
+
+    def both(weights: dict[str, Tensor]) -> Any:
+        latent = ops.summarize_slots_layers(sharer, weights, attention_mask=mask)
+        made = ops.expand_slots_layers(latent, weights, kv_heads=3, noise=noise)
+        return latent, torch.stack([side for pair in made for side in pair])
+
+    def gradients(function: Any) -> list[Tensor]:
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
+        latent, made = function(leaves)
+        loss = latent.sin().mean() + (made * (1 + torch.arange(8.0))).square().mean()
+        return [latent, made, *torch.autograd.grad(loss, list(leaves.values()))]
+
+    compiled: Any = torch.compile(both, fullgraph=True, backend="aot_eager")
+    with use_backend(backend):
+        for got, expected in zip(gradients(compiled), gradients(both), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows(backend: Backend, generator: torch.Generator) -> None:
+    sharer, weights = make_cache(SHARER, 0, 9, generator=generator), weights_of(4, generator)
+    with use_backend(backend):
+        found = trained(sharer, weights, torch.ones(0, 9, dtype=torch.bool), None)
+    assert found["latent"].shape == (4, 0, 3, WIDTH)
+    assert all(found[name].shape == weights[name].shape for name in weights)

@@ -12,7 +12,7 @@ import torch
 from tiny_slots import FAMILIES, family_model, ragged_ids, slots_adapter
 from torch import Tensor
 
-from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig, Message, reference
+from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig, Message, reference, use_backend
 from lcf_fast.checkpoint import load_any
 from lcf_fast.errors import (
     CheckpointError,
@@ -25,7 +25,7 @@ from lcf_fast.errors import (
     SpanError,
 )
 from lcf_fast.placement import slot_positions, with_slots
-from lcf_fast.reading.prefill import prefill
+from lcf_fast.reading.prefill import dynamic_cache, prefill
 from lcf_fast.rotary import Rotary
 
 Pair = tuple[Tensor, Tensor]
@@ -309,6 +309,43 @@ def test_every_parameter_has_a_gradient_in_either_placement(models: tuple[Any, A
         for name, parameter in adapter.named_parameters():
             assert parameter.grad is not None, name
             assert float(parameter.grad.abs().sum()) > 0, name
+
+
+@pytest.mark.parametrize("placement", ["append", "prefix"])
+def test_a_training_step_on_the_kernels_is_the_eager_paths(models: tuple[Any, Any], placement: str) -> None:
+    """From the sharer's cache to the receiver's loss and back, with dropout, a padded batch and some of the slots."""
+    sharer, receiver = models
+    ids, mask = ragged_ids([6, 3, 5], 4)
+    cache, heard_mask = heard(sharer)
+    own = prefill(receiver, ids[:, :-1], mask[:, :-1])
+    adapter = slots_adapter(sharer, receiver, dropout=0.2).train()
+
+    def step() -> tuple[Tensor, dict[str, Tensor]]:
+        torch.manual_seed(3)
+        adapter.zero_grad()
+        message = adapter.summarize(cache, attention_mask=heard_mask, slots=2)
+        if placement == "append":
+            grown = dynamic_cache(adapter.append(receiver, own, message, attention_mask=mask[:, :-1]))
+            long_ids, long_mask = with_slots(ids, mask, 2)
+            rest = long_ids[:, -1:]
+        else:
+            grown = adapter.prefix(receiver, message)
+            long_ids, long_mask = with_slots(ids, mask, 2, placement="prefix")
+            rest = ids
+        logits = receiver(rest, attention_mask=long_mask, past_key_values=grown).logits[:, -1]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor([3, 5, 7]))
+        loss.backward()
+        return loss.detach(), {name: p.grad for name, p in adapter.named_parameters() if p.grad is not None}
+
+    expected_loss, expected = step()
+    with use_backend("triton"):
+        loss, got = step()
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
+    assert set(got) == {name for name, _ in adapter.named_parameters()}
+    for name, gradient in got.items():
+        largest = float(expected[name].abs().max())
+        assert largest > 0, name
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4 * largest, msg=name)
 
 
 def test_dropout_is_drawn_from_torchs_generator_in_training_alone(models: tuple[Any, Any]) -> None:

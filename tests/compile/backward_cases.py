@@ -39,6 +39,7 @@ def backward_cases(chip: str, width: int, dtype: str, *, noise: bool = False) ->
     common = {"WIDTH": width, "BLOCK_T": config.block_tokens, "DTYPE": FLOATS[dtype], "PRECISION": "ieee"}
     rows = {"HAS_INDEX": True, "HAS_SHARER": True, "LAYERS": LAYERS}
     ffn = {"HIDDEN": 4 * width, "BLOCKS": 2, "BLOCK_F": config.block_hidden, "EPS": 1e-6, "HAS_NOISE": noise}
+    tokens = {**ffn, "IS_PACKED": False}
     chunk = head_chunk(HEAD_DIM, config.block_channels)
     heads = {"HEADS": HEADS, "HEAD_DIM": HEAD_DIM, "BLOCK_C": chunk}
     states = {
@@ -50,9 +51,9 @@ def backward_cases(chip: str, width: int, dtype: str, *, noise: bool = False) ->
     gates = {"HAS_NOISE": noise, "READS_GATE": False, "BLOCK_H": heads_block(HEADS)}
     kernels: dict[str, tuple[Any, dict[str, Any]]] = {
         "states": (projection_backward.states_kernel, {**rows, **ffn, **states}),
-        "gradients": (projection_backward.gradients_kernel, ffn),
+        "gradients": (projection_backward.gradients_kernel, tokens),
         "inject-back": (injection_backward.injection_gradients_kernel, {**rows, **heads, **gates}),
-        "ffn-weights": (weight_gradients.ffn_weights_kernel, ffn),
+        "ffn-weights": (weight_gradients.ffn_weights_kernel, tokens),
         "down-weights": (weight_gradients.down_weight_kernel, {**rows, **heads, **down}),
         "up-weights": (weight_gradients.up_weight_kernel, {**rows, **heads}),
     }

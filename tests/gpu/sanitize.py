@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 
 import lcf_fast
-from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig
+from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig
 from lcf_fast.kernels.slot_pooling import finish_slot_states, merge_slot_states, pool_slot_states, pool_slots
 from lcf_fast.kernels.slot_pooling_backward import pool_slots_backward
 from lcf_fast.kernels.slot_projection import expand_slots, fold_slots
+from lcf_fast.kernels.slot_projection_backward import expand_slots_backward
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from slot_formulas import EPS, make_slot_weights
+from slot_formulas import EPS, EXPANSION, make_slot_weights
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -45,7 +46,7 @@ def train(adapter: LatentCacheFlow, sharer: list[Pair], receiver: list[Pair]) ->
 
 
 def slots(sharer: list[Pair], receiver: CacheGeometry, width: int, dtype: torch.dtype) -> None:
-    """Pool in chunks and in pieces, forward and backward, fold, and write into a slice of a cache."""
+    """Pool in chunks and in pieces, forward and backward, fold, write into a slice of a cache, and back from there."""
     layers, count, (batch, heads, tokens, head_dim) = len(sharer), 5, sharer[0][0].shape
     query = torch.randn(layers, count, heads, head_dim, dtype=dtype, device="cuda")
     mask = torch.rand(batch, tokens, device="cuda") < 0.9
@@ -60,7 +61,19 @@ def slots(sharer: list[Pair], receiver: CacheGeometry, width: int, dtype: torch.
         (key[:, :, 3 : 3 + count], value[:, :, 3 : 3 + count])
         for key, value in make_cache(receiver, batch, 3 + count, dtype)
     ]
-    expand_slots(fold_slots(*pooled, weights), weights, destinations, norm_eps=EPS)
+    latent = fold_slots(*pooled, weights)
+    expand_slots(latent, weights, destinations, norm_eps=EPS)
+    grad = torch.stack([torch.stack(pair) for pair in destinations])
+    expand_slots_backward(grad, latent, {name: weights[name] for name in EXPANSION}, norm_eps=EPS)
+
+
+@torch.enable_grad()
+def train_slots(cache: list[Pair], sharer: CacheGeometry, receiver: CacheGeometry, width: int) -> None:
+    """Forward and backward with dropout and padding; parameters in float32."""
+    adapter = LatentSlots(LCFConfig(sharer, receiver, bottleneck=width, slots=5), device="cuda").train()
+    mask = torch.arange(cache[0][0].shape[2], device="cuda") >= torch.tensor([[3], [40]], device="cuda")
+    made = adapter.expand(adapter.summarize(cache, attention_mask=mask))
+    torch.stack([side.square().sum() for pair in made for side in pair]).sum().backward()
 
 
 def main() -> None:
@@ -75,6 +88,7 @@ def main() -> None:
         message = crosser.summarize(make_cache(sharer, 2, 333, dtype), spans)
         crosser.inject_(prompt, message)
         slots(make_cache(sharer, 2, 333, dtype), receiver, width, dtype)
+        train_slots(make_cache(sharer, 2, 333, dtype), sharer, receiver, width)
         train(fuser, make_cache(sharer, 2, 67, dtype), prompt)
     torch.cuda.synchronize()
     print("every kernel ran")

@@ -7,13 +7,33 @@ from collections.abc import Callable
 import pytest
 import torch
 from on_gpu import capture, compiled_variants, no_sync
-from slot_formulas import EPS, Weights, expand_formula, fold_formula, make_slot_weights, pool_formula
+from slot_formulas import (
+    EPS,
+    EXPANSION,
+    FOLD,
+    Weights,
+    expand_formula,
+    expand_gradients,
+    fold_formula,
+    fold_gradients,
+    make_slot_weights,
+    pool_formula,
+)
 from torch import Tensor
 
 from helpers import PUBLISHED_RECEIVER, Geometry, Pair, assert_within_budget, make_cache
-from lcf_fast.kernels.slot_pooling import finish_slot_states, merge_slot_states, pool_slot_states, pool_slots
+from lcf_fast import CacheGeometry, LatentSlots, LCFConfig, use_backend
+from lcf_fast.kernels.slot_pooling import (
+    finish_slot_states,
+    merge_slot_states,
+    pool_slot_states,
+    pool_slots,
+    pool_slots_with_stats,
+)
 from lcf_fast.kernels.slot_pooling_backward import pool_slots_backward
 from lcf_fast.kernels.slot_projection import expand_slots, fold_slots
+from lcf_fast.kernels.slot_projection_backward import expand_slots_backward, fold_slots_backward
+from lcf_fast.noise import TrainingNoise
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,6 +42,7 @@ pytestmark = [
 LENGTHS = (1, 15, 16, 17, 63, 128, 1000, 2048)
 CHANNELS = PUBLISHED_RECEIVER.kv_heads * PUBLISHED_RECEIVER.head_dim
 BUDGET = 4.0
+F32 = torch.float32
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +144,66 @@ def test_gradient_of_the_queries_keeps_the_error_budget(slots: int, tokens: int,
     assert torch.equal(got, again)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("batch", "slots"), [(1, 8), (3, 17), (32, 64)])
+@pytest.mark.parametrize("width", [64, 128, 256, 512])
+def test_gradients_of_fold_and_expansion_keep_the_error_budget(
+    width: int, batch: int, slots: int, dtype: torch.dtype
+) -> None:
+    layers, noise = 3, TrainingNoise(7, dropout=0.1)
+    generator = torch.Generator().manual_seed(3)
+    weights = make_slot_weights(layers, slots, width, CHANNELS, CHANNELS, generator, dtype=dtype, device="cuda")
+    fold, expansion = ({name: weights[name] for name in names} for names in (FOLD, EXPANSION))
+    slot_key, slot_value = torch.randn(2, layers, batch, slots, 8, 128, device="cuda")
+    latent, grad_latent = torch.randn(2, layers, batch, slots, width, device="cuda")
+    grad = torch.randn(layers, 2, batch, 8, slots, 128, device="cuda").to(dtype)
+
+    def folded() -> dict[str, Tensor]:
+        pooled, found = fold_slots_backward(grad_latent, slot_key, slot_value, fold, wants_slots=True)
+        assert pooled is not None
+        return {"slot_key": pooled[0], "slot_value": pooled[1], **found}
+
+    def expanded() -> dict[str, Tensor]:
+        dlatent, found = expand_slots_backward(grad, latent, expansion, norm_eps=EPS, noise=noise.arguments, row=5)
+        return {"latent": dlatent, **found}
+
+    truths = [
+        (folded, [fold_gradients(grad_latent, slot_key, slot_value, fold, kind) for kind in (torch.float64, F32)]),
+        (expanded, [expand_gradients(grad, latent, expansion, kind, noise, 5) for kind in (torch.float64, dtype)]),
+    ]
+    for run, (exact, plain) in truths:
+        got = run()
+        for name, gradient in got.items():
+            assert_within_budget(gradient, exact[name], plain[name], BUDGET)
+        with no_sync():
+            again = run()
+        assert all(torch.equal(again[name], gradient) for name, gradient in got.items())
+
+
+def training_step(adapter: LatentSlots, sharer: list[Pair]) -> list[Tensor]:
+    """Gradients of all parameters, the dropout of seed 1."""
+    torch.manual_seed(1)
+    made = torch.stack([side for pair in adapter.expand(adapter.summarize(sharer)) for side in pair])
+    return list(torch.autograd.grad(made.square().mean(), list(adapter.parameters())))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_training_step_is_the_eager_paths_the_same_bits_every_time_and_does_not_sync(dtype: torch.dtype) -> None:
+    geometry = CacheGeometry(*PUBLISHED_RECEIVER._replace(layers=4))
+    adapter = LatentSlots(LCFConfig(geometry, geometry, slots=8, dropout=0.1), device="cuda").train()
+    sharer = make_cache(geometry, 2, 500, dtype=dtype, device="cuda")
+    with use_backend("triton"):
+        first = training_step(adapter, sharer)
+        with no_sync():
+            second = training_step(adapter, sharer)
+    with use_backend("eager"):
+        plain = training_step(adapter, sharer)
+        exact = training_step(adapter.double(), [(key.double(), value.double()) for key, value in sharer])
+    for ours, again, same, truth in zip(first, second, plain, exact, strict=True):
+        assert torch.equal(ours, again)
+        assert_within_budget(ours, truth, same, 6.0)
+
+
 def pipeline(slots: int = 8) -> tuple[Callable[[], list[Tensor]], list[Pair]]:
     """Pool, fold and expand into a preallocated cache; and the sharer's cache that it reads."""
     sharer, query, weights = published(500, 1, slots, torch.bfloat16)
@@ -167,9 +248,16 @@ def test_lengths_and_slots_do_not_recompile() -> None:
     for tokens, slots in [*((tokens, 8) for tokens in LENGTHS), *((300, slots) for slots in (1, 2, 3, 8, 15, 16))]:
         sharer = make_cache(geometry, 1, tokens, dtype=torch.bfloat16, device="cuda")
         query = torch.randn(2, slots, 3, 96, device="cuda").bfloat16()
-        latent = fold_slots(*pool_slots(sharer, query), weights)
+        slot_key, slot_value, stats = pool_slots_with_stats(sharer, query)
+        latent = fold_slots(slot_key, slot_value, weights)
         _, destinations = slice_of_a_cache(geometry, 1, slots, torch.bfloat16)
         expand_slots(latent, weights, destinations, norm_eps=EPS)
+        grad = torch.stack([torch.stack(pair) for pair in destinations])
+        dlatent, _ = expand_slots_backward(grad, latent, {name: weights[name] for name in EXPANSION}, norm_eps=EPS)
+        fold = {name: weights[name] for name in FOLD}
+        pooled, _ = fold_slots_backward(dlatent, slot_key, slot_value, fold, wants_slots=True)
+        assert pooled is not None
+        pool_slots_backward(sharer, query, (slot_key, slot_value), stats, pooled)
     made = {name: count - before.get(name, 0) for name, count in compiled_variants().items()}
     assert any(made.values()), "nothing was compiled: the count sees nothing"
     # Whole contexts and chunks; a slot's stride of 1 and of more.

@@ -24,7 +24,13 @@ from helpers import (
 )
 from lcf_fast.kernels import slot_pooling
 from lcf_fast.kernels.slot_policy import SlotPoolConfig, chunk_tokens, slot_pool_config
-from lcf_fast.kernels.slot_pooling import finish_slot_states, merge_slot_states, pool_slot_states, pool_slots
+from lcf_fast.kernels.slot_pooling import (
+    finish_slot_states,
+    merge_slot_states,
+    pool_slot_states,
+    pool_slots,
+    pool_slots_with_stats,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Results are float32, and plain torch is held to float32 too. One rounding of a score moves a whole head's vector, so
@@ -312,6 +318,27 @@ def test_reads_and_writes_nothing_beyond(
         assert_within_budget(got, exact, plain, BUDGET)
     for _, guards in (*made, *outs):
         guards()
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_stats_are_those_of_the_states(
+    many: bool, device: torch.device, generator: torch.Generator, request: pytest.FixtureRequest
+) -> None:
+    """What the backward starts from, in the same read of the cache; of an item without a token: -inf and 0."""
+    if many:
+        request.getfixturevalue("small_chunks")
+    sharer = cache(2, 100, 64, generator, layers=2, batch=2, device=device)
+    sharer[1] = (with_layout(sharer[1][0], "token_major"), sharer[1][1])
+    query = queries(sharer, 3, generator)
+    mask = torch.ones(2, 100, dtype=torch.bool, device=device)
+    mask[1] = False
+    _, _, stats = pool_slots_with_stats(sharer, query, attention_mask=mask)
+    assert torch.equal(stats, pool_slot_states(sharer, query, attention_mask=mask)[1])
+    scores = torch.einsum("khd,hnd->hkn", query[1].double(), sharer[1][0][0].double()) * 64**-0.5
+    torch.testing.assert_close(stats[1, 0, ..., 0].double(), scores.amax(-1), rtol=1e-5, atol=1e-5)
+    total = (scores - scores.amax(-1, keepdim=True)).exp().sum(-1)
+    torch.testing.assert_close(stats[1, 0, ..., 1].double(), total, rtol=1e-5, atol=1e-5)
+    assert (stats[:, 1, ..., 1] == 0).all()
 
 
 @pytest.mark.usefixtures("small_chunks")

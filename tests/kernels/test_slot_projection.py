@@ -14,6 +14,7 @@ from helpers import ADVERSARIES, Adversary, Pair, adversarial, assert_within_bud
 from lcf_fast.kernels import slot_projection
 from lcf_fast.kernels.slot_policy import SlotExpandConfig, slot_expand_config, slot_expand_options, slot_fold_config
 from lcf_fast.kernels.slot_projection import expand_slots, fold_slots
+from lcf_fast.noise import TrainingNoise
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Of the fold, float32 throughout: sums in another order than plain torch's.
@@ -270,6 +271,23 @@ def test_rows_do_not_see_each_other(device: torch.device, generator: torch.Gener
     assert torch.equal(expanded(latent)[:, ::2], straight[:, ::2])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "slots"), [(1, 1), (3, 3), (2, 17), (5, 17)])
+def test_dropout(
+    batch: int, slots: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> None:
+    """The same elements as the definition drops, wherever an item begins within a tile, in every layer and block."""
+    noise, row = TrainingNoise(11, dropout=0.4), 5
+    weights = make_slot_weights(2, slots, 64, 16, 64, generator, dtype=dtype, device=device)
+    latent = latents(2, batch, slots, 64, generator, device)
+    destinations = fresh(2, batch, 1, slots, 64, dtype, device)
+    expand_slots(latent, weights, destinations, norm_eps=EPS, noise=noise.arguments, row=row)
+    truth, plain = (expand_formula(latent, weights, 1, kind, noise, row) for kind in (torch.float64, dtype))
+    for layer in zip(destinations, truth, plain):
+        for got, exact, same_dtype in zip(*layer):
+            assert_within_budget(got, exact, same_dtype)
+
+
 def test_from_pooled_slots_to_the_receiver(device: torch.device, generator: torch.Generator) -> None:
     """Fold and expansion in a row, as a message goes."""
     weights = make_slot_weights(2, 4, 64, 128, 128, generator, device=device)
@@ -309,6 +327,12 @@ def test_nothing_to_do_for_no_rows(device: torch.device, generator: torch.Genera
 def test_tiles_and_splits(layers: int, rows: int, block_rows: int, splits: int) -> None:
     config = slot_expand_config(128, 2, 2, "sm_90", layers, rows, 132)
     assert (config.block_rows, config.splits) == (block_rows, splits)
+
+
+def test_random_numbers_take_the_smallest_tile() -> None:
+    for chip in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        config = slot_expand_config(128, 2, 2, chip, 28, 4096, 132, has_noise=True)
+        assert (config.block_rows, config.splits) == (16, 1)
 
 
 def test_wider_weights_wait_in_a_shorter_pipeline() -> None:
