@@ -393,7 +393,7 @@ def _adapter(arguments: argparse.Namespace, run: _Run) -> LatentCacheFlow | Late
     import torch
 
     from ..adapter import LatentCacheFlow
-    from ..checkpoint import load_any
+    from ..checkpoint import load_adapter
     from ..errors import GeometryError
     from ..slots import LatentSlots
 
@@ -405,7 +405,7 @@ def _adapter(arguments: argparse.Namespace, run: _Run) -> LatentCacheFlow | Late
     given = [f"--{name.replace('_', '-')}" for name in _ADAPTER if getattr(arguments, name) is not None]
     if given:
         raise GeometryError(", ".join(given), expected="nothing beside --init-from, which fixes it", got="both")
-    adapter = load_any(
+    adapter = load_adapter(
         arguments.init_from, dtype=torch.float32, sharer=run.config.sharer, receiver=run.config.receiver
     )
     if adapter.config.cross_context != arguments.cross_context:
