@@ -99,18 +99,22 @@ class Rotary:
         """The inverse of `rotate`: keys as a cache has them, without their positions. Arguments and errors as there."""
         return self._all(keys, positions, inverse=True)
 
-    def _all(self, keys: Sequence[Tensor], positions: Tensor, *, inverse: bool) -> list[Tensor]:
-        if len(keys) != len(self.kinds):
-            raise GeometryError("keys", expected=f"{len(self.kinds)} layers, as the model's", got=str(len(keys)))
+    def check(self, layers: int, shape: Sequence[int], positions: Any) -> None:
+        """Raises what `rotate` raises for keys ``(B, H, n, D)`` of so many layers at ``positions``."""
+        if layers != len(self.kinds):
+            raise GeometryError("keys", expected=f"{len(self.kinds)} layers, as the model's", got=str(layers))
         if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
             got = str(getattr(positions, "dtype", type(positions).__name__))
             raise DTypeError("positions", expected="a tensor of ints", got=got)
-        key = keys[0]
-        if positions.dim() != 2 or positions.shape[1] != key.shape[2] or positions.shape[0] not in (1, key.shape[0]):
-            expected = f"({key.shape[0]}, {key.shape[2]}), or one row for all"
+        if positions.dim() != 2 or positions.shape[1] != shape[2] or positions.shape[0] not in (1, shape[0]):
+            expected = f"({shape[0]}, {shape[2]}), or one row for all"
             raise ShapeError("positions", expected=expected, got=str(tuple(positions.shape)))
         if positions.device.type == "cpu" and positions.numel() and int(positions.min()) < 0:
             raise IndexRangeError("positions", expected="0 or more", got=f"values down to {int(positions.min())}")
+
+    def _all(self, keys: Sequence[Tensor], positions: Tensor, *, inverse: bool) -> list[Tensor]:
+        self.check(len(keys), keys[0].shape if keys else (0, 0, 0, 0), positions)
+        key = keys[0]
         positions = positions.to(key.device, torch.int64)
         angles = {kind: self._angles(key, positions, kind, inverse) for kind in dict.fromkeys(self.kinds)}
         return [self._applied(key, *angles[kind]) for key, kind in zip(keys, self.kinds)]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops_slots as ops
-from .caches import Pair, cache_layers, extend_cache
+from .caches import Pair, cache_layers, check_growth, count_filled, extend_cache, free_room
 from .config import CacheGeometry, LCFConfig
 from .errors import DTypeError, GeometryError, MessageError, ShapeError
 from .fingerprint import SHARER_OF_SLOTS, Origin, is_digest, slots_receiver_digest, slots_sharer_digest
@@ -123,20 +123,39 @@ class LatentSlots(SummarizesSlots, nn.Module):
             noise=noise,
         )
 
-    def place(self, receiver: Any, message: Message, positions: Tensor) -> list[Pair]:
+    def place(
+        self, receiver: Any, message: Message, positions: Tensor, *, into: Sequence[Pair] | None = None
+    ) -> list[Pair]:
         """:meth:`expand`, the keys rotated to positions by the receiver's own rotary embedding.
 
         Args:
             receiver: the receiver's model, of transformers, or its `lcf_fast.rotary.Rotary`.
             positions: ``(B, k)`` int, counted as the model counts them, or ``(1, k)`` for all rows.
+            into: where they are to lie, one ``(key, value)`` a layer, ``(B, Hr, k, Dr)`` of one dtype: views of a
+                preallocated cache or of a page of one, with any strides but the last one's, which is 1. Values are
+                written straight there, keys by way of as many numbers more; for inference, without a graph.
+
+        Returns:
+            New tensors in float32; or those of ``into``.
 
         Raises:
-            As :meth:`expand` and `Rotary.of`; ShapeError, DTypeError, IndexRangeError for positions.
+            As :meth:`expand` and `Rotary.of`; ShapeError, DTypeError, IndexRangeError for positions; ShapeError,
+            GeometryError, DTypeError, DeviceError for ``into``. All of it before anything is written.
         """
         rotary = Rotary.of(receiver)
-        expanded = self.expand(message)
-        keys = rotary.rotate([key for key, _ in expanded], positions)
-        return [(key, value) for key, (_, value) in zip(keys, expanded)]
+        if into is None:
+            expanded = self.expand(message)
+            keys = rotary.rotate([key for key, _ in expanded], positions)
+            return [(key, value) for key, (_, value) in zip(keys, expanded)]
+        latent, geometry = self._latent(message, "message"), self.config.receiver
+        rotary.check(geometry.layers, (latent.shape[1], geometry.kv_heads, latent.shape[2]), positions)
+        return ops.expand_slots_layers_(
+            latent,
+            self._weights(),
+            into,
+            norm_eps=self.config.norm_eps,
+            turn=lambda keys: rotary.rotate(keys, positions),
+        )
 
     def append(
         self, receiver: Any, receiver_cache: Any, message: Message, *, attention_mask: Tensor | None = None
@@ -156,8 +175,42 @@ class LatentSlots(SummarizesSlots, nn.Module):
             A new cache of the same kind and dtype with k more positions; the given one stays as it is.
 
         Raises:
-            As :meth:`place`; GeometryError for a cache that cannot grow.
+            As :meth:`place`; GeometryError for a cache that cannot grow (a StaticCache: :meth:`append_` fills it).
         """
+        layers, sent, positions = self._behind(receiver_cache, message, attention_mask)
+        check_growth(receiver_cache, layers[0][0].shape[2] + sent.slots, "receiver_cache")
+        return extend_cache(receiver_cache, layers, self.place(receiver, sent, positions), "receiver_cache")
+
+    def append_(
+        self, receiver: Any, receiver_cache: Any, message: Message, *, attention_mask: Tensor | None = None
+    ) -> Any:
+        """:meth:`append` into the free room of a ``StaticCache``, behind its filled positions; nothing is copied.
+
+        The filled length goes on by k, so that ``generate()`` goes on from the cache as from that of :meth:`append`.
+        For inference, without a graph.
+
+        Args:
+            receiver, message: as in :meth:`append`.
+            receiver_cache: a ``StaticCache`` with room for k positions, and for those that will be generated.
+            attention_mask: ``(B, N)``, of the filled positions.
+
+        Returns:
+            The cache given.
+
+        Raises:
+            As :meth:`place`; GeometryError for another kind of cache, or one of too little room. The cache is then as
+            it was.
+        """
+        layers, sent, positions = self._behind(receiver_cache, message, attention_mask)
+        room = free_room(receiver_cache, layers[0][0].shape[2], sent.slots, "receiver_cache")
+        self.place(receiver, sent, positions, into=room)
+        count_filled(receiver_cache, sent.slots)
+        return receiver_cache
+
+    def _behind(
+        self, receiver_cache: Any, message: Message, attention_mask: Tensor | None
+    ) -> tuple[list[Pair], Message, Tensor]:
+        """Of :meth:`append`: the cache's layers, the message for all of its rows, the slots' positions ``(B, k)``."""
         layers = cache_layers(
             receiver_cache, name="receiver_cache", geometry=self.config.receiver, length=known_length(attention_mask)
         )
@@ -167,8 +220,7 @@ class LatentSlots(SummarizesSlots, nn.Module):
         latent = self._latent(message, "message", key.shape[0])
         before = key.shape[2] if mask is None else mask.sum(1)
         positions = slot_positions(before, latent.shape[2], key.shape[0], key.device)
-        placed = self.place(receiver, replace(message, latent=latent), positions)
-        return extend_cache(receiver_cache, layers, placed, "receiver_cache")
+        return layers, replace(message, latent=latent), positions
 
     def prefix(self, receiver: Any, message: Message, *, dtype: torch.dtype | None = None) -> Any:
         """A cache of the slots alone, at positions 0 to k - 1: the receiver then reads its whole prompt behind them.
