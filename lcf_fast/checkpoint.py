@@ -56,8 +56,8 @@ def save(adapter: LatentCacheFlow | LatentSlots, directory: str | os.PathLike[st
         description["accepted_sharers"] = sorted(adapter.accepted_sharers)
     if adapter.trained_between:
         description["trained_between"] = adapter.trained_between
-    if isinstance(adapter, LatentSlots):
-        description["placement"] = check_placement(adapter.placement)
+    if isinstance(adapter, LatentSlots) and adapter.trained_placement is not None:
+        description["placement"] = check_placement(adapter.trained_placement)
     _save(adapter, directory, WEIGHTS_FILE, description)
 
 
@@ -130,8 +130,8 @@ def load(
     if config.slots and (len(kept), reads) != (config.receiver.layers, config.sharer_layers):
         expected = "all receiver layers, by the configuration's layer map"
         raise CheckpointError(f"{path}: receiver_layers", expected=expected, got=f"{kept} reading {reads}")
-    placement = description.get("placement", PLACEMENTS[0])  # adapters of before it was recorded do not say
-    if placement not in PLACEMENTS:
+    placement = description.get("placement")  # adapters of before it was recorded do not say
+    if placement not in (None, *PLACEMENTS):
         raise CheckpointError(f"{path}: placement", expected=" or ".join(PLACEMENTS), got=repr(placement)[:80])
     for name, model, geometry in (("sharer", sharer, config.sharer), ("receiver", receiver, config.receiver)):
         _check_model(name, model, geometry, folder)
@@ -154,7 +154,7 @@ def load(
     adapter.accepted_sharers = frozenset(accepted)
     adapter.trained_between = dict(between)
     if isinstance(adapter, LatentSlots):
-        adapter.placement = placement
+        adapter.trained_placement = placement
     return adapter.to(device=device, dtype=dtype).eval()
 
 

@@ -62,7 +62,8 @@ class LatentSlots(SummarizesSlots, nn.Module):
     Attributes:
         accepted_sharers: digests of other sharers' halves whose messages are taken.
         trained_between: of "sharer" and "receiver", where known, which models it was trained between.
-        placement: where its slots stand, ``"append"`` or ``"prefix"``, as it was trained; saved with the adapter.
+        trained_placement: ``"append"`` or ``"prefix"``, where its slots stood in training; None: not known. Saved with
+            the adapter.
     """
 
     receiver_layers: Tensor
@@ -91,7 +92,7 @@ class LatentSlots(SummarizesSlots, nn.Module):
             self.register_buffer(name, torch.tensor(layers, dtype=torch.int64, device=device))
         self.accepted_sharers: frozenset[str] = frozenset()
         self.trained_between: dict[str, str] = {}
-        self.placement: Placement = "append"
+        self.trained_placement: Placement | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -308,7 +309,7 @@ class LatentSlots(SummarizesSlots, nn.Module):
         config = replace(self.config, sharer=sharer, layer_map=layer_map, slots=count)
         like = self.get_parameter("up_weight")
         made = LatentSlots(config, device=like.device, dtype=like.dtype)
-        made.placement = self.placement
+        made.trained_placement = self.trained_placement
         for name, parameter in made.named_parameters():
             if name not in SHARER_OF_SLOTS:
                 parameter.requires_grad_(False).copy_(self.get_parameter(name).detach())
@@ -342,6 +343,11 @@ class LatentSlots(SummarizesSlots, nn.Module):
         return self
 
     # --- what is asked of any adapter
+
+    @property
+    def placement(self) -> Placement:
+        """Where its slots belong: as they were trained; ``"append"`` where that is not known."""
+        return self.trained_placement or "append"
 
     @property
     def sharer_geometry(self) -> CacheGeometry:
