@@ -116,8 +116,14 @@ class Rotary:
         self.check(len(keys), keys[0].shape if keys else (0, 0, 0, 0), positions)
         key = keys[0]
         positions = positions.to(key.device, torch.int64)
-        angles = {kind: self._angles(key, positions, kind, inverse) for kind in dict.fromkeys(self.kinds)}
-        return [self._applied(key, *angles[kind]) for key, kind in zip(keys, self.kinds)]
+        turned: dict[int, Tensor] = {}
+        for kind in dict.fromkeys(self.kinds):
+            rows = [row for row, other in enumerate(self.kinds) if other == kind]
+            # Side by side, as so many heads: every head turns alike, so that one product turns all layers.
+            beside = torch.cat([keys[row] for row in rows], 1)
+            whole = self._applied(beside, *self._angles(key, positions, kind, inverse))
+            turned |= zip(rows, whole.split([keys[row].shape[1] for row in rows], 1))
+        return [turned[row] for row in range(len(keys))]
 
     def _turned(self, key: Tensor, before: Tensor, after: Tensor, kind: str) -> Tensor:
         """A rotated key from one position to another."""
@@ -138,7 +144,7 @@ class Rotary:
 
     def _applied(self, key: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         if cos is None:
-            return key.clone()
+            return key
         turned: Tensor = self._apply(key[:, :1], key, cos, sin)[1]
         return turned
 
