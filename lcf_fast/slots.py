@@ -192,7 +192,8 @@ class LatentSlots(SummarizesSlots, nn.Module):
 
         Args:
             receiver, message: as in :meth:`append`.
-            receiver_cache: a ``StaticCache`` with room for k positions, and for those that will be generated.
+            receiver_cache: a ``StaticCache`` with room for k positions, and for those that will be generated. One that
+                is allocated and empty gets the slots as :meth:`prefix` has them.
             attention_mask: ``(B, N)``, of the filled positions.
 
         Returns:

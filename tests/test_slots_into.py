@@ -116,6 +116,23 @@ def test_a_sliding_window_slides_on_over_the_slots() -> None:
         token = logits[0].argmax(-1, keepdim=True)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_into_an_empty_cache_they_are_a_prefix(name: str) -> None:
+    """Allocated and not filled yet: the prompt is then read behind them."""
+    from transformers import StaticCache
+
+    receiver = family_model(name)
+    adapter, message = told(receiver)
+    ids, mask = ragged_ids([8, 5], 4)
+    static = StaticCache(config=receiver.config, max_cache_len=32)
+    static.early_initialization(2, 2, 16, torch.float32, torch.device("cpu"))
+    adapter.append_(receiver, static, message)
+    long_ids, long_mask = with_slots(ids, mask, SLOTS, placement="prefix")
+    options = {"attention_mask": long_mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    got = receiver.generate(long_ids, past_key_values=static, **options)
+    assert torch.equal(got, receiver.generate(long_ids, past_key_values=adapter.prefix(receiver, message), **options))
+
+
 # --- what is written, and what is not
 # ---------------------------------------------------------------------
 
@@ -189,18 +206,23 @@ def test_a_page_of_a_paged_cache(backend: Backend) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_within_the_error_budget(backend: Backend, dtype: torch.dtype, generator: torch.Generator) -> None:
+def test_within_the_error_budget(
+    backend: Backend, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> None:
     """Against float64, turned and not; huge latents, and such as came in a narrower dtype."""
-    receiver = family_model("llama, yarn")
+    receiver = family_model("llama, yarn").to(device)
     rotary, layers, at = Rotary.of(receiver), 3, torch.tensor([[3, 4, 9], [0, 60, 61]])
-    weights = make_slot_weights(layers, SLOTS, 64, 16, 2 * 16, generator)
-    latent = torch.randn(layers, 2, SLOTS, 64, generator=generator)
+    weights = make_slot_weights(layers, SLOTS, 64, 16, 2 * 16, generator, device=device)
+    latent = torch.randn(layers, 2, SLOTS, 64, generator=generator).to(device)
     latent[1, 0, 1] *= 1e3
     for sent in (latent, latent.bfloat16()):
         truth, plain = (expand_formula(sent, weights, 2, kind) for kind in (torch.float64, dtype))
         turned = [rotary.rotate([key for key, _ in one], at) for one in (truth, [(k.float(), v) for k, v in plain])]
         for turn in (None, lambda keys: rotary.rotate(keys, at)):
-            pairs = [(key, value) for key, value in torch.full((layers, 2, 2, 2, SLOTS, 16), torch.nan, dtype=dtype)]
+            pairs = [
+                (key, value)
+                for key, value in torch.full((layers, 2, 2, 2, SLOTS, 16), torch.nan, dtype=dtype, device=device)
+            ]
             with use_backend(backend):
                 ops_slots.expand_slots_layers_(sent, weights, pairs, norm_eps=EPS, turn=turn)
             for i, (key, value) in enumerate(pairs):
