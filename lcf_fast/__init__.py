@@ -32,10 +32,12 @@ if TYPE_CHECKING:
     from .errors import ShapeError as ShapeError
     from .errors import SpanError as SpanError
     from .growing import GrowingMessage as GrowingMessage
+    from .growing import GrowingSlots as GrowingSlots
     from .growing import PartialPool as PartialPool
     from .message import Message as Message
     from .sharer import SharerSide as SharerSide
     from .slots import LatentSlots as LatentSlots
+    from .slots_sharer import SlotsSharerSide as SlotsSharerSide
     from .spans import Spans as Spans
 
 _MODULES = ("ops", "parallel", "reference", "spans", "transport")
@@ -56,10 +58,12 @@ _NAMES = {
     "ShapeError": "errors",
     "SpanError": "errors",
     "GrowingMessage": "growing",
+    "GrowingSlots": "growing",
     "PartialPool": "growing",
     "Message": "message",
     "SharerSide": "sharer",
     "LatentSlots": "slots",
+    "SlotsSharerSide": "slots_sharer",
     "Spans": "spans",
 }
 

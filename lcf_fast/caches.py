@@ -16,7 +16,8 @@ from torch import Tensor
 from .config import CacheGeometry
 from .errors import DeviceError, DTypeError, GeometryError, ShapeError
 
-__all__ = ["Pair", "cache_layers", "check_pairs", "extend_cache", "is_cache", "rebuild_cache"]
+__all__ = ["Pair", "cache_layers", "check_growth", "check_pairs", "count_filled", "extend_cache", "free_room"]
+__all__ += ["is_cache", "rebuild_cache"]
 
 #: One layer: key and value, each ``(B, H, N, D)``.
 Pair = tuple[Tensor, Tensor]
@@ -119,6 +120,8 @@ def extend_cache(cache: Any, layers: Sequence[Pair], more: Sequence[Pair], name:
     Raises:
         GeometryError: a StaticCache, whose size is fixed; a sliding-window layer out of which positions would slide.
     """
+    if more and layers:
+        check_growth(cache, layers[0][0].shape[2] + more[0][0].shape[2], name)
     joined = [
         (torch.cat([key, new_key.to(key.dtype)], 2), torch.cat([value, new_value.to(value.dtype)], 2))
         for (key, value), (new_key, new_value) in zip(layers, more, strict=True)
@@ -127,18 +130,57 @@ def extend_cache(cache: Any, layers: Sequence[Pair], more: Sequence[Pair], name:
         return tuple(joined)
     extended = _copy_with(cache)
     extended.layers = []
-    for i, (old, (key, value)) in enumerate(zip(cache.layers, joined, strict=True)):
-        if _layer_kind(old) == "static":
-            expected = "a DynamicCache or a sequence of (key, value), which can grow"
-            raise GeometryError(f"{name}.layers[{i}]", expected=expected, got=type(old).__name__)
+    for old, (key, value) in zip(cache.layers, joined, strict=True):
         changes: dict[str, Any] = {"keys": key, "values": value}
         if old.is_sliding:
-            if key.shape[2] >= old.sliding_window:
-                expected = f"fewer than {old.sliding_window} positions, the sliding window"
-                raise GeometryError(f"{name}.layers[{i}]", expected=expected, got=f"{key.shape[2]} with those to come")
             changes["cumulative_length"] = key.shape[2]
         extended.layers.append(_copy_with(old, **changes))
     return extended
+
+
+def check_growth(cache: Any, length: int, name: str = "cache") -> None:
+    """Raises GeometryError, as :func:`extend_cache` does, unless the cache can grow to ``length`` positions."""
+    for i, layer in enumerate(cache.layers if is_cache(cache) else ()):
+        if _layer_kind(layer) == "static":
+            expected = "a DynamicCache or a sequence of (key, value), which can grow (append_ fills a StaticCache)"
+            raise GeometryError(f"{name}.layers[{i}]", expected=expected, got=type(layer).__name__)
+        if layer.is_sliding and length >= layer.sliding_window:
+            expected = f"fewer than {layer.sliding_window} positions, the sliding window"
+            raise GeometryError(f"{name}.layers[{i}]", expected=expected, got=f"{length} with those to come")
+
+
+def free_room(cache: Any, filled: int, count: int, name: str = "cache") -> list[Pair]:
+    """Views of the ``count`` positions of a StaticCache behind those that are filled, ``(B, H, count, D)`` a layer.
+
+    What is written there is not the cache's before :func:`count_filled` says so.
+
+    Args:
+        filled: positions that are, as :func:`cache_layers` has read them.
+
+    Raises:
+        GeometryError: no StaticCache; a layer of too little room.
+    """
+    layers = cache.layers if is_cache(cache) else ()
+    if not layers or not all(_layer_kind(layer) == "static" for layer in layers):
+        expected = "a StaticCache, which has room to write into (append makes a longer one of others)"
+        raise GeometryError(name, expected=expected, got=type(cache).__name__)
+    for i, layer in enumerate(layers):
+        if filled + count > layer.keys.shape[2]:
+            expected = f"room for {count} positions behind {filled}"
+            raise GeometryError(f"{name}.layers[{i}]", expected=expected, got=f"{layer.keys.shape[2]} in all")
+    return [(layer.keys.narrow(2, filled, count), layer.values.narrow(2, filled, count)) for layer in layers]
+
+
+def count_filled(cache: Any, count: int) -> None:
+    """Make ``count`` positions of :func:`free_room` the cache's own; where it counts on a device, without waiting."""
+    for layer in cache.layers:
+        # Sliding layers of transformers 5 count on the host as well; its first ones find out from what is not zero.
+        for counter in ("cumulative_length", "cumulative_length_int"):
+            before = getattr(layer, counter, None)
+            if isinstance(before, Tensor):
+                before.add_(count)  # at its place, which compiled graphs hold on to
+            elif before is not None:
+                setattr(layer, counter, before + count)
 
 
 def _copy_with(original: Any, **changes: Any) -> Any:

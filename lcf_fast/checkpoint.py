@@ -23,17 +23,19 @@ from .config import CacheGeometry, LCFConfig
 from .errors import CheckpointError, GeometryError, LCFError
 from .files import write_whole
 from .fingerprint import Origin, is_digest
+from .placement import PLACEMENTS, check_placement
 from .reading.model_fingerprint import weights_sample
 
 if TYPE_CHECKING:
     from .adapter import LatentCacheFlow
-    from .sharer import SharerSide
+    from .sharer import SideOf
     from .slots import LatentSlots
 
     Adapter = TypeVar("Adapter", LatentCacheFlow, LatentSlots)
+    Side = TypeVar("Side", bound=SideOf)
 
-__all__ = ["CONFIG_FILE", "FORMAT_VERSION", "SIDE_FILE", "WEIGHTS_FILE", "load", "load_any", "load_side"]
-__all__ += ["save", "save_side"]
+__all__ = ["CONFIG_FILE", "FORMAT_VERSION", "SIDE_FILE", "WEIGHTS_FILE"]
+__all__ += ["load", "load_adapter", "load_any", "load_side", "save", "save_side"]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "adapter.safetensors"
@@ -46,24 +48,32 @@ _ROLES = {"sharer", "receiver"}
 
 def save(adapter: LatentCacheFlow | LatentSlots, directory: str | os.PathLike[str]) -> None:
     """Write an adapter's two files into ``directory``, which is made if need be. Dtypes are kept."""
+    from .slots import LatentSlots
+
     description: dict[str, Any] = {"format": FORMAT, "config": adapter.config.to_dict()}
     if adapter.config.cross_context:
         description["origin"] = _origin_entry(adapter.origin)
         description["accepted_sharers"] = sorted(adapter.accepted_sharers)
     if adapter.trained_between:
         description["trained_between"] = adapter.trained_between
+    if isinstance(adapter, LatentSlots) and adapter.trained_placement is not None:
+        description["placement"] = check_placement(adapter.trained_placement)
     _save(adapter, directory, WEIGHTS_FILE, description)
 
 
-def save_side(side: SharerSide, directory: str | os.PathLike[str]) -> None:
+def save_side(side: SideOf, directory: str | os.PathLike[str]) -> None:
     """Write the two files of a sharer's half into ``directory``, which is made if need be."""
-    description = {
+    from .slots_sharer import SlotsSharerSide
+
+    description: dict[str, Any] = {
         "format": SIDE_FORMAT,
         "sharer": _geometry_entry(side.sharer_geometry),
         "receiver": _geometry_entry(side.receiver_geometry),
-        "bottleneck": side.down_weight.shape[1],
+        "bottleneck": side.get_parameter("down_weight").shape[1],
         "origin": _origin_entry(side.origin),
     }
+    if isinstance(side, SlotsSharerSide):
+        description["slots"] = side.slot_count
     _save(side, directory, SIDE_FILE, description)
 
 
@@ -76,7 +86,7 @@ def _geometry_entry(geometry: CacheGeometry) -> dict[str, int]:
 
 
 def _save(
-    module: LatentCacheFlow | LatentSlots | SharerSide,
+    module: LatentCacheFlow | LatentSlots | SideOf,
     directory: str | os.PathLike[str],
     file: str,
     description: dict[str, Any],
@@ -120,6 +130,9 @@ def load(
     if config.slots and (len(kept), reads) != (config.receiver.layers, config.sharer_layers):
         expected = "all receiver layers, by the configuration's layer map"
         raise CheckpointError(f"{path}: receiver_layers", expected=expected, got=f"{kept} reading {reads}")
+    placement = description.get("placement")  # adapters of before it was recorded do not say
+    if placement not in (None, *PLACEMENTS):
+        raise CheckpointError(f"{path}: placement", expected=" or ".join(PLACEMENTS), got=repr(placement)[:80])
     for name, model, geometry in (("sharer", sharer, config.sharer), ("receiver", receiver, config.receiver)):
         _check_model(name, model, geometry, folder)
     between = description.get("trained_between", {})
@@ -140,10 +153,27 @@ def load(
         adapter._set_origin(origin)
     adapter.accepted_sharers = frozenset(accepted)
     adapter.trained_between = dict(between)
+    if isinstance(adapter, LatentSlots):
+        adapter.trained_placement = placement
     return adapter.to(device=device, dtype=dtype).eval()
 
 
-def load_any(directory: str | os.PathLike[str], **options: Any) -> LatentCacheFlow | LatentSlots:
+def load_any(directory: str | os.PathLike[str], **options: Any) -> Any:
+    """Read what a folder holds: a `LatentCacheFlow`, a `LatentSlots`, or a sharer's half of either, by itself.
+
+    Options and errors as those of its ``from_pretrained``; for callers who need an adapter there is `load_adapter`.
+    """
+    from .sharer import SharerSide
+    from .slots_sharer import SlotsSharerSide
+
+    described = _json(Path(directory) / CONFIG_FILE)
+    if isinstance(described, dict) and described.get("format") == SIDE_FORMAT:
+        kind = SlotsSharerSide if "slots" in described else SharerSide
+        return kind.from_pretrained(directory, **options)
+    return load_adapter(directory, **options)
+
+
+def load_adapter(directory: str | os.PathLike[str], **options: Any) -> LatentCacheFlow | LatentSlots:
     """Read an adapter of whichever kind the folder holds. Options and errors as those of ``from_pretrained``."""
     from .adapter import LatentCacheFlow
     from .slots import LatentSlots
@@ -161,14 +191,16 @@ def _read_config(path: Path) -> tuple[dict[str, Any], LCFConfig]:
 
 
 def load_side(
-    kind: type[SharerSide],
+    kind: type[Side],
     directory: str | os.PathLike[str],
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     sharer: Any = None,
-) -> SharerSide:
-    """Read a sharer's half; see `SharerSide.from_pretrained`."""
+) -> Side:
+    """Read a sharer's half; see `SharerSide.from_pretrained` and `SlotsSharerSide.from_pretrained`."""
+    from .slots_sharer import SlotsSharerSide
+
     folder = Path(directory)
     path = folder / CONFIG_FILE
     description = _description(path, SIDE_FORMAT, {"sharer": dict, "receiver": dict, "bottleneck": int, "origin": dict})
@@ -179,16 +211,28 @@ def load_side(
             raise CheckpointError(str(path), expected="layers, kv_heads and head_dim", got=str(error)) from error
     if description["bottleneck"] < 1:
         raise CheckpointError(f"{path}: bottleneck", expected="1 or more", got=str(description["bottleneck"]))
+    has_slots = "slots" in description
+    if issubclass(kind, SlotsSharerSide) != has_slots:
+        got = f"one {'with' if has_slots else 'without'} slots"
+        raise CheckpointError(f"{path}: slots", expected=f"a sharer's half for {kind.__name__}", got=got)
     kept, reads = _routing(path, description, *geometries)
+    make: Any = kind
+    own: dict[str, Any] = {"receiver_layers": kept}
+    if has_slots:
+        own = {"slots": description["slots"]}
+        if type(own["slots"]) is not int or own["slots"] < 1:
+            raise CheckpointError(f"{path}: slots", expected="1 or more", got=repr(own["slots"])[:80])
+        if len(kept) != geometries[1].layers:
+            raise CheckpointError(f"{path}: receiver_layers", expected="all receiver layers", got=f"{kept}")
     origin = _origin(path, description["origin"])
     _check_model("sharer", sharer, geometries[0], folder)
     with torch.device("meta"):
-        side = kind(
+        side: Side = make(
             *geometries,
             bottleneck=description["bottleneck"],
-            receiver_layers=kept,
             sharer_layers=reads,
             adapter_digest=origin.adapter,
+            **own,
         )
     _fill(side, folder / SIDE_FILE, description["weights"], kept, reads)
     side._set_origin(origin)
@@ -244,12 +288,16 @@ def _read(path: Path) -> bytes:
         raise CheckpointError(str(path), expected="a readable file", got=error.strerror or str(error)) from error
 
 
-def _description(path: Path, form: str, fields: dict[str, type]) -> dict[str, Any]:
+def _json(path: Path) -> Any:
     data = _read(path)
     try:
-        description = json.loads(data)
+        return json.loads(data)
     except ValueError as error:  # no UTF-8, or no JSON
         raise CheckpointError(str(path), expected="JSON", got=str(error)) from error
+
+
+def _description(path: Path, form: str, fields: dict[str, type]) -> dict[str, Any]:
+    description = _json(path)
     if not isinstance(description, dict) or description.get("format") != form:
         got = repr(description.get("format")) if isinstance(description, dict) else type(description).__name__
         raise CheckpointError(f"{path}: format", expected=repr(form), got=got)

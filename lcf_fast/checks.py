@@ -83,6 +83,15 @@ def check_same_batch(name: str, tensor: Tensor, like: Tensor) -> None:
         raise ShapeError(name, expected=f"batch size {like.shape[0]}, as the receiver's cache", got=describe(tensor))
 
 
+def check_writable(name: str, tensor: Tensor) -> None:
+    """An in-place edit needs every element to have memory of its own and rows with stride 1."""
+    for size, stride in zip(tensor.shape, tensor.stride()):
+        if stride == 0 and size > 1:
+            raise ShapeError(name, expected="memory of its own for every element", got=f"strides {tensor.stride()}")
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ShapeError(name, expected="stride 1 along the head dim", got=f"strides {tensor.stride()}")
+
+
 def check_weight(
     weights: Mapping[str, Tensor], name: str, shape: tuple[int | None, ...], device: torch.device
 ) -> Tensor:

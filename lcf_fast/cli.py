@@ -27,7 +27,7 @@ from .training.prune_command import add_prune_command
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .inspection import AdapterReport, MessageReport, SlotsReport
+    from .inspection import AdapterReport, MessageReport, SideReport, SlotsReport
 
 __all__ = ["main"]
 
@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 _EXAMPLES = """examples:
   lcf-fast inspect adapters/qwen            an adapter's folder: geometry, parameters, gates and norms a layer
+  lcf-fast inspect sides/qwen               a sharer's half by itself: the same, and whom its messages are for
   lcf-fast inspect notes.lcf                a message's file: sizes, origin, norms a layer, weight a span, tokens a slot
   lcf-fast inspect notes.lcf --plot w.png   layers by spans (or by items), or slots by tokens, as a heat map
   lcf-fast inspect notes.lcf --json         the same as JSON, with every number
@@ -77,7 +78,8 @@ def _add_inspect(commands: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("path", metavar="PATH", type=Path, help="an adapter's folder, or a message's file")
+    what = "a folder of an adapter or a sharer's half, or a message's file"
+    parser.add_argument("path", metavar="PATH", type=Path, help=what)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write a PNG heat map (needs matplotlib)")
     parser.add_argument("--item", type=int, default=0, help="the item whose spans or slots are shown; default: 0")
@@ -87,7 +89,7 @@ def _add_inspect(commands: Any) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from .inspection import AdapterReport, SlotsReport, inspect, write_png
+    from .inspection import AdapterReport, SideReport, SlotsReport, inspect, write_png
     from .message import MAX_BYTES
 
     key = None if arguments.key_file is None else arguments.key_file.read_bytes()
@@ -101,6 +103,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
         _print_adapter(_console(), report)
     elif isinstance(report, SlotsReport):
         _print_slots(_console(), report)
+    elif isinstance(report, SideReport):
+        _print_side(_console(), report)
     else:
         _print_message(_console(), report, arguments.item)
 
@@ -147,6 +151,7 @@ def _print_slots(console: Console, report: SlotsReport) -> None:
             "sharer": _geometry(report.sharer),
             "receiver": _geometry(report.receiver),
             "slots": str(report.slots),
+            "placement": report.placement or "not said (append)",
             "bottleneck": str(report.bottleneck),
             "parameters": f"{report.parameters:,} ({report.dtype})",
             "bytes": f"{report.parameter_bytes:,} of parameters, {report.file_bytes:,} on disk",
@@ -165,6 +170,41 @@ def _print_slots(console: Console, report: SlotsReport) -> None:
                 f"{layer.down_norm:.4g}",
                 f"{layer.up_key_norm:.4g}",
                 f"{layer.up_value_norm:.4g}",
+            )
+            for layer in report.layers
+        ),
+    )
+
+
+def _print_side(console: Console, report: SideReport) -> None:
+    _facts(
+        console,
+        f"sharer's half of {report.kind} {report.path}",
+        {
+            "sharer": _geometry(report.sharer),
+            "receiver": _geometry(report.receiver),
+            **({"slots": str(report.slots)} if report.slots else {}),
+            "bottleneck": str(report.bottleneck),
+            "parameters": f"{report.parameters:,} ({report.dtype})",
+            "bytes": f"{report.parameter_bytes:,} of parameters, {report.file_bytes:,} on disk",
+            "for adapter": report.adapter_digest,
+            "itself": report.sharer_digest,
+        },
+    )
+    queries = ("|query|, mean of slots", "|embedding|, mean of slots") if report.slots else ("|span|", "|global|")
+    _table(
+        console,
+        ("layer", "reads", *queries, "|down|"),
+        (
+            (
+                str(layer.receiver_layer),
+                str(layer.sharer_layer),
+                *(
+                    (_mean(layer.query_norms), _mean(layer.embedding_norms))
+                    if report.slots
+                    else (f"{norm:.4g}" for norm in layer.query_norms)
+                ),
+                f"{layer.down_norm:.4g}",
             )
             for layer in report.layers
         ),

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .config import CacheGeometry
 
-__all__ = ["Origin", "digest_of", "is_digest", "receiver_digest", "sharer_digest", "slots_origin"]
+__all__ = ["Origin", "digest_of", "is_digest", "receiver_digest", "sharer_digest"]
+__all__ += ["slots_receiver_digest", "slots_sharer_digest"]
 
 #: Of a slots adapter, the parameters of the sharer's half; all others are the receiver's.
 SHARER_OF_SLOTS = ("slot_query", "slot_embedding", "down_weight", "down_bias")
@@ -92,21 +93,16 @@ def receiver_digest(
     return digest_of(settings, tensors)
 
 
-def slots_origin(
-    sharer: CacheGeometry,
-    receiver: CacheGeometry,
-    sharer_layers: Sequence[int],
-    norm_eps: float,
-    weights: Mapping[str, Tensor],
-) -> Origin:
-    """Digests of a slots adapter's halves, by its stacked ``weights``; every receiver layer has its slots."""
-    theirs = {name: weights[name] for name in SHARER_OF_SLOTS}
+def slots_sharer_digest(sharer: CacheGeometry, sharer_layers: Sequence[int], weights: Mapping[str, Tensor]) -> str:
+    """Digest of the sharer's half of slots. ``weights``: those of `SHARER_OF_SLOTS`, among others or not."""
+    settings = {"half": "sharer of slots", "sharer": _sizes(sharer), "sharer_layers": list(sharer_layers)}
+    return digest_of(settings, {name: weights[name] for name in SHARER_OF_SLOTS})
+
+
+def slots_receiver_digest(receiver: CacheGeometry, norm_eps: float, weights: Mapping[str, Tensor]) -> str:
+    """Digest of the receiver's half of slots, by the adapter's stacked ``weights``; every layer has its slots."""
     own = {name: tensor for name, tensor in weights.items() if name not in SHARER_OF_SLOTS}
-    layers = list(sharer_layers)
-    return Origin(
-        adapter=digest_of({"half": "receiver of slots", "receiver": _sizes(receiver), "norm_eps": norm_eps}, own),
-        sharer=digest_of({"half": "sharer of slots", "sharer": _sizes(sharer), "sharer_layers": layers}, theirs),
-    )
+    return digest_of({"half": "receiver of slots", "receiver": _sizes(receiver), "norm_eps": norm_eps}, own)
 
 
 def _sizes(geometry: CacheGeometry) -> list[int]:

@@ -1,14 +1,15 @@
 """Messages that grow: partial pools of pieces, and a context that comes piece by piece (spec, section 4).
 
 Softmax pooling is associative, so a piece leaves a state of fixed size: the spans that lie inside it, already weighed
-against each other, and the spans that it begins or continues and does not end. States of neighbours merge exactly.
+against each other, and the spans that it begins or continues and does not end. States of neighbours merge exactly. Of
+slots, which know no spans, a piece leaves what `lcf_fast.slot_states` says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +19,14 @@ from .checks import reads_values
 from .errors import DeviceError, DTypeError, MessageError, ShapeError, SpanError
 from .inputs import host_spans, without_gaps
 from .message import Message
+from .slot_states import SlotStates
 from .spans import Spans
 
 if TYPE_CHECKING:
     from .sharer import Summarizes
+    from .slots_sharer import SummarizesSlots
 
-__all__ = ["GrowingMessage", "PartialPool", "merged"]
+__all__ = ["GrowingMessage", "GrowingSlots", "PartialPool", "merged"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +100,46 @@ def merged(parts: Sequence[PartialPool], global_query: Tensor) -> PartialPool:
     return PartialPool(states, stats, spans=spans, tokens=sum(part.tokens for part in parts))
 
 
-class GrowingMessage:
+Half = TypeVar("Half", "Summarizes", "SummarizesSlots")
+Pool = TypeVar("Pool", PartialPool, SlotStates)
+
+
+class _Growing(Generic[Half, Pool]):
+    """What pieces have come to so far, by weights that must not change meanwhile."""
+
+    def __init__(self, half: Half) -> None:
+        self._half: Half = half
+        self._stamp = half._stamp()
+        self._pool: Pool | None = None
+        self._tokens = 0
+
+    @property
+    def tokens(self) -> int:
+        """Positions pooled so far, padding included."""
+        return self._tokens
+
+    @property
+    def partial(self) -> Pool:
+        """The state so far, to merge with those of other devices.
+
+        Raises:
+            SpanError: nothing was pooled yet.
+        """
+        if self._pool is None:
+            raise SpanError("message", expected="at least one piece", got="none: call extend")
+        return self._pool
+
+    def _check_weights(self) -> None:
+        if self._half._stamp() != self._stamp:
+            raise MessageError("message", expected="the weights that it was begun with", got="weights changed since")
+
+    def _check_batch(self, key: Tensor) -> None:
+        if self._pool is not None and key.shape[0] != self._pool.stats.shape[1]:
+            expected = f"batch size {self._pool.stats.shape[1]} as before"
+            raise ShapeError("cache_piece", expected=expected, got=str(key.shape[0]))
+
+
+class GrowingMessage(_Growing["Summarizes", PartialPool]):
     """A message whose context comes in pieces; made by ``adapter.begin()``.
 
     Pooling piece by piece gives what pooling at once gives, to rounding, and holds a state of fixed size. Spans of one
@@ -113,26 +155,8 @@ class GrowingMessage:
     """
 
     def __init__(self, half: Summarizes) -> None:
-        self._half = half
-        self._stamp = half._stamp()
-        self._pool: PartialPool | None = None
+        super().__init__(half)
         self._open: list[bool] = []
-
-    @property
-    def tokens(self) -> int:
-        """Positions pooled so far."""
-        return 0 if self._pool is None else self._pool.tokens
-
-    @property
-    def partial(self) -> PartialPool:
-        """The state so far, to merge with those of other devices.
-
-        Raises:
-            SpanError: nothing was pooled yet.
-        """
-        if self._pool is None:
-            raise SpanError("message", expected="at least one piece", got="none: call extend")
-        return self._pool
 
     @torch.no_grad()
     def extend(
@@ -159,13 +183,10 @@ class GrowingMessage:
             GeometryError, ShapeError, DTypeError, DeviceError: naming the argument. The message is then as it was.
         """
         half = self._half
-        if half._stamp() != self._stamp:
-            raise MessageError("message", expected="the weights that it was begun with", got="weights changed since")
+        self._check_weights()
         sharer, mask = half._read(cache_piece, attention_mask)
         key = sharer[0][0]
-        if self._pool is not None and key.shape[0] != self._pool.stats.shape[1]:
-            expected = f"batch size {self._pool.stats.shape[1]} as before"
-            raise ShapeError("cache_piece", expected=expected, got=str(key.shape[0]))
+        self._check_batch(key)
         given = host_spans(spans, key)
         has_span = [bool(count) for count in given.counts]
         leaves = _flags(open, key.shape[0])
@@ -175,11 +196,55 @@ class GrowingMessage:
             given, mask = _with_open_ends(given, key, mask, continues, leaves)
         piece = half._pool(sharer, given, mask)
         self._pool = piece if self._pool is None else half.merge([self._pool, piece])
+        self._tokens += key.shape[2]
         self._open = [leave if span else on for leave, span, on in zip(leaves, has_span, continues)]
         return self
 
     def finish(self) -> Message:
         """The message of all pieces so far; open spans count as far as they go. More pieces may follow."""
+        return self._half.finish(self.partial)
+
+
+class GrowingSlots(_Growing["SummarizesSlots", SlotStates]):
+    """A message of slots whose context comes in pieces; made by ``adapter.begin()``.
+
+    Pooling piece by piece gives what pooling at once gives, to rounding, and holds a state of fixed size. There are no
+    spans, so nothing is left open, and pieces may come in any order.
+
+    Example::
+
+        growing = adapter.begin()
+        growing.extend(first_piece).extend(second_piece)
+        message = growing.finish()  # of what there is so far; extend may go on
+    """
+
+    @torch.no_grad()
+    def extend(self, cache_piece: Any, *, attention_mask: Tensor | None = None) -> GrowingSlots:
+        """Pool another piece of the context. Returns self.
+
+        Args:
+            cache_piece: a cache of the sharer that holds the piece's tokens alone, of the same batch each time. It may
+                be empty.
+            attention_mask: ``(B, M)``, of the piece; padding is not pooled, and a row may have no token.
+
+        Raises:
+            MessageError: the adapter's weights have changed since the message was begun.
+            GeometryError, ShapeError, DTypeError, DeviceError: naming the argument. The message is then as it was.
+        """
+        self._check_weights()
+        sharer, mask = self._half._read(cache_piece, attention_mask, "cache_piece")
+        self._check_batch(sharer[0][0])
+        piece = self._half._pool(sharer, mask)
+        self._pool = piece if self._pool is None else self._half.merge([self._pool, piece])
+        self._tokens += sharer[0][0].shape[2]
+        return self
+
+    def finish(self) -> Message:
+        """The message of all pieces so far. More may follow.
+
+        Raises:
+            SpanError: no piece yet, or a row without a token in any of them.
+        """
         return self._half.finish(self.partial)
 
 

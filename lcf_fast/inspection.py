@@ -18,6 +18,7 @@ from .checkpoint import load_any
 from .config import CacheGeometry
 from .errors import BackendError, IndexRangeError
 from .message import MAX_BYTES, Message
+from .sharer import SideOf
 from .slots import LatentSlots
 from .wire import Layout, decode_with_layout, read_file
 
@@ -27,6 +28,8 @@ __all__ = [
     "HeatMap",
     "MessageLayer",
     "MessageReport",
+    "SideLayer",
+    "SideReport",
     "SlotReport",
     "SlotsLayer",
     "SlotsReport",
@@ -90,7 +93,10 @@ class SlotsLayer:
 
 @dataclass(frozen=True)
 class SlotsReport:
-    """A slots adapter's folder. ``message_bytes``: of one item's latents in bfloat16. Otherwise as `AdapterReport`."""
+    """A slots adapter's folder. ``message_bytes``: of one item's latents in bfloat16. Otherwise as `AdapterReport`.
+
+    ``placement``: where its slots stood in training, None where it does not say.
+    """
 
     path: str
     kind: str
@@ -104,6 +110,41 @@ class SlotsReport:
     file_bytes: int
     message_bytes: int
     layers: tuple[SlotsLayer, ...]
+    placement: str | None = None
+
+
+@dataclass(frozen=True)
+class SideLayer:
+    """One layer of a sharer's half. Frobenius norms; of queries one by one, and of embeddings, if there are any."""
+
+    receiver_layer: int
+    sharer_layer: int
+    query_norms: tuple[float, ...]
+    embedding_norms: tuple[float, ...]
+    down_norm: float
+
+
+@dataclass(frozen=True)
+class SideReport:
+    """A folder of a sharer's half. ``query_names``: of the norms of queries. Otherwise as `AdapterReport`.
+
+    ``slots``: how many, 0 for LCF-X. The digests say which adapter it writes to, and who its messages are by.
+    """
+
+    path: str
+    kind: str
+    sharer: Sizes
+    receiver: Sizes
+    bottleneck: int
+    slots: int
+    dtype: str
+    parameters: int
+    parameter_bytes: int
+    file_bytes: int
+    adapter_digest: str
+    sharer_digest: str
+    query_names: tuple[str, ...]
+    layers: tuple[SideLayer, ...]
 
 
 @dataclass(frozen=True)
@@ -181,7 +222,7 @@ class HeatMap:
     row_name: str = "receiver layer"
 
 
-Report = AdapterReport | SlotsReport | MessageReport
+Report = AdapterReport | SlotsReport | SideReport | MessageReport
 
 
 def inspect(
@@ -190,7 +231,7 @@ def inspect(
     """What an adapter's folder or a message's file holds, and the heat maps that show it.
 
     Args:
-        path: a folder is taken for an adapter, all else for a message.
+        path: a folder is taken for an adapter or a sharer's half, all else for a message.
         key, max_bytes: as in `Message.load`.
         item: which item of a message the heat map of its spans is of.
 
@@ -204,6 +245,11 @@ def inspect(
 
             found_slots = slots_report(adapter, path)
             return found_slots, slots_maps(found_slots)
+        if isinstance(adapter, SideOf):
+            from .inspection_slots import side_maps, side_report
+
+            found_side = side_report(adapter, path)
+            return found_side, side_maps(found_side)
         report = adapter_report(path, adapter)
         return report, adapter_maps(report)
     message, layout = decode_with_layout(read_file(path, max_bytes=max_bytes), key=key, max_bytes=max_bytes)

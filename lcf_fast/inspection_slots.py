@@ -1,4 +1,4 @@
-"""A look inside a slots adapter, and at what each slot of a message drew on."""
+"""A look inside a slots adapter or a sharer's half, and at what each slot of a message drew on."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ from typing import Any
 
 from torch import Tensor
 
-from .inspection import HeatMap, SlotReport, SlotsLayer, SlotsReport, folder_bytes, norms_of, sizes_of
+from .inspection import (
+    HeatMap,
+    SideLayer,
+    SideReport,
+    SlotReport,
+    SlotsLayer,
+    SlotsReport,
+    folder_bytes,
+    norms_of,
+    sizes_of,
+)
 from .message import Message
+from .sharer import SideOf
 from .slots import LatentSlots
 
-__all__ = ["slot_reports", "slots_map", "slots_maps", "slots_report"]
+__all__ = ["side_maps", "side_report", "slot_reports", "slots_map", "slots_maps", "slots_report"]
 
 #: Tokens that are named of a slot.
 MOST_TOKENS = 5
@@ -42,7 +53,53 @@ def slots_report(adapter: LatentSlots, path: str | os.PathLike[str]) -> SlotsRep
         file_bytes=folder_bytes(path),
         message_bytes=2 * config.receiver.layers * config.slots * config.bottleneck,
         layers=tuple(SlotsLayer(*row) for row in zip(*columns)),
+        placement=adapter.trained_placement,
     )
+
+
+def side_report(side: SideOf, path: str | os.PathLike[str]) -> SideReport:
+    """Of the sharer's half that a folder holds, of slots or of LCF-X."""
+    weights = dict(side.named_parameters())
+    if "slot_query" in weights:
+        queries, embeddings = _of_slots(weights["slot_query"]), _of_slots(weights["slot_embedding"])
+        slots, names = len(queries[0]), tuple(map(str, range(len(queries[0]))))
+    else:
+        queries = list(zip(norms_of(weights["span_query"]), norms_of(weights["global_query"])))
+        slots, names, embeddings = 0, ("span", "global"), [()] * len(queries)
+    columns: tuple[list[Any], ...] = (
+        side.receiver_layers.tolist(),
+        side.sharer_layers.tolist(),
+        queries,
+        embeddings,
+        norms_of(weights["down_weight"]),
+    )
+    return SideReport(
+        path=os.fspath(path),
+        kind="slots" if slots else "LCF-X",
+        sharer=sizes_of(side.sharer_geometry),
+        receiver=sizes_of(side.receiver_geometry),
+        bottleneck=weights["down_weight"].shape[1],
+        slots=slots,
+        dtype=", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})),
+        parameters=sum(weight.numel() for weight in weights.values()),
+        parameter_bytes=sum(weight.nbytes for weight in weights.values()),
+        file_bytes=folder_bytes(path),
+        adapter_digest=side.origin.adapter,
+        sharer_digest=side.origin.sharer,
+        query_names=names,
+        layers=tuple(SideLayer(*row) for row in zip(*columns)),
+    )
+
+
+def side_maps(report: SideReport) -> tuple[HeatMap, ...]:
+    """Norms of each query, and of each slot's embedding, layer by layer."""
+    rows = tuple(layer.receiver_layer for layer in report.layers)
+    of_queries = tuple(layer.query_norms for layer in report.layers)
+    maps = (HeatMap("norm of each query", rows, report.query_names, of_queries),)
+    if not report.slots:
+        return maps
+    of_embeddings = tuple(layer.embedding_norms for layer in report.layers)
+    return *maps, HeatMap("norm of each slot's embedding", rows, report.query_names, of_embeddings)
 
 
 def _of_slots(tensor: Tensor) -> list[tuple[float, ...]]:

@@ -188,8 +188,8 @@ def gated_injection_(
         As `gated_injection`; and ShapeError where a cache's elements share memory or its last axis is strided.
     """
     _, parameters, mask = _check_injection(receiver_key, receiver_value, latent, weights, edit_mask)
-    _check_writable("receiver_key", receiver_key)
-    _check_writable("receiver_value", receiver_value)
+    check.check_writable("receiver_key", receiver_key)
+    check.check_writable("receiver_value", receiver_value)
     arguments = (receiver_key, receiver_value, latent, parameters, mask)
     if is_plain(receiver_key):
         undispatched(library.run_gated_injection_, arguments)
@@ -217,15 +217,6 @@ def _check_injection(
         mask = (edit_mask.to(key.device, non_blocking=True) != 0).contiguous()
     backend = served_by(key.device, key.dtype, latent.shape[2])
     return backend, [weights[name] for name in library.INJECTION_WEIGHTS], mask
-
-
-def _check_writable(name: str, tensor: Tensor) -> None:
-    """An in-place edit needs every element to have memory of its own and rows with stride 1."""
-    for size, stride in zip(tensor.shape, tensor.stride()):
-        if stride == 0 and size > 1:
-            raise ShapeError(name, expected="memory of its own for every element", got=f"strides {tensor.stride()}")
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        raise ShapeError(name, expected="stride 1 along the head dim", got=f"strides {tensor.stride()}")
 
 
 def fuse_layers(
@@ -321,7 +312,7 @@ def fuse_layers_(
     )
     flat_sharer, flat_receiver = arguments[:2]
     for i, tensor in enumerate(flat_receiver):
-        _check_writable(f"receiver[{i // 2}].{('key', 'value')[i % 2]}", tensor)
+        check.check_writable(f"receiver[{i // 2}].{('key', 'value')[i % 2]}", tensor)
     if not torch.compiler.is_compiling():
         own = {tensor.data_ptr() for tensor in flat_receiver if tensor.numel()}
         if any(tensor.numel() and tensor.data_ptr() in own for tensor in flat_sharer):

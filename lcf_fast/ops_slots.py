@@ -8,7 +8,7 @@ kernels have gradients of their own (`library_slots`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -170,6 +170,69 @@ def expand_slots_layers(
         As `expand_slots`.
     """
     return _expand(latent, weights, kv_heads, norm_eps, noise, 0)
+
+
+@torch.no_grad()
+def expand_slots_layers_(
+    latent: Tensor,
+    weights: Mapping[str, Tensor],
+    into: Sequence[Pair],
+    *,
+    norm_eps: float = 1e-6,
+    turn: Callable[[list[Tensor]], Sequence[Tensor]] | None = None,
+) -> list[Pair]:
+    """`expand_slots_layers` into tensors that are there, such as a cache's free room; for inference: without a graph.
+
+    The kernels write values, and keys that need no turning, straight to where they are to lie, in products of that
+    dtype; the eager path rounds once to it.
+
+    Args:
+        latent, weights: as in `expand_slots_layers`.
+        into: one ``(key, value)`` a layer, ``(B, Hr, k, Dr)``, of one float dtype. Any strides but the last one's,
+            which is 1; no two elements in one place.
+        turn: makes of each layer's key, ``(B, Hr, k, Dr)`` in float32 (or float64), the one that is written: rotated to
+            its positions. By the time it is called values may be written, so that it must not raise.
+
+    Returns:
+        The tensors of ``into``.
+
+    Raises:
+        As `expand_slots_layers`, and ShapeError for an ``into`` that does not fit or cannot be written to.
+    """
+    layers = latent.shape[0] if isinstance(latent, Tensor) and latent.dim() else 0
+    check.check_layers("into", into, layers)
+    kv_heads = into[0][0].shape[1] if layers else 1
+    hidden = _check_expand(latent, weights, kv_heads)
+    key = into[0][0]
+    wanted = (latent.shape[1], kv_heads, latent.shape[2], weights["up_weight"].shape[2] // kv_heads)
+    if key.shape != wanted:
+        raise ShapeError("into[0].key", expected=f"(B, Hr, k, Dr) = {wanted}", got=check.describe(key))
+    if key.device != latent.device:
+        raise DeviceError("into", expected=f"{latent.device}, as the latent", got=str(key.device))
+    for i, pair in enumerate(into):
+        for part, tensor in zip(("key", "value"), pair):
+            check.check_writable(f"into[{i}].{part}", tensor)
+    if library.backend_of(key, latent.shape[2], latent.shape[3], hidden) == "eager":
+        made = eager_slots.expand_slots(latent, weights, kv_heads, norm_eps, None)
+        keys = [one for one, _ in made]
+        _write([pair[1] for pair in into], [value for _, value in made])
+        _write([pair[0] for pair in into], keys if turn is None else turn(keys))
+        return [(pair[0], pair[1]) for pair in into]
+    from .kernels import slot_projection
+
+    straight = list(into)
+    if turn is not None:
+        scratch = key.new_empty(layers, *key.shape)
+        straight = [(bare, pair[1]) for bare, pair in zip(scratch, into)]
+    slot_projection.expand_slots(latent.to(torch.float32).contiguous(), weights, straight, norm_eps=norm_eps)
+    if turn is not None:
+        _write([pair[0] for pair in into], turn(list(scratch.to(torch.float32).unbind(0))))
+    return [(pair[0], pair[1]) for pair in into]
+
+
+def _write(into: list[Tensor], made: Sequence[Tensor]) -> None:
+    for there, tensor in zip(into, made):
+        there.copy_(tensor)
 
 
 # --- contexts in pieces, for `lcf_fast.slots`, which has checked

@@ -19,6 +19,8 @@ from .errors import DTypeError, LCFError, ShapeError, SpanError
 from .growing import PartialPool
 from .inputs import without_gaps
 from .message import Message
+from .slot_states import SlotStates
+from .slots_sharer import SummarizesSlots
 from .spans import Spans
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ __all__ = ["summarize_parallel"]
 
 @torch.no_grad()
 def summarize_parallel(
-    half: Summarizes,
+    half: Summarizes | SummarizesSlots,
     cache_piece: Any,
     spans: Spans | Tensor | Sequence[Sequence[int]] | None = None,
     *,
@@ -39,11 +41,12 @@ def summarize_parallel(
     """``half.summarize`` of a context that lies on the ranks of a process group, piece by piece. All ranks call it.
 
     Args:
-        half: an LCF-X adapter or a `SharerSide`, with the same weights on every rank.
+        half: an LCF-X adapter or a `SharerSide`, a slots adapter or a `SlotsSharerSide`, with the same weights on every
+            rank.
         cache_piece: the sharer's cache of this rank's tokens alone, ``(B, Hs, M, Ds)`` a layer; M may differ from rank
             to rank and be 0. The pieces follow each other in the order of the ranks.
         spans: of the WHOLE context, in its positions, the same on every rank, in the forms that ``summarize`` takes.
-            None: one span over all of it.
+            None: one span over all of it. Of slots, which know no spans, None.
         attention_mask: ``(B, M)``, of this rank's piece.
         group: the process group; None: the default one.
 
@@ -65,7 +68,7 @@ def summarize_parallel(
     try:
         sharer, mask = half._read(cache_piece, attention_mask)
         key = sharer[0][0]
-        given = None if spans is None else _given(spans, key.shape[0])
+        given = None if spans is None else _given(spans, key.shape[0], isinstance(half, SummarizesSlots))
         described = [key.shape[0], key.shape[2], _checksum(given)]
     except LCFError as found:
         error = found
@@ -80,6 +83,11 @@ def summarize_parallel(
     if len(set(checksums)) > 1:
         raise SpanError("spans", expected="the whole context's, the same on all ranks", got="different ones")
 
+    if isinstance(half, SummarizesSlots):
+        state = half._pool(sharer, mask)
+        exchanged = _exchange_states(state.states, state.stats, ranks, group)
+        return half.finish(half.merge([SlotStates(states, stats) for states, stats in exchanged]))
+
     start, total = sum(lengths[:rank]), sum(lengths)
     if given is None:
         given = Spans(torch.tensor([0, total], dtype=torch.int32).repeat(batches[0], 1, 1))
@@ -87,17 +95,27 @@ def summarize_parallel(
         raise SpanError("spans", expected=f"offsets up to {total}", got=f"up to {int(given.offsets.max())}")
     piece = given.piece(start, start + key.shape[2])
     pool = half._pool(sharer, piece, without_gaps(piece, key, mask))
-    # One tensor a rank, so that one collective does it.
-    sent = torch.cat([pool.states.flatten(), pool.stats.flatten()])
-    parts = []
-    for received, length in zip(_exchange(sent, ranks, group), lengths):
-        states, stats = received.split([pool.states.numel(), pool.stats.numel()])
-        parts.append(PartialPool(states.view_as(pool.states), stats.view_as(pool.stats), (0,) * batches[0], length))
+    nothing = (0,) * batches[0]
+    parts = [
+        PartialPool(states, stats, nothing, length)
+        for (states, stats), length in zip(_exchange_states(pool.states, pool.stats, ranks, group), lengths)
+    ]
     merged = half.merge(parts)
     return half.finish(PartialPool(merged.states, merged.stats, tuple(given.counts), total))
 
 
-def _given(spans: Any, batch: int) -> Spans:
+def _exchange_states(
+    states: Tensor, stats: Tensor, ranks: int, group: dist.ProcessGroup | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Every rank's state, in the order of the ranks. One tensor a rank, so that one collective does it."""
+    rows = _exchange(torch.cat([states.flatten(), stats.flatten()]), ranks, group)
+    found = [row.split([states.numel(), stats.numel()]) for row in rows]
+    return [(one.view_as(states), other.view_as(stats)) for one, other in found]
+
+
+def _given(spans: Any, batch: int, has_slots: bool) -> Spans:
+    if has_slots:
+        raise SpanError("spans", expected="None, since slots know no spans", got=type(spans).__name__)
     given = spans if isinstance(spans, Spans) else Spans.given(spans.cpu() if isinstance(spans, Tensor) else spans)
     if given.batch != batch:
         raise ShapeError("spans", expected=f"spans of {batch} items", got=f"of {given.batch}")

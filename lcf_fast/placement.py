@@ -1,12 +1,13 @@
 """Where slots stand among a receiver's tokens: what its prompt and mask are, and at which positions slots lie.
 
 ``append`` puts them behind the prompt but its last token, ``prefix`` before the prompt. Positions count what is real:
-neither padding nor a slot that a row has not.
+neither padding nor a slot that a row has not. An adapter is trained for one of the two, and says which.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+import warnings
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +15,10 @@ from torch import Tensor
 from .checks import check_mask
 from .errors import DTypeError, GeometryError, ShapeError
 
-__all__ = ["PLACEMENTS", "Placement", "check_placement", "slot_positions", "with_slots"]
+if TYPE_CHECKING:
+    from .slots import LatentSlots
+
+__all__ = ["PLACEMENTS", "Placement", "check_placement", "placement_of", "slot_positions", "with_slots"]
 
 Placement = Literal["append", "prefix"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
@@ -25,6 +29,23 @@ def check_placement(placement: Any) -> Placement:
         raise GeometryError("placement", expected=" or ".join(PLACEMENTS), got=repr(placement))
     found: Placement = placement
     return found
+
+
+def placement_of(adapter: LatentSlots, told: str | None) -> Placement:
+    """Where an adapter's slots are to stand: as told; None: as it was trained, and ``append`` where it does not say.
+
+    Warns where it is told otherwise than it was trained.
+
+    Raises:
+        GeometryError: an unknown placement.
+    """
+    if told is None:
+        return adapter.placement
+    wanted, trained = check_placement(told), adapter.trained_placement
+    if trained not in (None, wanted):
+        text = f"placement {wanted!r} of slots whose adapter was trained with {trained!r}"
+        warnings.warn(text, UserWarning, stacklevel=3)
+    return wanted
 
 
 def with_slots(

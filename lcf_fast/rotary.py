@@ -99,21 +99,31 @@ class Rotary:
         """The inverse of `rotate`: keys as a cache has them, without their positions. Arguments and errors as there."""
         return self._all(keys, positions, inverse=True)
 
-    def _all(self, keys: Sequence[Tensor], positions: Tensor, *, inverse: bool) -> list[Tensor]:
-        if len(keys) != len(self.kinds):
-            raise GeometryError("keys", expected=f"{len(self.kinds)} layers, as the model's", got=str(len(keys)))
+    def check(self, layers: int, shape: Sequence[int], positions: Any) -> None:
+        """Raises what `rotate` raises for keys ``(B, H, n, D)`` of so many layers at ``positions``."""
+        if layers != len(self.kinds):
+            raise GeometryError("keys", expected=f"{len(self.kinds)} layers, as the model's", got=str(layers))
         if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
             got = str(getattr(positions, "dtype", type(positions).__name__))
             raise DTypeError("positions", expected="a tensor of ints", got=got)
-        key = keys[0]
-        if positions.dim() != 2 or positions.shape[1] != key.shape[2] or positions.shape[0] not in (1, key.shape[0]):
-            expected = f"({key.shape[0]}, {key.shape[2]}), or one row for all"
+        if positions.dim() != 2 or positions.shape[1] != shape[2] or positions.shape[0] not in (1, shape[0]):
+            expected = f"({shape[0]}, {shape[2]}), or one row for all"
             raise ShapeError("positions", expected=expected, got=str(tuple(positions.shape)))
         if positions.device.type == "cpu" and positions.numel() and int(positions.min()) < 0:
             raise IndexRangeError("positions", expected="0 or more", got=f"values down to {int(positions.min())}")
+
+    def _all(self, keys: Sequence[Tensor], positions: Tensor, *, inverse: bool) -> list[Tensor]:
+        self.check(len(keys), keys[0].shape if keys else (0, 0, 0, 0), positions)
+        key = keys[0]
         positions = positions.to(key.device, torch.int64)
-        angles = {kind: self._angles(key, positions, kind, inverse) for kind in dict.fromkeys(self.kinds)}
-        return [self._applied(key, *angles[kind]) for key, kind in zip(keys, self.kinds)]
+        turned: dict[int, Tensor] = {}
+        for kind in dict.fromkeys(self.kinds):
+            rows = [row for row, other in enumerate(self.kinds) if other == kind]
+            # Side by side, as so many heads: every head turns alike, so that one product turns all layers.
+            beside = torch.cat([keys[row] for row in rows], 1)
+            whole = self._applied(beside, *self._angles(key, positions, kind, inverse))
+            turned |= zip(rows, whole.split([keys[row].shape[1] for row in rows], 1))
+        return [turned[row] for row in range(len(keys))]
 
     def _turned(self, key: Tensor, before: Tensor, after: Tensor, kind: str) -> Tensor:
         """A rotated key from one position to another."""
@@ -134,7 +144,7 @@ class Rotary:
 
     def _applied(self, key: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         if cos is None:
-            return key.clone()
+            return key
         turned: Tensor = self._apply(key[:, :1], key, cos, sin)[1]
         return turned
 

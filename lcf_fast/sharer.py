@@ -18,7 +18,7 @@ import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +38,13 @@ from .spans import Spans
 if TYPE_CHECKING:
     from .adapter import LatentCacheFlow
 
-__all__ = ["Pending", "SharerSide", "Summarizes"]
+    Side = TypeVar("Side", bound="SideOf")
+
+__all__ = ["Pending", "ReadsSharer", "SharerSide", "SideOf", "Summarizes"]
 
 
-class Summarizes(HasOrigin):
-    """What reads a sharer's cache: mixed into `LatentCacheFlow` and `SharerSide`."""
+class ReadsSharer(HasOrigin):
+    """What reads a sharer's cache, to spans or to slots: the layers that it reads, checked."""
 
     _kept: tuple[int, ...]
     _reads: tuple[int, ...]
@@ -54,6 +56,30 @@ class Summarizes(HasOrigin):
     @property
     def receiver_geometry(self) -> CacheGeometry:
         raise AttributeError("receiver_geometry")
+
+    def _read(
+        self, sharer_cache: Any, attention_mask: Tensor | None, name: str = "sharer_cache"
+    ) -> tuple[list[Pair], Tensor | None]:
+        """The cache's layers, and the mask as bool. All layers are looked at by the ops, or when something is wrong."""
+        sharer = self._sharer_layers(sharer_cache, attention_mask, name=name)
+        self._check_device(name, sharer[0][0])
+        return sharer, real_tokens("attention_mask", attention_mask, sharer[0][0])
+
+    def _sharer_layers(self, cache: Any, *lengths: Tensor | None, name: str = "sharer_cache") -> list[Pair]:
+        return cache_layers(
+            cache,
+            name=name,
+            geometry=self.sharer_geometry,
+            length=known_length(*lengths),
+            every_layer=False,
+        )
+
+    def _check_device(self, name: str, key: Tensor) -> None:
+        check_device(name, key, next(iter(self._weights().values())), "the adapter")
+
+
+class Summarizes(ReadsSharer):
+    """What pools a sharer's cache by its spans: mixed into `LatentCacheFlow` and `SharerSide`."""
 
     # --- at once
 
@@ -112,24 +138,6 @@ class Summarizes(HasOrigin):
             receiver=self.receiver_geometry,
             made_by=self._pending(),
         )
-
-    def _read(self, sharer_cache: Any, attention_mask: Tensor | None) -> tuple[list[Pair], Tensor | None]:
-        """The cache's layers, and the mask as bool. All layers are looked at by the ops, or when something is wrong."""
-        sharer = self._sharer_layers(sharer_cache, attention_mask)
-        self._check_device("sharer_cache", sharer[0][0])
-        return sharer, real_tokens("attention_mask", attention_mask, sharer[0][0])
-
-    def _sharer_layers(self, cache: Any, *lengths: Tensor | None) -> list[Pair]:
-        return cache_layers(
-            cache,
-            name="sharer_cache",
-            geometry=self.sharer_geometry,
-            length=known_length(*lengths),
-            every_layer=False,
-        )
-
-    def _check_device(self, name: str, key: Tensor) -> None:
-        check_device(name, key, next(iter(self._weights().values())), "the adapter")
 
     # --- in pieces
 
@@ -207,7 +215,82 @@ class Summarizes(HasOrigin):
         return self._message(latent, summary, max(1, *pool.spans))
 
 
-class SharerSide(Summarizes, nn.Module):
+class SideOf(ReadsSharer, nn.Module):
+    """A sharer's half by itself: whose it is, and its folder. Parameters are its subclasses'."""
+
+    receiver_layers: Tensor
+    sharer_layers: Tensor
+
+    def __init__(
+        self,
+        sharer: CacheGeometry,
+        receiver: CacheGeometry,
+        receiver_layers: Sequence[int],
+        sharer_layers: Sequence[int],
+        adapter_digest: str,
+        device: torch.device | str | None,
+    ) -> None:
+        super().__init__()
+        self._sharer, self._to = sharer, receiver
+        self._kept, self._reads = tuple(receiver_layers), tuple(sharer_layers)
+        self._digest = adapter_digest
+        self._adapter: weakref.ref[nn.Module] | None = None
+        for name, listed in (("receiver_layers", self._kept), ("sharer_layers", self._reads)):
+            self.register_buffer(name, torch.tensor(listed, dtype=torch.int64, device=device))
+
+    @property
+    def sharer_geometry(self) -> CacheGeometry:
+        return self._sharer
+
+    @property
+    def receiver_geometry(self) -> CacheGeometry:
+        return self._to
+
+    @property
+    def adapter_digest(self) -> str:
+        adapter = self._receiver()
+        # Asked of the adapter itself as long as it is there: it may be in training, too.
+        return self._digest if adapter is None else cast(str, adapter.origin.adapter)
+
+    def _receiver(self) -> Any:
+        return None if self._adapter is None else self._adapter()
+
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+        """Write ``config.json`` and ``sharer.safetensors`` to a folder, each whole or not at all."""
+        from .checkpoint import save_side
+
+        save_side(self, directory)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Side],
+        directory: str | PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        sharer: Any = None,
+    ) -> Side:
+        """Read what :meth:`save_pretrained` wrote.
+
+        Args:
+            directory: the folder.
+            device, dtype: of the parameters; None: the CPU, as saved.
+            sharer: the model it is meant for (or its config, or a CacheGeometry), to be checked.
+
+        Raises:
+            CheckpointError: missing, damaged, of an unknown version, or of the other kind (spans or slots).
+            GeometryError: not for this model.
+        """
+        from .checkpoint import load_side
+
+        return load_side(cls, directory, device=device, dtype=dtype, sharer=sharer)
+
+    def _described(self) -> str:
+        sides = (f"{g.layers}x{g.kv_heads}x{g.head_dim}" for g in (self._sharer, self._to))
+        return f"{' -> '.join(sides)}, bottleneck={self.get_parameter('down_weight').shape[1]}"
+
+
+class SharerSide(Summarizes, SideOf):
     """The sharer's half of an LCF-X adapter by itself: it summarizes, and somebody else's adapter injects.
 
     Make one :meth:`of` an adapter (its own half, a copy: bitwise the same messages), or one :meth:`for_receiver`, with
@@ -223,8 +306,6 @@ class SharerSide(Summarizes, nn.Module):
     global_query: nn.Parameter
     down_weight: nn.Parameter
     down_bias: Tensor
-    receiver_layers: Tensor
-    sharer_layers: Tensor
 
     def __init__(
         self,
@@ -238,11 +319,7 @@ class SharerSide(Summarizes, nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self._sharer, self._to = sharer, receiver
-        self._kept, self._reads = tuple(receiver_layers), tuple(sharer_layers)
-        self._digest = adapter_digest
-        self._adapter: weakref.ref[LatentCacheFlow] | None = None
+        super().__init__(sharer, receiver, receiver_layers, sharer_layers, adapter_digest, device)
         layers = len(self._kept)
         query = (layers, sharer.kv_heads, sharer.head_dim)
         for name, shape in (
@@ -252,8 +329,6 @@ class SharerSide(Summarizes, nn.Module):
         ):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.register_buffer("down_bias", torch.zeros(layers, bottleneck, device=device, dtype=dtype))
-        for name, listed in (("receiver_layers", self._kept), ("sharer_layers", self._reads)):
-            self.register_buffer(name, torch.tensor(listed, dtype=torch.int64, device=device))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -316,23 +391,6 @@ class SharerSide(Summarizes, nn.Module):
         side._adapter = weakref.ref(adapter)
         return side
 
-    @property
-    def sharer_geometry(self) -> CacheGeometry:
-        return self._sharer
-
-    @property
-    def receiver_geometry(self) -> CacheGeometry:
-        return self._to
-
-    @property
-    def adapter_digest(self) -> str:
-        adapter = self._receiver()
-        # Asked of the adapter itself as long as it is there: it may be in training, too.
-        return self._digest if adapter is None else cast(str, adapter.origin.adapter)
-
-    def _receiver(self) -> Any:
-        return None if self._adapter is None else self._adapter()
-
     def _weights(self) -> Mapping[str, Tensor]:
         named = cast("dict[str, Tensor]", dict(self._parameters))
         named["down_bias"] = self.down_bias
@@ -342,38 +400,8 @@ class SharerSide(Summarizes, nn.Module):
         digest = sharer_digest(self._sharer, self._kept, self._reads, self._weights())
         return Origin(self.adapter_digest, digest)
 
-    def save_pretrained(self, directory: str | PathLike[str]) -> None:
-        """Write ``config.json`` and ``sharer.safetensors`` to a folder, each whole or not at all."""
-        from .checkpoint import save_side
-
-        save_side(self, directory)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        directory: str | PathLike[str],
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        sharer: Any = None,
-    ) -> SharerSide:
-        """Read what :meth:`save_pretrained` wrote.
-
-        Args:
-            directory: the folder.
-            device, dtype: of the parameters; None: the CPU, as saved.
-            sharer: the model it is meant for (or its config, or a CacheGeometry), to be checked.
-
-        Raises:
-            CheckpointError: missing, damaged, or of an unknown version. GeometryError: not for this model.
-        """
-        from .checkpoint import load_side
-
-        return load_side(cls, directory, device=device, dtype=dtype, sharer=sharer)
-
     def extra_repr(self) -> str:
-        sides = (f"{g.layers}x{g.kv_heads}x{g.head_dim}" for g in (self._sharer, self._to))
-        return f"{' -> '.join(sides)}, bottleneck={self.down_weight.shape[1]}, layers={self._kept}"
+        return f"{self._described()}, layers={self._kept}"
 
 
 def _in_order(shares: Tensor, spans: Spans) -> Tensor:

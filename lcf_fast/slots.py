@@ -8,7 +8,6 @@ what it reads of a slot.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -17,33 +16,28 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import eager_slots
 from . import ops_slots as ops
-from .caches import Pair, cache_layers, check_pairs, extend_cache
+from .caches import Pair, cache_layers, check_growth, count_filled, extend_cache, free_room
 from .config import CacheGeometry, LCFConfig
-from .errors import DTypeError, GeometryError, IndexRangeError, LCFError, MessageError, ShapeError
-from .fingerprint import SHARER_OF_SLOTS, Origin, is_digest, slots_origin
-from .identity import HasOrigin
+from .errors import DTypeError, GeometryError, MessageError, ShapeError
+from .fingerprint import SHARER_OF_SLOTS, Origin, is_digest, slots_receiver_digest, slots_sharer_digest
 from .inputs import check_device, known_length, real_tokens
 from .message import Message
 from .noise import TrainingNoise
-from .placement import slot_positions
+from .placement import Placement, slot_positions
 from .receiving import check_origin
 from .rotary import Rotary
-from .slot_states import SlotStates, finish_states, merge_states
+from .slots_sharer import SlotsSharerSide, SummarizesSlots, fill_fresh, side_parameter_shapes
 
 __all__ = ["LatentSlots", "slot_parameter_shapes"]
 
 
 def slot_parameter_shapes(config: LCFConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a slots adapter's parameters, in their order; axis 0 runs over all receiver layers."""
-    layers, slots, d, blocks = config.receiver.layers, config.slots, config.bottleneck, config.ffn_blocks
+    layers, d, blocks = config.receiver.layers, config.bottleneck, config.ffn_blocks
     wide, channels = config.ffn_expansion * d, config.receiver.channels
     return {
-        "slot_query": (layers, slots, config.sharer.kv_heads, config.sharer.head_dim),
-        "slot_embedding": (layers, slots, d),
-        "down_weight": (layers, d, config.in_channels),
-        "down_bias": (layers, d),
+        **side_parameter_shapes(config.sharer, layers, config.slots, d),
         "norm_weight": (layers, blocks, d),
         "ffn_in_weight": (layers, blocks, wide, d),
         "ffn_out_weight": (layers, blocks, d, wide),
@@ -52,7 +46,7 @@ def slot_parameter_shapes(config: LCFConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-class LatentSlots(HasOrigin, nn.Module):
+class LatentSlots(SummarizesSlots, nn.Module):
     """A slots adapter: :meth:`summarize` on the sharer's side, :meth:`append` or :meth:`prefix` on the receiver's.
 
     Parameters are stacked over all receiver layers on axis 0 (a cache has as many positions in each layer, so none can
@@ -68,6 +62,8 @@ class LatentSlots(HasOrigin, nn.Module):
     Attributes:
         accepted_sharers: digests of other sharers' halves whose messages are taken.
         trained_between: of "sharer" and "receiver", where known, which models it was trained between.
+        trained_placement: ``"append"`` or ``"prefix"``, where its slots stood in training; None: not known. Saved with
+            the adapter.
     """
 
     receiver_layers: Tensor
@@ -96,130 +92,14 @@ class LatentSlots(HasOrigin, nn.Module):
             self.register_buffer(name, torch.tensor(layers, dtype=torch.int64, device=device))
         self.accepted_sharers: frozenset[str] = frozenset()
         self.trained_between: dict[str, str] = {}
+        self.trained_placement: Placement | None = None
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fresh parameters: linears like ``nn.Linear``, norms 1; queries and embeddings that tell the slots apart."""
-        for name, parameter in self.named_parameters():
-            if name == "norm_weight":
-                parameter.fill_(1.0)
-            elif name in ("slot_query", "slot_embedding"):
-                parameter.normal_()
-            else:
-                # A bias takes the bound of its weight; the weight's last axis is the fan-in.
-                weight = self.get_parameter(name.replace("_bias", "_weight"))
-                bound = 1 / math.sqrt(weight.shape[-1])
-                parameter.uniform_(-bound, bound)
+        """Fresh parameters, as `lcf_fast.slots_sharer.fill_fresh` draws them."""
+        fill_fresh(self)
 
-    # --- the sharer's half
-    # -----------------------------------------------------------------------------------------
-
-    def summarize(
-        self,
-        sharer_cache: Any,
-        *,
-        attention_mask: Tensor | None = None,
-        slots: int | None = None,
-        slot_weights: bool = False,
-    ) -> Message:
-        """Pool the sharer's cache to a message of k latents a layer, whatever its length.
-
-        Args:
-            sharer_cache: a cache of the sharer, ``(B, Hs, N, Ds)`` a layer.
-            attention_mask: ``(B, N)`` as transformers has it; padding is not pooled.
-            slots: make the first so many alone; None: all of ``config.slots``.
-            slot_weights: whether the message tells what each token weighs in each slot, for inspection; that costs
-                another pass over the keys.
-
-        Returns:
-            A :class:`Message` with ``latent (L, B, k, d)``, float32.
-
-        Raises:
-            SpanError: a row without a token to pool. IndexRangeError: ``slots`` out of range.
-            GeometryError, ShapeError, DTypeError, DeviceError: naming the argument, before anything is computed.
-        """
-        count = self.config.slots if slots is None else slots
-        if type(count) is not int or not 1 <= count <= self.config.slots:
-            raise IndexRangeError("slots", expected=f"1 to {self.config.slots}", got=repr(slots))
-        sharer = cache_layers(
-            sharer_cache,
-            name="sharer_cache",
-            geometry=self.config.sharer,
-            length=known_length(attention_mask),
-            every_layer=False,
-        )
-        key = sharer[0][0]
-        check_device("sharer_cache", key, self.receiver_layers, "the adapter")
-        mask = real_tokens("attention_mask", attention_mask, key)
-        weights = {**self._weights()}
-        weights["slot_query"] = weights["slot_query"][:, :count]
-        layers = [sharer[s] for s in self._reads]
-        try:
-            latent = ops.summarize_slots_layers(layers, weights, attention_mask=mask)
-        except LCFError:
-            check_pairs(sharer, "sharer_cache", self.config.sharer)
-            raise
-        shares = None
-        if slot_weights:
-            with torch.no_grad():
-                shares = eager_slots.slot_weights(layers, weights["slot_query"], mask)
-        return self._message(latent, shares)
-
-    def pool(self, cache_piece: Any, *, attention_mask: Tensor | None = None) -> SlotStates:
-        """Pool a piece of a context to a state of fixed size that merges with those of other pieces. For inference.
-
-        Args:
-            cache_piece: the cache of the piece's tokens alone, as in :meth:`summarize`; it may be empty.
-            attention_mask: ``(B, M)``, of the piece; a row may have no token.
-
-        Raises: as :meth:`summarize`, but for SpanError.
-        """
-        sharer = cache_layers(
-            cache_piece,
-            name="cache_piece",
-            geometry=self.config.sharer,
-            length=known_length(attention_mask),
-            every_layer=False,
-        )
-        check_pairs(sharer, "cache_piece", self.config.sharer)
-        key = sharer[0][0]
-        check_device("cache_piece", key, self.receiver_layers, "the adapter")
-        mask = real_tokens("attention_mask", attention_mask, key)
-        return ops.pool_slot_states([sharer[s] for s in self._reads], self._weights()["slot_query"], mask)
-
-    def merge(self, parts: Sequence[SlotStates]) -> SlotStates:
-        """States of the pieces of a context as one, exactly and in any order.
-
-        Raises: as `lcf_fast.slot_states.merge_states`.
-        """
-        return merge_states(parts)
-
-    @torch.no_grad()
-    def finish(self, pool: SlotStates) -> Message:
-        """The message of a whole context, as :meth:`summarize` makes it; the state stays as it is.
-
-        Raises:
-            SpanError: a row that never had a token. ShapeError, DTypeError, DeviceError: no state of this adapter's.
-        """
-        slot_key, slot_value = finish_states(pool)
-        config = self.config
-        wanted = (len(self._kept), config.slots, config.sharer.kv_heads, config.sharer.head_dim)
-        if (*slot_key.shape[:1], *slot_key.shape[2:]) != wanted:
-            raise ShapeError("pool", expected=f"(L, B, k, Hs, Ds) of {wanted}", got=str(tuple(slot_key.shape)))
-        check_device("pool", slot_key, self.receiver_layers, "the adapter")
-        return self._message(ops.fold_slots_layers(slot_key, slot_value, self._weights()))
-
-    def _message(self, latent: Tensor, slot_weights: Tensor | None = None) -> Message:
-        return Message(
-            latent=latent,
-            receiver_layers=self._kept,
-            spans=1,
-            sharer=self.config.sharer,
-            receiver=self.config.receiver,
-            made_by=self._pending(),
-            slot_weights=slot_weights,
-        )
+    # `summarize`, `begin` and their kind are the sharer's half, in lcf_fast.slots_sharer
 
     # --- the receiver's half
     # -----------------------------------------------------------------------------------------
@@ -244,20 +124,39 @@ class LatentSlots(HasOrigin, nn.Module):
             noise=noise,
         )
 
-    def place(self, receiver: Any, message: Message, positions: Tensor) -> list[Pair]:
+    def place(
+        self, receiver: Any, message: Message, positions: Tensor, *, into: Sequence[Pair] | None = None
+    ) -> list[Pair]:
         """:meth:`expand`, the keys rotated to positions by the receiver's own rotary embedding.
 
         Args:
             receiver: the receiver's model, of transformers, or its `lcf_fast.rotary.Rotary`.
             positions: ``(B, k)`` int, counted as the model counts them, or ``(1, k)`` for all rows.
+            into: where they are to lie, one ``(key, value)`` a layer, ``(B, Hr, k, Dr)`` of one dtype: views of a
+                preallocated cache or of a page of one, with any strides but the last one's, which is 1. Values are
+                written straight there, keys by way of as many numbers more; for inference, without a graph.
+
+        Returns:
+            New tensors in float32; or those of ``into``.
 
         Raises:
-            As :meth:`expand` and `Rotary.of`; ShapeError, DTypeError, IndexRangeError for positions.
+            As :meth:`expand` and `Rotary.of`; ShapeError, DTypeError, IndexRangeError for positions; ShapeError,
+            GeometryError, DTypeError, DeviceError for ``into``. All of it before anything is written.
         """
         rotary = Rotary.of(receiver)
-        expanded = self.expand(message)
-        keys = rotary.rotate([key for key, _ in expanded], positions)
-        return [(key, value) for key, (_, value) in zip(keys, expanded)]
+        if into is None:
+            expanded = self.expand(message)
+            keys = rotary.rotate([key for key, _ in expanded], positions)
+            return [(key, value) for key, (_, value) in zip(keys, expanded)]
+        latent, geometry = self._latent(message, "message"), self.config.receiver
+        rotary.check(geometry.layers, (latent.shape[1], geometry.kv_heads, latent.shape[2]), positions)
+        return ops.expand_slots_layers_(
+            latent,
+            self._weights(),
+            into,
+            norm_eps=self.config.norm_eps,
+            turn=lambda keys: rotary.rotate(keys, positions),
+        )
 
     def append(
         self, receiver: Any, receiver_cache: Any, message: Message, *, attention_mask: Tensor | None = None
@@ -277,8 +176,43 @@ class LatentSlots(HasOrigin, nn.Module):
             A new cache of the same kind and dtype with k more positions; the given one stays as it is.
 
         Raises:
-            As :meth:`place`; GeometryError for a cache that cannot grow.
+            As :meth:`place`; GeometryError for a cache that cannot grow (a StaticCache: :meth:`append_` fills it).
         """
+        layers, sent, positions = self._behind(receiver_cache, message, attention_mask)
+        check_growth(receiver_cache, layers[0][0].shape[2] + sent.slots, "receiver_cache")
+        return extend_cache(receiver_cache, layers, self.place(receiver, sent, positions), "receiver_cache")
+
+    def append_(
+        self, receiver: Any, receiver_cache: Any, message: Message, *, attention_mask: Tensor | None = None
+    ) -> Any:
+        """:meth:`append` into the free room of a ``StaticCache``, behind its filled positions; nothing is copied.
+
+        The filled length goes on by k, so that ``generate()`` goes on from the cache as from that of :meth:`append`.
+        For inference, without a graph.
+
+        Args:
+            receiver, message: as in :meth:`append`.
+            receiver_cache: a ``StaticCache`` with room for k positions, and for those that will be generated. One that
+                is allocated and empty gets the slots as :meth:`prefix` has them.
+            attention_mask: ``(B, N)``, of the filled positions.
+
+        Returns:
+            The cache given.
+
+        Raises:
+            As :meth:`place`; GeometryError for another kind of cache, or one of too little room. The cache is then as
+            it was.
+        """
+        layers, sent, positions = self._behind(receiver_cache, message, attention_mask)
+        room = free_room(receiver_cache, layers[0][0].shape[2], sent.slots, "receiver_cache")
+        self.place(receiver, sent, positions, into=room)
+        count_filled(receiver_cache, sent.slots)
+        return receiver_cache
+
+    def _behind(
+        self, receiver_cache: Any, message: Message, attention_mask: Tensor | None
+    ) -> tuple[list[Pair], Message, Tensor]:
+        """Of :meth:`append`: the cache's layers, the message for all of its rows, the slots' positions ``(B, k)``."""
         layers = cache_layers(
             receiver_cache, name="receiver_cache", geometry=self.config.receiver, length=known_length(attention_mask)
         )
@@ -288,8 +222,7 @@ class LatentSlots(HasOrigin, nn.Module):
         latent = self._latent(message, "message", key.shape[0])
         before = key.shape[2] if mask is None else mask.sum(1)
         positions = slot_positions(before, latent.shape[2], key.shape[0], key.device)
-        placed = self.place(receiver, replace(message, latent=latent), positions)
-        return extend_cache(receiver_cache, layers, placed, "receiver_cache")
+        return layers, replace(message, latent=latent), positions
 
     def prefix(self, receiver: Any, message: Message, *, dtype: torch.dtype | None = None) -> Any:
         """A cache of the slots alone, at positions 0 to k - 1: the receiver then reads its whole prompt behind them.
@@ -377,30 +310,45 @@ class LatentSlots(HasOrigin, nn.Module):
         config = replace(self.config, sharer=sharer, layer_map=layer_map, slots=count)
         like = self.get_parameter("up_weight")
         made = LatentSlots(config, device=like.device, dtype=like.dtype)
+        made.trained_placement = self.trained_placement
         for name, parameter in made.named_parameters():
             if name not in SHARER_OF_SLOTS:
                 parameter.requires_grad_(False).copy_(self.get_parameter(name).detach())
         return made
 
-    def accept_sharer(self, sharer: LatentSlots | str) -> LatentSlots:
-        """Take messages of another sharer's half, too: an adapter made by :meth:`for_sharer`, or its sharer's digest.
+    def sharer_side(self) -> SlotsSharerSide:
+        """The sharer's half by itself, a copy: all that the sharer's process needs (see `lcf_fast.slots_sharer`)."""
+        return SlotsSharerSide.of(self)
+
+    def accept_sharer(self, sharer: SlotsSharerSide | LatentSlots | str) -> LatentSlots:
+        """Take messages of another sharer's half, too: a side, an adapter made by :meth:`for_sharer`, or the digest.
 
         Saved with the adapter. Returns self.
 
         Raises:
-            MessageError: an adapter of another receiver's half. DTypeError: neither.
+            MessageError: for another receiver's half. GeometryError: for another receiver. DTypeError: neither.
         """
-        if isinstance(sharer, LatentSlots):
-            if sharer.origin.adapter != self.origin.adapter:
-                expected = f"an adapter with the receiver's half {self.origin.adapter}"
-                raise MessageError("sharer", expected=expected, got=sharer.origin.adapter)
+        if isinstance(sharer, (SlotsSharerSide, LatentSlots)):
+            if sharer.receiver_geometry != self.receiver_geometry:
+                expected, got = f"one for {self.receiver_geometry}", f"for {sharer.receiver_geometry}"
+                raise GeometryError("sharer", expected=expected, got=got)
+            theirs = sharer.adapter_digest if isinstance(sharer, SlotsSharerSide) else sharer.origin.adapter
+            if theirs != self.origin.adapter:
+                expected = f"one for the receiver's half {self.origin.adapter}"
+                raise MessageError("sharer", expected=expected, got=f"for {theirs}")
             sharer = sharer.origin.sharer
         if not is_digest(sharer):
-            raise DTypeError("sharer", expected="a LatentSlots, or a digest of 32 hex digits", got=repr(sharer)[:80])
+            expected = "a SlotsSharerSide, a LatentSlots, or a digest of 32 hex digits"
+            raise DTypeError("sharer", expected=expected, got=repr(sharer)[:80])
         self.accepted_sharers |= {sharer}
         return self
 
     # --- what is asked of any adapter
+
+    @property
+    def placement(self) -> Placement:
+        """Where its slots belong: as they were trained; ``"append"`` where that is not known."""
+        return self.trained_placement or "append"
 
     @property
     def sharer_geometry(self) -> CacheGeometry:
@@ -414,8 +362,11 @@ class LatentSlots(HasOrigin, nn.Module):
         return cast("Mapping[str, Tensor]", self._parameters)
 
     def _make_origin(self) -> Origin:
-        config = self.config
-        return slots_origin(config.sharer, config.receiver, self._reads, config.norm_eps, self._weights())
+        config, weights = self.config, self._weights()
+        return Origin(
+            adapter=slots_receiver_digest(config.receiver, config.norm_eps, weights),
+            sharer=slots_sharer_digest(config.sharer, self._reads, weights),
+        )
 
     def parameter_count(self) -> int:
         """Number of parameters held."""

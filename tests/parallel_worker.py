@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from adapters import SHARER, make_adapter
+from adapters import RECEIVER, SHARER, make_adapter
 from safetensors.torch import save_file
 from torch import Tensor
 
 from helpers import Pair, make_cache
-from lcf_fast import CacheGeometry
+from lcf_fast import CacheGeometry, LatentSlots, LCFConfig
 from lcf_fast.errors import LCFError
 from lcf_fast.parallel import summarize_parallel
 from lcf_fast.spans import Spans, windows
 
+#: Those that slots take part in, too; they know no spans, and pool all that is no padding.
+SLOT_CASES = ("one_span", "ragged", "offsets", "long")
 #: By name: batch, tokens, spans, shares of the ranks in per cent, whether rows are padded.
 CASES: dict[str, tuple[int, int, Any, tuple[int, ...], bool]] = {
     "one_span": (1, 60, None, (50, 50, 0), False),
@@ -41,6 +43,12 @@ def case_inputs(name: str) -> tuple[list[Pair], Any, Tensor | None]:
     return cache, spans, mask
 
 
+def slots_half() -> LatentSlots:
+    """As of what `make_adapter` reads, with slots."""
+    torch.manual_seed(6)
+    return LatentSlots(LCFConfig(SHARER, RECEIVER, bottleneck=64, slots=3)).eval()
+
+
 def share(name: str, rank: int, ranks: int) -> slice:
     """The tokens of a rank; the last takes what is left."""
     tokens, shares = CASES[name][1], CASES[name][3]
@@ -60,7 +68,7 @@ def main() -> None:
         return all_gather(received, tensor, group=group)
 
     dist.all_gather = counted  # type: ignore[assignment]
-    adapter, bytes_sent = make_adapter(True), {}
+    adapter, slots, bytes_sent = make_adapter(True), slots_half(), {}
     results: dict[str, Tensor] = {}
     for name in CASES:
         cache, spans, mask = case_inputs(name)
@@ -70,18 +78,28 @@ def main() -> None:
         message = summarize_parallel(adapter, piece, spans, attention_mask=None if mask is None else mask[:, mine])
         results |= {f"{name}.latent": message.tensors["latent"], f"{name}.summary": message.tensors["summary"]}
         bytes_sent[name] = {"bytes": sum(sent), "spans": message.spans}
+        if name in SLOT_CASES:
+            sent.clear()
+            half: Any = slots if name == "one_span" else slots.sharer_side()
+            made = summarize_parallel(half, piece, attention_mask=None if mask is None else mask[:, mine])
+            results[f"{name}.slots"] = made.tensors["latent"]
+            bytes_sent[f"{name}.slots"] = {"bytes": sum(sent), "spans": made.spans}
     errors = {}
     cache, _, _ = case_inputs("one_span")
     wrong = cache[:2] if rank == 1 else cache  # a layer is missing on one rank alone
-    attempts = {
-        "cache": (wrong, None),
-        "spans": (cache, [[0, 10 + rank]]),
-        "beyond": (cache, [[0, 60 * ranks + 1]]),
-        "nothing": (cache, [[3, 3]]),
+    no_token = torch.zeros(1, 60, dtype=torch.int64)
+    attempts: dict[str, tuple[Any, Any, Any, Tensor | None]] = {
+        "cache": (adapter, wrong, None, None),
+        "spans": (adapter, cache, [[0, 10 + rank]], None),
+        "beyond": (adapter, cache, [[0, 60 * ranks + 1]], None),
+        "nothing": (adapter, cache, [[3, 3]], None),
+        "slots, cache": (slots, wrong, None, None),
+        "slots, spans": (slots, cache, [[0, 60]] if rank == 1 else None, None),
+        "slots, nothing": (slots, cache, None, no_token),
     }
-    for name, (attempted, offsets) in attempts.items():
+    for name, (half, attempted, offsets, mask) in attempts.items():
         try:
-            summarize_parallel(adapter, attempted, offsets)
+            summarize_parallel(half, attempted, offsets, attention_mask=mask)
         except LCFError as error:
             errors[name] = f"{type(error).__name__}: {error}"
     save_file(results, folder / f"{rank}.safetensors")

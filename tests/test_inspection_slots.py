@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from adapters import make_adapter
 from messages import SLOT_CONTENTS, make_message
 
 from lcf_fast import CacheGeometry, LatentSlots, LCFConfig, Message
 from lcf_fast.cli import main
 from lcf_fast.errors import IndexRangeError
-from lcf_fast.inspection import MessageReport, SlotsReport, inspect, write_png
+from lcf_fast.inspection import MessageReport, SideReport, SlotsReport, inspect, write_png
 
 
 def adapter() -> LatentSlots:
@@ -58,6 +60,45 @@ def test_of_an_adapter(folder: Path) -> None:
         assert layer.up_value_norm == pytest.approx(float(weights["up_weight"][row, 1].norm()))
     assert [heat.columns for heat in maps] == [("0", "1", "2", "3")] * 2
     assert maps[0].values[4] == report.layers[4].query_norms
+
+
+@pytest.mark.parametrize("kind", ["slots", "LCF-X"])
+def test_of_a_sharers_half(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    side: Any = adapter().sharer_side() if kind == "slots" else make_adapter(True).sharer_side()
+    side.save_pretrained(tmp_path / "side")
+    report, maps = inspect(tmp_path / "side")
+    assert isinstance(report, SideReport)
+    weights = dict(side.named_parameters())
+    assert (report.kind, report.slots) == (kind, 4 if kind == "slots" else 0)
+    assert report.parameters == sum(weight.numel() for weight in weights.values())
+    assert (report.adapter_digest, report.sharer_digest) == (side.origin.adapter, side.origin.sharer)
+    assert [layer.sharer_layer for layer in report.layers] == side.sharer_layers.tolist()
+    names = ("0", "1", "2", "3") if kind == "slots" else ("span", "global")
+    assert report.query_names == names
+    assert [heat.columns for heat in maps] == [names] * (2 if kind == "slots" else 1)
+    for row, layer in enumerate(report.layers):
+        assert layer.down_norm == pytest.approx(float(weights["down_weight"][row].norm()))
+        queries = weights["slot_query"][row] if kind == "slots" else [weights[f"{n}_query"][row] for n in names]
+        assert layer.query_norms == pytest.approx([float(query.norm()) for query in queries])
+        assert len(layer.embedding_norms) == report.slots
+    assert main(["inspect", str(tmp_path / "side")]) == 0
+    shown = capsys.readouterr().out
+    assert f"sharer's half of {kind}" in shown
+    assert report.adapter_digest in shown
+    assert main(["inspect", str(tmp_path / "side"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["query_names"] == list(names)
+
+
+def test_where_slots_stood_in_training_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = adapter()
+    for placement, text in ((None, "not said (append)"), ("prefix", "prefix")):
+        made.trained_placement = placement  # type: ignore[assignment]
+        made.save_pretrained(tmp_path)
+        report, _ = inspect(tmp_path)
+        assert isinstance(report, SlotsReport)
+        assert report.placement == placement
+        assert main(["inspect", str(tmp_path)]) == 0
+        assert text in capsys.readouterr().out
 
 
 def test_of_a_message(file: Path) -> None:

@@ -248,6 +248,21 @@ def test_kernels_asked_for_by_name_serve(count: int, generator: torch.Generator)
     torch.testing.assert_close(made, truth, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_latents_that_came_in_a_narrow_dtype(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """As messages are sent: what they hold is expanded in float32 on either back end."""
+    latent, weights = torch.randn(4, 2, 3, WIDTH, generator=generator).to(dtype), weights_of(3, generator)
+    double = {name: tensor.double() for name, tensor in weights.items()}
+    truth = reference.expand_slots_layers(latent.double(), double, kv_heads=3)
+    plain = reference.expand_slots_layers(latent.float(), weights, kv_heads=3)
+    for backend in BACKENDS:
+        with use_backend(backend):
+            made = ops.expand_slots_layers(latent, weights, kv_heads=3)
+        for got, exact, same in zip(made, truth, plain):
+            for side in (0, 1):
+                assert_within_budget(got[side], exact[side], same[side], 4.0)
+
+
 def test_kernels_asked_for_by_name_say_why_they_cannot_serve(generator: torch.Generator) -> None:
     sharer = make_cache(SHARER, 1, 9, generator=generator)
     double = {name: tensor.double() for name, tensor in weights_of(4, generator).items()}

@@ -192,7 +192,8 @@ def test_public_names() -> None:
     promised = (
         "CacheGeometry LCFConfig layer_map LatentCacheFlow Message ops reference use_backend __version__ "
         "LCFError ShapeError DTypeError DeviceError GeometryError SpanError IndexRangeError BackendError "
-        "CheckpointError MessageError Spans SharerSide GrowingMessage PartialPool spans parallel transport"
+        "CheckpointError MessageError Spans SharerSide GrowingMessage PartialPool spans parallel transport "
+        "LatentSlots SlotsSharerSide GrowingSlots"
     )
     assert set(promised.split()) <= set(lcf_fast.__all__)
     assert set(lcf_fast.__all__) <= set(dir(lcf_fast))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import make_adapter
-from parallel_worker import CASES, case_inputs
+from parallel_worker import CASES, SLOT_CASES, case_inputs, slots_half
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -74,11 +74,30 @@ def test_as_if_it_lay_on_one(name: str, ranks: list[tuple[dict[str, Tensor], Any
     assert {facts["sent"][name]["spans"] for _, facts in ranks} == {whole.spans}
 
 
+@pytest.mark.parametrize("name", SLOT_CASES)
+def test_slots_as_if_it_lay_on_one(name: str, ranks: list[tuple[dict[str, Tensor], Any]]) -> None:
+    """Of an adapter, and of its sharer's half; ragged rows, ranks without a token."""
+    adapter = slots_half()
+    cache, _, mask = case_inputs(name)
+    weights = {key: p.detach() for key, p in adapter.named_parameters()}
+    layers = [cache[s] for s in adapter.sharer_layers.tolist()]
+    doubled = {key: p.double() for key, p in weights.items()}
+    truth = reference.summarize_slots_layers(to_double(layers), doubled, attention_mask=mask)
+    plain = reference.summarize_slots_layers(layers, weights, attention_mask=mask)
+    first = ranks[0][0][f"{name}.slots"]
+    assert_within_budget(first, truth, plain, 4.0)
+    for other, facts in ranks:
+        assert torch.equal(other[f"{name}.slots"], first)
+        assert facts["sent"][f"{name}.slots"]["spans"] == 1
+
+
 def test_what_is_sent_does_not_depend_on_the_length(ranks: list[tuple[dict[str, Tensor], Any]]) -> None:
     sent = {name: {facts["sent"][name]["bytes"] for _, facts in ranks} for name in CASES}
     assert sent["one_span"] == sent["long"]  # 60 tokens and 100,000
     layers, heads, dim = 5, 2, 16
     assert sent["long"] == {layers * heads * (3 * 2 * dim + 8) * 4 + 3 * 8}
+    slots = [{facts["sent"][f"{name}.slots"]["bytes"] for _, facts in ranks} for name in ("one_span", "long")]
+    assert slots == [{layers * heads * 3 * (2 * dim + 2) * 4 + 3 * 8}] * 2
 
 
 def test_all_ranks_hear_of_what_is_wrong_on_one(ranks: list[tuple[dict[str, Tensor], Any]]) -> None:
@@ -88,11 +107,17 @@ def test_all_ranks_hear_of_what_is_wrong_on_one(ranks: list[tuple[dict[str, Tens
         assert errors["spans"].startswith("SpanError: spans: expected the whole context's"), errors
         assert errors["beyond"].startswith("SpanError: spans: expected offsets up to"), errors
         assert errors["nothing"].startswith("SpanError: spans: expected a token"), errors
+        assert errors["slots, cache"].startswith("GeometryError" if rank == 1 else "ShapeError: cache_piece"), errors
+        told = "SpanError: spans: expected None" if rank == 1 else "ShapeError: cache_piece: expected right input"
+        assert errors["slots, spans"].startswith(told), errors
+        assert errors["slots, nothing"].startswith("SpanError: pool: expected a token"), errors
 
 
 def test_it_needs_a_process_group_and_lcf_x() -> None:
     cache, _, _ = case_inputs("one_span")
     with pytest.raises(DTypeError, match="torchrun"):
         summarize_parallel(make_adapter(True), cache)
+    with pytest.raises(DTypeError, match="torchrun"):
+        summarize_parallel(slots_half(), cache)
     with pytest.raises(GeometryError, match="LCF-X"):
         summarize_parallel(make_adapter(), cache)

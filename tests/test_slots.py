@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from lcf_fast.errors import (
     ShapeError,
     SpanError,
 )
-from lcf_fast.placement import slot_positions, with_slots
+from lcf_fast.placement import PLACEMENTS, placement_of, slot_positions, with_slots
 from lcf_fast.reading.prefill import dynamic_cache, prefill
 from lcf_fast.rotary import Rotary
 
@@ -237,7 +238,7 @@ def test_a_static_cache_is_refused(models: tuple[Any, Any], adapter: LatentSlots
     sharer, receiver = models
     own = StaticCache(config=receiver.config, max_cache_len=32)
     receiver(ragged_ids([5], 4)[0], past_key_values=own, use_cache=True)
-    with pytest.raises(GeometryError, match="can grow"):
+    with pytest.raises(GeometryError, match=r"can grow \(append_"):
         adapter.append(receiver, own, adapter.summarize(heard(sharer, [9])[0]))
 
 
@@ -383,6 +384,42 @@ def test_there_and_back(models: tuple[Any, Any], adapter: LatentSlots, tmp_path:
     assert isinstance(load_any(tmp_path), LatentSlots)
     with pytest.raises(GeometryError, match="receiver"):
         LatentSlots.from_pretrained(tmp_path, receiver=CacheGeometry(9, 9, 9))
+
+
+def test_a_folder_says_where_slots_stood_in_training(adapter: LatentSlots, tmp_path: Path) -> None:
+    """Folders of before it was recorded do not, and what is not known is not written."""
+    adapter.save_pretrained(tmp_path)
+    assert "placement" not in json.loads((tmp_path / "config.json").read_text())
+    old = LatentSlots.from_pretrained(tmp_path)
+    assert (old.trained_placement, old.placement) == (None, "append")
+    for placement in PLACEMENTS:
+        adapter.trained_placement = placement
+        adapter.save_pretrained(tmp_path)
+        again = LatentSlots.from_pretrained(tmp_path)
+        assert again.trained_placement == again.placement == placement
+        assert again.for_sharer(CacheGeometry(2, 1, 8)).trained_placement == placement
+        assert again.origin == old.origin  # messages do not depend on it
+    description = json.loads((tmp_path / "config.json").read_text())
+    for wrong in ("between", 1, ["append"]):
+        (tmp_path / "config.json").write_text(json.dumps(description | {"placement": wrong}))
+        with pytest.raises(CheckpointError, match="placement"):
+            LatentSlots.from_pretrained(tmp_path)
+    adapter.trained_placement = "between"  # type: ignore[assignment]
+    with pytest.raises(GeometryError, match="placement"):
+        adapter.save_pretrained(tmp_path / "wrong")
+
+
+def test_where_slots_go_is_as_told_or_as_trained(adapter: LatentSlots) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert placement_of(adapter, None) == "append"
+        assert [placement_of(adapter, told) for told in PLACEMENTS] == list(PLACEMENTS)  # nothing is contradicted
+        adapter.trained_placement = "prefix"
+        assert [placement_of(adapter, told) for told in (None, "prefix")] == ["prefix"] * 2
+    with pytest.warns(UserWarning, match="'append' of slots whose adapter was trained with 'prefix'"):
+        assert placement_of(adapter, "append") == "append"
+    with pytest.raises(GeometryError, match="placement"):
+        placement_of(adapter, "between")
 
 
 def test_each_class_says_which_one_reads_a_folder(adapter: LatentSlots, tmp_path: Path) -> None:

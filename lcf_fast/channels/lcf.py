@@ -47,7 +47,7 @@ class Sharer:
     Attributes:
         agent: who reads.
         adapter: LCF: a `Fuser`. LCF-X: the adapter, or the sharer's half of one that the channel's adapter accepts.
-            Slots: a `LatentSlots`, likewise.
+            Slots: a `LatentSlots` or a `SlotsSharerSide`, likewise.
     """
 
     agent: Agent

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..caches import Pair, extend_cache
 from ..errors import ShapeError
 from ..message import Message
-from ..placement import check_placement, slot_positions, with_slots
+from ..placement import placement_of, slot_positions, with_slots
 from ..reading.prefill import dynamic_cache, positions_of, sliding_window
 from ..slots import LatentSlots
 from .agent import Agent, padded_left
@@ -33,10 +33,11 @@ class SlotsChannel(Channel):
 
     Args:
         adapter: the receiver's.
-        sharers: with that adapter, or with others that it accepts (`LatentSlots.for_sharer`), in eval mode.
+        sharers: with that adapter, or with sharers' halves that it accepts (`SlotsSharerSide`, or an adapter made by
+            `LatentSlots.for_sharer`), in eval mode.
         dtype: of the messages on the wire.
         placement: ``"append"``, behind the prompt but its last token; or ``"prefix"``, before the prompt, which then
-            reads them as it is prefilled.
+            reads them as it is prefilled; None: as the adapter was trained. Another than that is warned about.
         slots: send the first so many of each message; None: all.
         control: what is sent (`lcf_fast.channels.controls`).
         seed: of the random control.
@@ -54,27 +55,26 @@ class SlotsChannel(Channel):
         sharers: Sequence[Sharer],
         *,
         dtype: str = "bfloat16",
-        placement: str = "append",
+        placement: str | None = None,
         slots: int | None = None,
         control: str = "matched",
         seed: int = 0,
     ) -> None:
         super().__init__(receiver)
         self.adapter, self.dtype, self.slots = adapter, dtype, slots
-        self.placement = check_placement(placement)
+        self.placement = placement_of(adapter, placement)
         self.control, self.seed = check_control(control), seed
         self.sharers = sharers_by_name(receiver, sharers)
 
     def check(self, requests: Sequence[Request], room: int) -> None:
         """As `Channel.check`."""
         told = sent_for(requests, self.control)
-        count = self.adapter.config.slots if self.slots is None else self.slots
         prompts = self.receiver.prompts([request.asked() for request in requests], room)
         slots = [0] * len(requests)
         for name, sharer in self.sharers.items():
             for row in rows_told(told, name, self.sharers):
                 self._read(sharer.agent, told[row].sharer_contexts[name])
-                slots[row] += count
+                slots[row] += sharer.adapter.slot_count if self.slots is None else self.slots
         for prompt, own in zip(prompts, slots):
             self.receiver.check_length(len(prompt) + own, room)
 

@@ -101,7 +101,10 @@ class CrossChannels:
 
 
 class SlotsChannels(CrossChannels):
-    """Slots: the sharer's facts as k further positions of the receiver's cache, before the key that is asked."""
+    """Slots: the sharer's facts as k further positions of the receiver's cache, before the key that is asked.
+
+    Where the adapter was trained so, before the prompt.
+    """
 
     def message(self, sharer_cache: list[Pair], items: CrossItems) -> bytes:
         """What is sent; where one fact ends is not told."""
@@ -111,6 +114,12 @@ class SlotsChannels(CrossChannels):
     def answer(self, prompts: Tensor, sent: bytes) -> Tensor:
         """As `CrossChannels.answer`."""
         message = Message.from_bytes(sent).to(torch.float32)
+        if self.adapter.placement == "prefix":
+            cache = self.adapter.prefix(self.receiver, message)
+            at = torch.arange(message.slots, message.slots + prompts.shape[1])[None]
+            read_behind = self.receiver(input_ids=prompts, position_ids=at, past_key_values=cache, use_cache=True)
+            last: Tensor = read_behind.logits[:, -1]
+            return last.argmax(-1)
         own = read(self.receiver, prompts[:, :-1])
         return go_on(self.receiver, self.adapter.append(self.receiver, own, message), prompts)
 

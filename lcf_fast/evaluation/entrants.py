@@ -45,7 +45,7 @@ def entrants(
     text_tokens: Sequence[int] = (50, 200),
     text_options: dict[str, Any] | None = None,
     dtype: str = "bfloat16",
-    placement: str = "append",
+    placement: str | None = None,
     spans: Sequence[str] = ("paragraphs",),
     ratios: Sequence[float] = (0.5,),
     calibration: Request | None = None,
@@ -62,7 +62,7 @@ def entrants(
         text_tokens: longest notes of the text channels, one channel each.
         text_options: ``instruction`` and ``template`` of those channels, where they are not the channel's own.
         dtype: of the messages of LCF-X and slots.
-        placement: of slots.
+        placement: of slots; None: as each adapter was trained.
         spans: how LCF-X's contexts are cut: the first under every control, each other one as a channel of its own
             with the matching message alone.
         ratios: of layers that KVComm shares, one channel each.
@@ -205,7 +205,7 @@ def _slots(
     adapter: LatentSlots,
     own: Any,
     dtype: str,
-    placement: str,
+    placement: str | None,
     limited: _Limited,
     seed: int,
 ) -> Entrant:
@@ -223,5 +223,7 @@ def _slots(
     able = limited(_able(own))
     for control in able:
         make(control)  # refuses other models' before anything runs
-    settings = {**_weights(adapter, own), "dtype": dtype, "placement": placement}
+    settings = {**_weights(adapter, own), "dtype": dtype, "placement": placement or adapter.placement}
+    if own is not None and own.placement != adapter.placement and placement is None:
+        settings["own_placement"] = own.placement
     return Entrant("slots", make, able, settings, "cross")

@@ -85,7 +85,7 @@ def add_eval_command(commands: Any) -> None:
     how.add_argument("--text-instruction", metavar="TEXT", help="to a sharer that writes")
     how.add_argument("--text-template", metavar="TEXT", help="a note in the receiver's prompt; default: {note}")
     how.add_argument("--dtype", default="bfloat16", help="of messages on the wire; default: bfloat16")
-    how.add_argument("--placement", choices=["append", "prefix"], default="append", help="of slots; default: append")
+    how.add_argument("--placement", choices=["append", "prefix"], help="of slots; default: as they were trained")
     how.add_argument("--spans", nargs="+", metavar="SCHEME", help="of LCF-X: paragraphs, sentences, one, windows:N; "
                      "the first with all controls; default: paragraphs")  # fmt: skip
     how.add_argument("--ratio", type=float, nargs="+", metavar="R", help="of layers that KVComm shares; default: 0.5")

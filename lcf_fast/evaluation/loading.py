@@ -10,7 +10,7 @@ import torch
 
 from ..c2c.fuser import C2CFuser
 from ..channels.agent import Agent
-from ..checkpoint import load_any
+from ..checkpoint import load_adapter
 from ..training.models import load_model, load_tokenizer
 from .failures import EvaluationError
 
@@ -51,7 +51,7 @@ def load_adapters(
     folders: Sequence[Path], models: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None = None
 ) -> list[Any]:
     """Adapters of any kind for ``models`` (or configs), by role. Raises as their ``from_pretrained`` does."""
-    return [load_any(folder, device=device, dtype=dtype, **models) for folder in folders]
+    return [load_adapter(folder, device=device, dtype=dtype, **models) for folder in folders]
 
 
 def load_fuser(

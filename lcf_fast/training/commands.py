@@ -132,7 +132,8 @@ def add_train_command(commands: Any) -> None:
     slots = parser.add_argument_group("slots")
     slots.add_argument("--slots", type=int, metavar="K", help="train K slots, with --cross-context, which it implies")
     slots.add_argument("--slot-dropout", action="store_true", help="send the first 1 to K of them, drawn evenly")
-    slots.add_argument("--placement", choices=["append", "prefix"], help="behind the prompt (default) or before it")
+    where = "behind the prompt or before it; default: as what --init-from names was trained, else append"
+    slots.add_argument("--placement", choices=["append", "prefix"], help=where)
     guard = parser.add_argument_group("guard loss, of LCF-X and slots")
     guard.add_argument("--guard-weight", type=float, metavar="X", help="how much it counts; default: 0")
     guard.add_argument("--guard-margin", type=float, metavar="NATS", help="a token; default: 1")
@@ -329,6 +330,8 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _train_on(arguments: argparse.Namespace, ranks: Any) -> None:
+    from ..placement import placement_of
+    from ..slots import LatentSlots
     from .models import load_model
     from .prefills import StoredPrefills
     from .trainer import LOG_FILE, Trainer, check_unused
@@ -338,6 +341,9 @@ def _train_on(arguments: argparse.Namespace, ranks: Any) -> None:
         check_unused(arguments.out, ranks)
     run = _prepare(arguments, shown=shown, first=ranks.first)
     adapter = _adapter(arguments, run)
+    if isinstance(adapter, LatentSlots):
+        settings = replace(run.settings, placement=placement_of(adapter, arguments.placement))
+        run = replace(run, settings=settings)
     precision = run.settings.precision
     receiver = load_model("receiver", arguments.receiver, precision)
     source: dict[str, Any]
@@ -393,7 +399,7 @@ def _adapter(arguments: argparse.Namespace, run: _Run) -> LatentCacheFlow | Late
     import torch
 
     from ..adapter import LatentCacheFlow
-    from ..checkpoint import load_any
+    from ..checkpoint import load_adapter
     from ..errors import GeometryError
     from ..slots import LatentSlots
 
@@ -405,7 +411,7 @@ def _adapter(arguments: argparse.Namespace, run: _Run) -> LatentCacheFlow | Late
     given = [f"--{name.replace('_', '-')}" for name in _ADAPTER if getattr(arguments, name) is not None]
     if given:
         raise GeometryError(", ".join(given), expected="nothing beside --init-from, which fixes it", got="both")
-    adapter = load_any(
+    adapter = load_adapter(
         arguments.init_from, dtype=torch.float32, sharer=run.config.sharer, receiver=run.config.receiver
     )
     if adapter.config.cross_context != arguments.cross_context:

@@ -183,25 +183,27 @@ class StoredPrefills:
         geometry, layers = CacheGeometry(*self.manifest.sharer), self.manifest.sharer_layers
         _, mask = sharer_tokens(batch)
         theirs = _Padded(len(layers), geometry, mask.shape, DTYPES[self.manifest.precision])
-        length = batch.receiver_ids.shape[1] - 1
-        mine = None
-        if self.manifest.with_receiver:
-            of_receiver = CacheGeometry(*self.manifest.receiver)
-            mine = _Padded(of_receiver.layers, of_receiver, (len(batch.ids), length), DTYPES[self.manifest.precision])
         for row, id in enumerate(batch.ids):
             number, index, entry = self._place(id)
             self._check_tokens(batch, row, entry)
-            shard = self._shard(number)
             # Where rows of the batch align and this one's two sequences are one, it has a last token that no position
             # of the prompt reads; the store may hold it or not.
-            theirs.put(row, shard.get_tensor(f"{index}.sharer"), int(mask[row].sum()))
-            if mine is not None:
-                mine.put(row, shard.get_tensor(f"{index}.receiver"), entry.receiver_tokens)
+            theirs.put(row, self._shard(number).get_tensor(f"{index}.sharer"), int(mask[row].sum()))
         device = self._receiver.device
         read = dict(zip(layers, theirs.pairs(device)))
         nothing = torch.zeros((), dtype=theirs.dtype, device=device).expand(theirs.layer_shape)
         sharer = [read.get(layer, (nothing, nothing)) for layer in range(geometry.layers)]
-        return Prefill(sharer, receiver_prefill(self._receiver, batch) if mine is None else mine.pairs(device))
+        return Prefill(sharer, lambda: self._receiver_pairs(batch))
+
+    def _receiver_pairs(self, batch: Batch) -> list[Pair]:
+        if not self.manifest.with_receiver:
+            return receiver_prefill(self._receiver, batch)
+        geometry, length = CacheGeometry(*self.manifest.receiver), batch.receiver_ids.shape[1] - 1
+        mine = _Padded(geometry.layers, geometry, (len(batch.ids), length), DTYPES[self.manifest.precision])
+        for row, id in enumerate(batch.ids):
+            number, index, entry = self._place(id)
+            mine.put(row, self._shard(number).get_tensor(f"{index}.receiver"), entry.receiver_tokens)
+        return mine.pairs(self._receiver.device)
 
     # --- checks
 

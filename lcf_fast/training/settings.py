@@ -36,7 +36,7 @@ class TrainingSettings:
         precision: ``"bf16"`` or ``"fp32"``: of the two frozen models, and with them of their caches and of the
             adapter's products. The adapter's parameters, the optimizer, the loss and its sums are float32 in both.
         device: where the run lives; None: a GPU if there is one, else the CPU.
-        placement: where slots stand, ``"append"`` or ``"prefix"`` (`lcf_fast.placement`).
+        placement: where slots stand, ``"append"`` or ``"prefix"`` (`lcf_fast.placement`). The adapter's folder says so.
         slot_dropout: whether a micro-batch sends the first k' of k slots alone, k' drawn evenly from 1 to k: what is
             trained with it can send any number of them.
         guard_weight: of the guard loss, 0 is none: for each item the hinge ``max(0, guard_margin - (matched -

@@ -12,7 +12,8 @@ reads its prompt with gradients, too.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -34,9 +35,13 @@ if TYPE_CHECKING:
 __all__ = ["OnlinePrefills", "Prefill", "TrainingStep", "frozen"]
 
 
-@dataclass(frozen=True)
 class Prefill:
     """Frozen caches of a batch, one ``(key, value)`` a layer of the whole model.
+
+    Args:
+        sharer: the attribute of that name.
+        receiver: gives that attribute; called once, when it is first asked for: where slots stand before the prompt
+            the receiver reads it behind them, and nobody needs this.
 
     Attributes:
         sharer: ``(B, Hs, M, Ds)`` a layer; M is the length of ``sharer_ids``, less the last token where both models
@@ -44,8 +49,13 @@ class Prefill:
         receiver: ``(B, Hr, N - 1, Dr)`` a layer: the prompt but its last token.
     """
 
-    sharer: Sequence[Pair]
-    receiver: Sequence[Pair]
+    def __init__(self, sharer: Sequence[Pair], receiver: Callable[[], Sequence[Pair]]) -> None:
+        self.sharer = sharer
+        self._receiver = receiver
+
+    @cached_property
+    def receiver(self) -> Sequence[Pair]:
+        return self._receiver()
 
 
 #: What gives the caches of a batch: the models themselves, or a store of what they once computed.
@@ -74,7 +84,7 @@ class OnlinePrefills:
         device = self.receiver.device
         ids, mask = (part.to(device) for part in sharer_tokens(batch))
         theirs = prefill(self.sharer, ids, mask)
-        return Prefill(theirs, receiver_prefill(self.receiver, batch))
+        return Prefill(theirs, lambda: receiver_prefill(self.receiver, batch))
 
 
 def receiver_prefill(receiver: Any, batch: Batch) -> list[Pair]:
@@ -137,6 +147,8 @@ class TrainingStep(nn.Module):
             raise ShapeError("receiver_ids", expected="prompts of two tokens or more", got="prompts of one token")
         with self.stopwatch.of("prefill"):
             caches = self._prefiller(batch)
+            if self.placement == "append":  # else it is not needed, and not made
+                _ = caches.receiver
         if self.guard_weight and len(batch.ids) > 1:
             return self._guarded(batch, caches)
         with self.stopwatch.of("adapter"):
@@ -200,18 +212,17 @@ class TrainingStep(nn.Module):
         """What the receiver goes on from, given a message."""
         (receiver,) = self._frozen
         adapter: Any = self.adapter
-        key = caches.receiver[0][0]
-        mask = batch.receiver_mask[:, :-1].to(key.device)
+        mask = batch.receiver_mask[:, :-1].to(receiver.device)
         if not adapter.config.slots:
             injected: Sequence[Pair] = adapter.inject(caches.receiver, message, attention_mask=mask)
             return injected
         if self.placement == "append":
             appended: Sequence[Pair] = adapter.append(receiver, caches.receiver, message, attention_mask=mask)
             return appended
-        cache = adapter.prefix(receiver, message, dtype=key.dtype)
+        cache = adapter.prefix(receiver, message)
         whole = torch.cat([mask.new_ones(len(mask), message.slots), mask], 1).long()
         receiver.base_model(
-            input_ids=batch.receiver_ids[:, :-1].to(key.device),
+            input_ids=batch.receiver_ids[:, :-1].to(receiver.device),
             attention_mask=whole,
             position_ids=positions_of(whole)[:, message.slots :],
             past_key_values=cache,

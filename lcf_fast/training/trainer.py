@@ -14,13 +14,14 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..config import CacheGeometry
 from ..errors import GeometryError
+from ..placement import check_placement
 from ..reading.model_fingerprint import model_sample, weights_sample
 from .checkpoints import Checkpoint, Checkpoints, read_state
 from .distributed import Ranks
@@ -124,6 +125,8 @@ class Trainer:
         between = {"receiver": receiver} if sharer is None else {"sharer": sharer, "receiver": receiver}
         samples = {role: weights_sample(model) for role, model in between.items()}
         self.adapter.trained_between = {role: sample for role, sample in samples.items() if sample is not None}
+        if self.adapter.config.slots:
+            cast("LatentSlots", self.adapter).trained_placement = check_placement(self.settings.placement)
         self.data, self.out, self.save_every, self.progress = data, Path(out), save_every, progress
         self.checkpoints = Checkpoints(self.out / CHECKPOINTS, keep)
         self.stopwatch = Stopwatch(self.device)

@@ -13,7 +13,7 @@ from tiny_slots import slots_adapter
 from tiny_tokenizers import CHATML_SYSTEM
 from torch import Tensor
 
-from lcf_fast import CacheGeometry, LatentSlots
+from lcf_fast import CacheGeometry, LatentSlots, SlotsSharerSide
 from lcf_fast.channels import Agent, NoneChannel, Request, Sharer, SlotsChannel
 from lcf_fast.channels.controls import CONTROLS
 from lcf_fast.errors import GeometryError, IndexRangeError, LCFError, MessageError, ShapeError
@@ -134,6 +134,39 @@ def test_several_sharers_side_by_side_and_requests_choose(placement: str, receiv
     assert sent[0] == sent[1] + sent[2]
     assert sent[3] == 0
     assert texts(both, requests) == [texts(both, [request])[0] for request in requests]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_slots_stand_where_the_adapter_was_trained(placement: Any, receiver: Agent, sharer: Agent) -> None:
+    adapter = slots_adapter(sharer.model, receiver.model)
+    adapter.trained_placement = placement
+    made = SlotsChannel(receiver, adapter, [Sharer(sharer, adapter)])
+    told = channel(receiver, sharer, placement=placement)
+    assert torch.equal(made.next_logits(REQUESTS)[0], told.next_logits(REQUESTS)[0])
+    (entrant,) = (one for one in entrants(receiver, sharer, adapters=[adapter]) if one.name == "slots")
+    assert entrant.settings["placement"] == placement
+    (other,) = (one for one in PLACEMENTS if one != placement)
+    with pytest.warns(UserWarning, match=f"trained with {placement!r}"):
+        turned = SlotsChannel(receiver, adapter, [Sharer(sharer, adapter)], placement=other)
+    assert turned.placement == other
+    assert float((turned.next_logits(REQUESTS)[0] - made.next_logits(REQUESTS)[0]).abs().max()) > 1e-3
+
+
+def test_a_sharers_half_sends_as_the_adapter_does(receiver: Agent, sharer: Agent) -> None:
+    """Its own, alone; and another's, of fewer slots, for whom the prompt's room is counted as they are."""
+    adapter = slots_adapter(sharer.model, receiver.model)
+    alone = SlotsChannel(receiver, adapter, [Sharer(sharer, adapter.sharer_side())])
+    assert torch.equal(alone.next_logits(REQUESTS)[0], channel(receiver, sharer).next_logits(REQUESTS)[0])
+    second = agent("b", "llama", 4)
+    side = SlotsSharerSide.for_receiver(adapter, CacheGeometry.of(second.model), slots=1)
+    request = Request("Who?", "Six.", {"b": ("Paris is a city.",)})
+    made = SlotsChannel(receiver, adapter.accept_sharer(side), [Sharer(second, side)])
+    made.next_logits([request])
+    words = len(receiver.prompts([request.asked()])[0])
+    tight = agent("me", "qwen3", 1, limit=words + 2)  # room for the prompt, one slot and a token
+    SlotsChannel(tight, adapter, [Sharer(second, side)]).check([request], 1)
+    with pytest.raises(ShapeError, match="max_position_embeddings"):
+        SlotsChannel(tight, adapter, [Sharer(second, side)]).check([request], 2)
 
 
 def test_controls_send_something_else(receiver: Agent, sharer: Agent) -> None:

@@ -46,6 +46,29 @@ def test_the_receiver_goes_on_from_a_cache_as_from_the_text(
     assert torch.equal(answers_of(agents[1], ids), logits(agents[1], ids).argmax(-1))
 
 
+@pytest.mark.parametrize("placement", ["append", "prefix"])
+def test_slots_stand_where_the_adapter_was_trained(
+    placement: Any, agents: tuple[Any, Any], generator: torch.Generator
+) -> None:
+    adapter = make_slots_adapter(*agents, slots=3, seed=0).eval()
+    with torch.no_grad():
+        adapter.get_parameter("up_weight").mul_(10.0)
+    adapter.trained_placement = placement
+    channels, items = SlotsChannels(adapter, *agents), cross_items(40, 2, generator)
+    ids = items.receiver_ids
+    with torch.no_grad():
+        sent = channels.message(read(agents[0], items.sharer_ids), items)
+        got = channels.answer(ids, sent)
+        message = Message.from_bytes(sent).to(torch.float32)
+        if placement == "prefix":
+            cache = adapter.prefix(agents[1], message)
+            expected = agents[1](ids, past_key_values=cache).logits[:, -1].argmax(-1)
+        else:
+            expected = go_on(agents[1], adapter.append(agents[1], read(agents[1], ids[:, :-1]), message), ids)
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, answers_of(agents[1], ids))
+
+
 def test_messages_are_their_own_items(agents: tuple[Any, Any], generator: torch.Generator) -> None:
     """The matched answer depends on the item's own message, the mismatched one on the other's, and on nothing else."""
     channels = CrossChannels(make_adapter(*agents, cross_context=True, seed=0), *agents)

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -187,6 +188,26 @@ def test_one_model_on_both_sides_brings_kvcomm(world: Path, tmp_path: Path) -> N
     assert main([*same, "--no-controls", "--no-plots"]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
     assert [channel["channel"] for channel in summary["sets"][0]["channels"]] == ["none", "kvcomm_0.5"]
+
+
+def test_slots_stand_where_their_folder_says(world: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    adapter = LatentSlots(LCFConfig(CacheGeometry(2, 1, 16), CacheGeometry(2, 2, 16), bottleneck=64, slots=3))
+    adapter.trained_placement = "prefix"
+    adapter.save_pretrained(tmp_path / "slots")
+    more = ["--adapter", str(tmp_path / "slots"), "--data", str(world / "facts.jsonl"), "--channels", "slots"]
+    more += ["--no-plots", "--no-controls"]
+
+    def answers(name: str, *told: str) -> list[Any]:
+        assert main(arguments(world, tmp_path / name, *more, *told)) == 0
+        lines = (tmp_path / name / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        return [[row["id"], row["prediction"]] for row in map(json.loads, lines)]
+
+    untold = answers("untold")
+    assert answers("prefix", "--placement", "prefix") == untold
+    with pytest.warns(UserWarning, match="trained with 'prefix'"):
+        told = answers("append", "--placement", "append")
+    assert [id for id, _ in told] == [id for id, _ in untold]
 
 
 @pytest.mark.parametrize("placement", ["append", "prefix"])

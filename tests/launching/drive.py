@@ -9,6 +9,7 @@ the launch was given, addresses in launch tables among them. What it cannot: tha
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import re
@@ -90,7 +91,7 @@ def watch(stub: ctypes.CDLL, capability: tuple[int, int]) -> list[dict[str, Any]
     torch.cuda.get_device_capability = lambda *_: capability
     torch.cuda.current_device = lambda: 0
     torch.cuda.synchronize = lambda *_: None
-    torch._C._cuda_getCurrentRawStream = lambda _: 0  # type: ignore[attr-defined]
+    torch._C._cuda_getCurrentRawStream = lambda device: 0
     active: Any = CudaDriver()
     active.launcher_cls = Launcher
     active.get_current_device = lambda: 0
@@ -125,7 +126,7 @@ def main() -> None:
     backends._obstacle = lambda *_: None
     common._target = lambda _: chip  # type: ignore[assignment]
     sys.path += [str(TESTS / "gpu"), str(TESTS)]
-    import sanitize
+    sanitize = importlib.import_module("sanitize")
 
     with torch.no_grad(), lcf_fast.use_backend("triton"):
         sanitize.main("cpu")

@@ -10,18 +10,21 @@ from typing import Any
 import pytest
 import torch
 from tiny_folders import save_tiny_model, write_lines
-from tiny_training import RandomData, read_log, tiny_adapter, tiny_model, tiny_settings
+from tiny_training import RandomData, read_log, tiny_adapter, tiny_model, tiny_settings, tiny_store
 from torch import Tensor
 
 from lcf_fast import CacheGeometry, LatentSlots, LCFConfig
 from lcf_fast.cli import main
 from lcf_fast.errors import DTypeError, GeometryError, LCFError
 from lcf_fast.reading.prefill import dynamic_cache
+from lcf_fast.training import prefills as prefills_module
+from lcf_fast.training import step as step_module
 from lcf_fast.training.batches import Batch
 from lcf_fast.training.failures import RunError
 from lcf_fast.training.held_out import held_out_loss
+from lcf_fast.training.prefills import StoredPrefills
 from lcf_fast.training.settings import TrainingSettings
-from lcf_fast.training.step import OnlinePrefills, TrainingStep, frozen
+from lcf_fast.training.step import OnlinePrefills, TrainingStep, frozen, receiver_prefill
 from lcf_fast.training.trainer import Trainer
 
 SLOTS = 4
@@ -155,6 +158,34 @@ def test_held_out_loss_is_measured_as_it_is_used(models: tuple[Any, Any]) -> Non
         assert adapter.training
 
 
+@pytest.mark.parametrize("stored", [False, True], ids=["online", "stored"])
+def test_before_the_prompt_nobody_reads_it_without_slots(
+    stored: bool, models: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The receiver's plain prefill is for slots behind it, and for the loss without any."""
+    adapter, settings, reads = adapter_of(models).eval(), tiny_settings(), []
+    if stored:
+        tiny_store(tmp_path, settings, cross_context=True, with_receiver=False)
+        prefills: Any = StoredPrefills(tmp_path, adapter, models[1], settings)
+    else:
+        prefills = OnlinePrefills(*models)
+
+    def counted(receiver: Any, batch: Batch) -> Any:
+        reads.append(batch)
+        return receiver_prefill(receiver, batch)
+
+    for module in (step_module, prefills_module):
+        monkeypatch.setattr(module, "receiver_prefill", counted)
+    batch = RandomData(settings, cross_context=True).batch(0, 0)
+    prefix = TrainingStep(adapter, models[1], prefills, placement="prefix", guard_weight=0.1)
+    prefix.backward(prefix(batch))
+    assert not reads
+    TrainingStep(adapter, models[1], prefills, placement="append")(batch)
+    assert len(reads) == 1
+    held_out_loss(prefix, prefills, [batch])
+    assert len(reads) == 2
+
+
 # --- whole runs
 # ---------------------------------------------------------------------
 
@@ -192,6 +223,8 @@ def test_a_run_learns_and_goes_on_bitwise(changes: dict[str, Any], tmp_path: Pat
     assert read_log(tmp_path / "stopped") == read_log(tmp_path / "whole")
     saved = LatentSlots.from_pretrained(tmp_path / "whole" / "adapter")
     assert torch.equal(saved.get_parameter("slot_query"), whole.get_parameter("slot_query"))
+    for folder in ("adapter", "checkpoints/step-00000004/adapter"):
+        assert LatentSlots.from_pretrained(tmp_path / "whole" / folder).trained_placement == settings.placement
     other = replace(settings, guard_margin=2.0)
     with pytest.raises(RunError, match="guard_margin"):
         trainer(tmp_path / "stopped", other).run(resume=True)
@@ -264,7 +297,13 @@ def test_the_command_trains_slots(arguments: list[str], tmp_path: Path) -> None:
     assert {name: state["settings"][name] for name in wanted} == wanted
     again = ["--cross-context", "--init-from", str(tmp_path / "run" / "adapter")]
     assert main([*arguments, "--out", str(tmp_path / "again"), *again]) == 0
-    assert LatentSlots.from_pretrained(tmp_path / "again" / "adapter").config == adapter.config
+    other = LatentSlots.from_pretrained(tmp_path / "again" / "adapter")
+    assert other.config == adapter.config
+    assert other.trained_placement == adapter.trained_placement == "prefix"  # as what it began with
+    told = ["--cross-context", "--placement", "append", "--init-from", str(tmp_path / "run" / "adapter")]
+    with pytest.warns(UserWarning, match="trained with 'prefix'"):
+        assert main([*arguments, "--out", str(tmp_path / "told"), *told]) == 0
+    assert LatentSlots.from_pretrained(tmp_path / "told" / "adapter").trained_placement == "append"
 
 
 def test_it_trains_on_what_is_cached(arguments: list[str], tmp_path: Path) -> None:
