@@ -74,6 +74,8 @@ def save_side(side: SideOf, directory: str | os.PathLike[str]) -> None:
     }
     if isinstance(side, SlotsSharerSide):
         description["slots"] = side.slot_count
+        if side.per_span:
+            description["per_span"] = True
     _save(side, directory, SIDE_FILE, description)
 
 
@@ -219,7 +221,9 @@ def load_side(
     make: Any = kind
     own: dict[str, Any] = {"receiver_layers": kept}
     if has_slots:
-        own = {"slots": description["slots"]}
+        own = {"slots": description["slots"], "per_span": description.get("per_span", False)}
+        if not isinstance(own["per_span"], bool):
+            raise CheckpointError(f"{path}: per_span", expected="a bool", got=repr(own["per_span"])[:80])
         if type(own["slots"]) is not int or own["slots"] < 1:
             raise CheckpointError(f"{path}: slots", expected="1 or more", got=repr(own["slots"])[:80])
         if len(kept) != geometries[1].layers:

@@ -138,6 +138,7 @@ class LCFConfig:
         cross_context: False for LCF (shared context), True for LCF-X (pooled spans of another context).
         slots: above 0, a slots adapter (`lcf_fast.slots`): so many learned slots pool another context, and become as
             many positions of the receiver's cache. Sets ``cross_context``.
+        per_span: of slots: so many for each span of the context, which they pool by itself, and not for all of it.
         ffn_blocks, ffn_expansion: residual blocks in the bottleneck and their inner width over d.
         norm_eps: added to the mean square in the RMS norm.
         dropout: probability, used in training only.
@@ -159,6 +160,7 @@ class LCFConfig:
     dropout: float = 0.1
     gate_init: float | None = None
     slots: int = 0
+    per_span: bool = False
 
     def __post_init__(self) -> None:
         for name in ("sharer", "receiver"):
@@ -174,6 +176,10 @@ class LCFConfig:
         if self.slots != 0 or isinstance(self.slots, bool):
             _positive_int("slots", self.slots)
             object.__setattr__(self, "cross_context", True)
+        if not isinstance(self.per_span, bool):
+            raise DTypeError("per_span", expected="a bool", got=repr(self.per_span))
+        if self.per_span and not self.slots:
+            raise GeometryError("per_span", expected="slots beside it", got="slots=0")
         if _finite_float("norm_eps", self.norm_eps) < 0:
             raise GeometryError("norm_eps", expected="a number >= 0", got=str(self.norm_eps))
         if not 0 <= _finite_float("dropout", self.dropout) < 1:
@@ -229,6 +235,8 @@ class LCFConfig:
         data = asdict(self)
         if not self.slots:  # so what has none is written as it was before there were any
             del data["slots"]
+        if not self.per_span:
+            del data["per_span"]
         if not isinstance(self.layer_map, str):
             data["layer_map"] = list(self.layer_map)
         return data

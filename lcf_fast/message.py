@@ -40,7 +40,8 @@ class Message:
             All that ``adapter.inject`` needs. None where only the summary was sent. Of slots ``(L, B, k, d)``, one
             latent a slot, all that ``LatentSlots.append`` and ``prefix`` need.
         receiver_layers: the receiver layer of each of the L latents, strictly ascending.
-        spans: number of spans P that were pooled, empty ones included; of the item that has most. Of slots 1.
+        spans: number of spans P that were pooled, empty ones included; of the item that has most. Of slots: spans that
+            were pooled to slots each; 1 where the whole context was.
         summary: ``(L, 2, B, Hs, Ds)``, the pooled keys (0) and values (1) themselves, ``K*`` and ``V*``; they
             do not depend on ``W_down``. May be None.
         span_weights: ``(L, B, Hs, P)``, what each span weighs in the summary; sums to 1 over P. For inspection,

@@ -355,6 +355,10 @@ class LatentSlots(SummarizesSlots, nn.Module):
         return self.config.sharer
 
     @property
+    def per_span(self) -> bool:
+        return self.config.per_span
+
+    @property
     def receiver_geometry(self) -> CacheGeometry:
         return self.config.receiver
 

@@ -32,7 +32,9 @@ from .fingerprint import SHARER_OF_SLOTS, Origin, slots_sharer_digest
 from .growing import GrowingSlots
 from .message import Message
 from .sharer import ReadsSharer, SideOf
+from .slot_spans import span_groups
 from .slot_states import SlotStates, finish_states, merge_states
+from .spans import Spans
 
 if TYPE_CHECKING:
     from .slots import LatentSlots
@@ -70,33 +72,43 @@ class SummarizesSlots(ReadsSharer):
 
     @property
     def slot_count(self) -> int:
-        """Slots that a message has."""
+        """Slots that a message has, of one span where they are :attr:`per_span`."""
         return int(self._weights()["slot_query"].shape[1])
+
+    @property
+    def per_span(self) -> bool:
+        """Whether it is for contexts in spans, each pooled by itself to all slots."""
+        raise AttributeError("per_span")
 
     # --- at once
 
     def summarize(
         self,
         sharer_cache: Any,
+        spans: Spans | Tensor | Sequence[Sequence[int]] | None = None,
         *,
         attention_mask: Tensor | None = None,
         slots: int | None = None,
         slot_weights: bool = False,
     ) -> Message:
-        """Pool the sharer's cache to a message of k latents a layer, whatever its length.
+        """Pool the sharer's cache to a message of k latents a layer, whatever its length; or to k for each span.
 
         Args:
             sharer_cache: a cache of the sharer, ``(B, Hs, N, Ds)`` a layer.
+            spans: as `LatentCacheFlow.summarize` takes them, each pooled by itself: P of them make P·k slots, span by
+                span. As many in every row, none of them empty (`lcf_fast.slot_spans.summarize_spans` for others).
+                None: one, of all tokens.
             attention_mask: ``(B, N)`` as transformers has it; padding is not pooled.
             slots: make the first so many alone; None: all that there are.
             slot_weights: whether the message tells what each token weighs in each slot, for inspection; that costs
                 another pass over the keys.
 
         Returns:
-            A :class:`Message` with ``latent (L, B, k, d)``, float32.
+            A :class:`Message` with ``latent (L, B, P·k, d)``, float32.
 
         Raises:
-            SpanError: a row without a token to pool. IndexRangeError: ``slots`` out of range.
+            SpanError: a row, or a span, without a token to pool; rows of different numbers of spans.
+            IndexRangeError: ``slots`` out of range.
             GeometryError, ShapeError, DTypeError, DeviceError: naming the argument, before anything is computed.
         """
         most = self.slot_count
@@ -104,6 +116,8 @@ class SummarizesSlots(ReadsSharer):
         if type(count) is not int or not 1 <= count <= most:
             raise IndexRangeError("slots", expected=f"1 to {most}", got=repr(slots))
         sharer, mask = self._read(sharer_cache, attention_mask)
+        if spans is not None:
+            mask = span_groups(spans, sharer[0][0], mask)
         weights = {**self._weights()}
         weights["slot_query"] = weights["slot_query"][:, :count]
         layers = [sharer[s] for s in self._reads]
@@ -116,13 +130,15 @@ class SummarizesSlots(ReadsSharer):
         if slot_weights:
             with torch.no_grad():
                 shares = eager_slots.slot_weights(layers, weights["slot_query"], mask)
-        return self._message(latent, shares)
+                # A row a span: the slots of an item's spans side by side.
+                shares = shares.unflatten(1, (latent.shape[1], -1)).transpose(2, 3).flatten(3, 4)
+        return self._message(latent, shares, latent.shape[2] // count)
 
-    def _message(self, latent: Tensor, slot_weights: Tensor | None = None) -> Message:
+    def _message(self, latent: Tensor, slot_weights: Tensor | None = None, spans: int = 1) -> Message:
         return Message(
             latent=latent,
             receiver_layers=self._kept,
-            spans=1,
+            spans=spans,
             sharer=self.sharer_geometry,
             receiver=self.receiver_geometry,
             made_by=self._pending(),
@@ -197,11 +213,13 @@ class SlotsSharerSide(SummarizesSlots, SideOf):
         bottleneck: int,
         slots: int,
         sharer_layers: Sequence[int],
+        per_span: bool = False,
         adapter_digest: str = "",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(sharer, receiver, range(receiver.layers), sharer_layers, adapter_digest, device)
+        self._per_span = per_span
         if type(slots) is not int or slots < 1:
             raise GeometryError("slots", expected="an int of 1 or more", got=repr(slots))
         for name, shape in side_parameter_shapes(sharer, receiver.layers, slots, bottleneck).items():
@@ -211,6 +229,10 @@ class SlotsSharerSide(SummarizesSlots, SideOf):
     def reset_parameters(self) -> None:
         """Fresh parameters, drawn as an adapter's are."""
         fill_fresh(self)
+
+    @property
+    def per_span(self) -> bool:
+        return self._per_span
 
     @classmethod
     def of(cls, adapter: LatentSlots) -> SlotsSharerSide:
@@ -254,6 +276,7 @@ class SlotsSharerSide(SummarizesSlots, SideOf):
             bottleneck=like.shape[1],
             slots=slots,
             sharer_layers=reads,
+            per_span=adapter.per_span,
             device=like.device,
             dtype=like.dtype,
         )

@@ -13,8 +13,12 @@ from ..caches import Pair, extend_cache
 from ..errors import ShapeError
 from ..message import Message
 from ..placement import placement_of, slot_positions, with_slots
+from ..reading.chat import window_size
+from ..reading.padding import shifted_spans
 from ..reading.prefill import dynamic_cache, positions_of, sliding_window
+from ..slot_spans import summarize_spans
 from ..slots import LatentSlots
+from ..span_text import Bounds
 from .agent import Agent, padded_left
 from .base import Channel, Clock, Prepared
 from .controls import check_control, controlled_message, sent_for
@@ -38,12 +42,14 @@ class SlotsChannel(Channel):
         dtype: of the messages on the wire.
         placement: ``"append"``, behind the prompt but its last token; or ``"prefix"``, before the prompt, which then
             reads them as it is prefilled; None: as the adapter was trained. Another than that is warned about.
-        slots: send the first so many of each message; None: all.
+        slots: send the first so many of each message, or of each span; None: all.
+        spans: how a sharer's context is cut, one of `lcf_fast.reading.chat.SPAN_SCHEMES`, where its adapter makes slots
+            for each span (``LCFConfig.per_span``).
         control: what is sent (`lcf_fast.channels.controls`).
         seed: of the random control.
 
     Raises:
-        GeometryError: an adapter for other models, an unknown placement or control.
+        SpanError: another way to cut. GeometryError: an adapter for other models, an unknown placement or control.
     """
 
     name = "slots"
@@ -57,11 +63,13 @@ class SlotsChannel(Channel):
         dtype: str = "bfloat16",
         placement: str | None = None,
         slots: int | None = None,
+        spans: str = "paragraphs",
         control: str = "matched",
         seed: int = 0,
     ) -> None:
         super().__init__(receiver)
-        self.adapter, self.dtype, self.slots = adapter, dtype, slots
+        window_size(spans)
+        self.adapter, self.dtype, self.slots, self.spans = adapter, dtype, slots, spans
         self.placement = placement_of(adapter, placement)
         self.control, self.seed = check_control(control), seed
         self.sharers = sharers_by_name(receiver, sharers)
@@ -73,8 +81,8 @@ class SlotsChannel(Channel):
         slots = [0] * len(requests)
         for name, sharer in self.sharers.items():
             for row in rows_told(told, name, self.sharers):
-                self._read(sharer.agent, told[row].sharer_contexts[name])
-                slots[row] += sharer.adapter.slot_count if self.slots is None else self.slots
+                _, bounds = self._read(sharer, told[row].sharer_contexts[name])
+                slots[row] += len(bounds) * (sharer.adapter.slot_count if self.slots is None else self.slots)
         for prompt, own in zip(prompts, slots):
             self.receiver.check_length(len(prompt) + own, room)
 
@@ -107,24 +115,36 @@ class SlotsChannel(Channel):
         long_ids, long_mask = with_slots(ids, mask, there, placement=self.placement)
         return Prepared(long_ids, long_mask, cache, sizes)
 
-    def _read(self, agent: Agent, paragraphs: Sequence[str]) -> list[int]:
-        """Tokens of a sharer's context, without a template as it is asked nothing."""
-        tokens: list[int] = agent.reader.text("\n\n".join(paragraphs))[0]
-        agent.check_length(max(2, len(tokens)))
-        return tokens
+    def _read(self, sharer: Sharer, paragraphs: Sequence[str]) -> tuple[list[int], Bounds]:
+        """Tokens of a sharer's context, without a template as it is asked nothing, and what is pooled by itself."""
+        reader = sharer.agent.reader
+        tokens: list[int]
+        if sharer.adapter.per_span:
+            tokens, bounds = reader.paragraphs(paragraphs, spans=self.spans)
+        else:
+            tokens = reader.text("\n\n".join(paragraphs))[0]
+            bounds = [(0, len(tokens))]
+        sharer.agent.check_length(max(2, len(tokens)))
+        return tokens, bounds
 
     def _messages(
         self, sharer: Sharer, contexts: Sequence[Sequence[str]], clock: Clock, generator: torch.Generator
     ) -> list[bytes]:
         agent = sharer.agent
-        read = [self._read(agent, paragraphs) for paragraphs in contexts]
-        ids, mask = padded_left(read, agent.padding(), agent.device)
+        read = [self._read(sharer, paragraphs) for paragraphs in contexts]
+        ids, mask = padded_left([tokens for tokens, _ in read], agent.padding(), agent.device)
+        spans = shifted_spans([bounds for _, bounds in read], [ids.shape[1] - len(tokens) for tokens, _ in read])
         with clock.of("sharer"):
             cache = agent.read(ids, mask)
         with clock.of("communication"):
-            made = sharer.adapter.summarize(cache, attention_mask=mask, slots=self.slots)
+            if sharer.adapter.per_span:
+                made, there = summarize_spans(sharer.adapter, cache, spans, attention_mask=mask, slots=self.slots)
+                counts = there.sum(1).tolist()
+            else:
+                made = sharer.adapter.summarize(cache, attention_mask=mask, slots=self.slots)
+                counts = [made.slots] * len(read)
             made = controlled_message(made, self.control, generator)
-            return [one.to_bytes(dtype=self.dtype) for one in made.split()]
+            return [one.take_slots(n).to_bytes(dtype=self.dtype) for one, n in zip(made.split(), counts)]
 
     def _received(self, sent: Sequence[Sequence[bytes]]) -> tuple[Message, Tensor]:
         """What came over the wire, as one message of the rows that have any, and which slots ``(B, k)`` a row has."""

@@ -107,8 +107,9 @@ class SlotsChannels(CrossChannels):
     """
 
     def message(self, sharer_cache: list[Pair], items: CrossItems) -> bytes:
-        """What is sent; where one fact ends is not told."""
-        sent: bytes = self.adapter.summarize(sharer_cache).to_bytes(dtype=WIRE_DTYPE)
+        """What is sent; where one fact ends is told to an adapter of slots for each span alone."""
+        spans = items.spans if self.adapter.per_span else None
+        sent: bytes = self.adapter.summarize(sharer_cache, spans).to_bytes(dtype=WIRE_DTYPE)
         return sent
 
     def answer(self, prompts: Tensor, sent: bytes) -> Tensor:

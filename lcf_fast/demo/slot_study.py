@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint import load_any
 from ..errors import CheckpointError
 from ..files import write_whole
 from ..message import Message
@@ -182,7 +183,7 @@ def _times(plan: StudyPlan, out: Path, seed: int, methods: Sequence[Method]) -> 
     items = cross_items(2, max(plan.facts), torch.Generator().manual_seed(95_000 + seed))
     ways: dict[str, Callable[[], object]] = {}
     for method in methods:
-        channels = method.channels(method.load(_adapter_path(out, seed, method)), model)
+        channels = method.channels(load_any(_adapter_path(out, seed, method)), model)
         with torch.no_grad():
             all_ways = channels.ways(items[:1], items[1:2])
         ways |= {method.key: all_ways[MATCHED], **{name: all_ways[name] for name in (NONE, TEXT)}}

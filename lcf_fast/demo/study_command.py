@@ -9,7 +9,7 @@ from typing import Any
 __all__ = ["add_study_command"]
 
 _EXAMPLES = """examples:
-  lcf-fast study --out out/slots                       the table: five seeds of each method; 35 minutes on two cores
+  lcf-fast study --out out/slots                       the table: five seeds of each method; 40 minutes on two cores
   lcf-fast study --out out/slots --methods slots_8 slots_8_shared slots_8_prefix     the same folder, other rows
   lcf-fast study --out out/slots --seeds 0 --methods lcf_x slots_8      one seed
   lcf-fast study --out out/try --quick                 everything in seconds, with nothing learned
@@ -31,9 +31,10 @@ def add_study_command(commands: Any) -> None:
     parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path("out/slots"), help="default: out/slots")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="N", help="default: 0 to 4")
     parser.add_argument("--methods", nargs="+", default=None, metavar="NAME",
-                        help="lcf, lcf_x, slots_K; or slots_K_ and what is changed: dropout (any number of slots can "
-                        "be sent), shared (queries, by all heads), one_block, per_fact (K = 1), prefix, guard; "
-                        "default: lcf lcf_x slots_1 slots_2 slots_4 slots_8 slots_16")  # fmt: skip
+                        help="lcf, lcf_x, slots_K; or slots_K_ and what is changed: per_span (K for each fact by "
+                        "itself), dropout (any number can be sent), shared (queries, by all heads), one_block, prefix, "
+                        "guard; default: lcf lcf_x slots_1 slots_2 slots_4 slots_8 slots_16 "
+                        "slots_1_per_span")  # fmt: skip
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each; default: 2")
     parser.add_argument("--quick", action="store_true", help="seconds: everything is done, nothing learned")
     parser.add_argument("--no-plot", action="store_true", help="no picture, which needs matplotlib")

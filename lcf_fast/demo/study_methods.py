@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +17,6 @@ from torch import Tensor
 
 from ..adapter import LatentCacheFlow
 from ..caches import Pair
-from ..checkpoint import load_any
 from ..config import CacheGeometry, LCFConfig
 from ..errors import GeometryError
 from ..message import Message
@@ -34,13 +31,13 @@ from .tasks import OWN_FACTS, CrossItems, cross_items
 __all__ = ["METHODS", "VARIANTS", "Method", "method_of"]
 
 #: Of the study's table.
-METHODS = ("lcf", "lcf_x", "slots_1", "slots_2", "slots_4", "slots_8", "slots_16")
+METHODS = ("lcf", "lcf_x", "slots_1", "slots_2", "slots_4", "slots_8", "slots_16", "slots_1_per_span")
 #: What they change, as tables say it.
 VARIANTS = {
+    "per_span": "for each fact by itself",
     "dropout": "any number sent",
     "shared": "one query for all heads",
     "one_block": "one FFN block",
-    "per_fact": "for each fact by itself",
     "prefix": "as a prefix",
     "guard": "guard loss",
 }
@@ -81,9 +78,11 @@ class Method:
         config = LCFConfig(side, side, bottleneck=BOTTLENECK, slots=self.slots, dropout=0.0)
         if self.variant == "one_block":
             config = replace(config, ffn_blocks=1)
+        if self.variant == "per_span":
+            config = replace(config, per_span=True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            adapter = (SlotPerFact if self.variant == "per_fact" else LatentSlots)(config)
+            adapter = LatentSlots(config)
         if self.variant == "shared":
             _share_queries(adapter)
         return adapter
@@ -116,10 +115,6 @@ class Method:
             count -= query.numel() - query[:, :, 0].numel()
         return count
 
-    def load(self, folder: Path) -> Any:
-        """An adapter that was saved."""
-        return SlotPerFact.from_pretrained(folder) if self.variant == "per_fact" else load_any(folder)
-
     def channels(self, adapter: Any, model: Any) -> CrossChannels:
         """What passes between the model and itself."""
         kind = CrossChannels if self.key == "lcf_x" else SlotsChannels
@@ -141,9 +136,8 @@ def method_of(key: str) -> Method:
     found = re.fullmatch(r"slots_([1-9]\d?)(?:_(\w+))?", key)
     slots, variant = (int(found[1]), found[2] or "") if found else (0, "")
     fits = not variant or variant in VARIANTS
-    if not 1 <= slots <= 64 or not fits or (variant == "per_fact" and slots != 1):
-        variants = ", ".join(VARIANTS)
-        expected = f"lcf, lcf_x or slots_K, K from 1 to 64, or slots_K_ and one of {variants} (per_fact: K = 1)"
+    if not 1 <= slots <= 64 or not fits:
+        expected = f"lcf, lcf_x or slots_K, K from 1 to 64, or slots_K_ and one of {', '.join(VARIANTS)}"
         raise GeometryError("--methods", expected=expected, got=repr(key))
     return Method(key, slots, variant)
 
@@ -201,23 +195,6 @@ def _share_queries(adapter: LatentSlots) -> None:
         query.copy_(query[:, :, :1].expand_as(query).clone())
     # Of the norm that one gradient for all of them has.
     query.register_hook(lambda grad: grad.sum(2, keepdim=True).expand_as(grad) / math.sqrt(heads))
-
-
-class SlotPerFact(LatentSlots):
-    """One slot for each fact, which pools that fact's tokens alone: as many slots as there are facts."""
-
-    def summarize(self, sharer_cache: Sequence[Pair], **_: Any) -> Message:  # type: ignore[override]
-        """As `LatentSlots.summarize`, of a cache of facts alone."""
-        batch = sharer_cache[0][0].shape[0]
-        facts = [[_apart(part) for part in pair] for pair in sharer_cache]
-        message = super().summarize([(key, value) for key, value in facts])
-        assert message.latent is not None
-        return replace(message, latent=message.latent.unflatten(1, (batch, -1)).squeeze(3))
-
-
-def _apart(cache: Tensor) -> Tensor:
-    """``(B, H, 2n, D)`` as ``(B·n, H, 2, D)``: a row a fact."""
-    return cache.unflatten(2, (-1, FACT)).transpose(1, 2).flatten(0, 1)
 
 
 class PrefixChannels(SlotsChannels):

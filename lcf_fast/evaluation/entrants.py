@@ -64,7 +64,7 @@ def entrants(
         dtype: of the messages of LCF-X and slots.
         placement: of slots; None: as each adapter was trained.
         spans: how LCF-X's contexts are cut: the first under every control, each other one as a channel of its own
-            with the matching message alone.
+            with the matching message alone. The first also cuts those of slots that are made for each span.
         ratios: of layers that KVComm shares, one channel each.
         calibration: a request by which KVComm chooses its layers; None: it does not take part. KVComm needs one model
             on both sides: where the sharer has another, the receiver's own reads in its place.
@@ -101,7 +101,7 @@ def entrants(
         found.append(Entrant(f"text_{most}", text, limited(_TEXT), {"most_tokens": most, **options}))
     for made, own in ((one, _own(one, own_adapters)) for one in adapters):
         if isinstance(made, LatentSlots):
-            found.append(_slots(receiver, sharer, made, own, dtype, placement, limited, seed))
+            found.append(_slots(receiver, sharer, made, own, dtype, placement, spans[0], limited, seed))
         elif made.config.cross_context:
             found += _lcf_x(receiver, sharer, made, own, dtype, spans, limited, seed)
         else:
@@ -206,11 +206,12 @@ def _slots(
     own: Any,
     dtype: str,
     placement: str | None,
+    spans: str,
     limited: _Limited,
     seed: int,
 ) -> Entrant:
     itself = receiver.called(sharer.name)
-    options: dict[str, Any] = {"dtype": dtype, "placement": placement, "seed": seed}
+    options: dict[str, Any] = {"dtype": dtype, "placement": placement, "spans": spans, "seed": seed}
     for made in (adapter, own):
         if made is not None:
             made.eval()
@@ -226,4 +227,6 @@ def _slots(
     settings = {**_weights(adapter, own), "dtype": dtype, "placement": placement or adapter.placement}
     if own is not None and own.placement != adapter.placement and placement is None:
         settings["own_placement"] = own.placement
+    if adapter.per_span:
+        settings["spans"] = spans
     return Entrant("slots", make, able, settings, "cross")

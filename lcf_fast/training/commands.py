@@ -65,7 +65,7 @@ _TRAINING_SETTINGS = {
 }
 
 #: Fields of LCFConfig that are arguments.
-_ADAPTER = ("bottleneck", "dropout", "gate_init", "layer_map", "slots")
+_ADAPTER = ("bottleneck", "dropout", "gate_init", "layer_map", "slots", "per_span")
 
 
 def layer_list(text: str) -> tuple[int, ...]:
@@ -131,6 +131,8 @@ def add_train_command(commands: Any) -> None:
     adapter.add_argument("--init-from", metavar="DIR", type=Path, help="begin with this adapter, not with a fresh one")
     slots = parser.add_argument_group("slots")
     slots.add_argument("--slots", type=int, metavar="K", help="train K slots, with --cross-context, which it implies")
+    each = "K for each span (paragraph) of the context, which is then pooled by itself"
+    slots.add_argument("--per-span", action="store_true", default=None, help=each)
     slots.add_argument("--slot-dropout", action="store_true", help="send the first 1 to K of them, drawn evenly")
     where = "behind the prompt or before it; default: as what --init-from names was trained, else append"
     slots.add_argument("--placement", choices=["append", "prefix"], help=where)

@@ -19,17 +19,19 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..caches import Pair
+from ..caches import Pair, extend_cache
 from ..config import CacheGeometry
 from ..errors import GeometryError, ShapeError
 from ..message import Message
-from ..placement import check_placement
+from ..placement import check_placement, slot_positions
 from ..reading.prefill import DTYPES, dynamic_cache, positions_of, prefill
+from ..slot_spans import slots_there, summarize_spans
 from .timing import Stopwatch
 
 if TYPE_CHECKING:
     from ..adapter import LatentCacheFlow
     from ..slots import LatentSlots
+    from ..spans import Spans
     from .batches import Batch
 
 __all__ = ["OnlinePrefills", "Prefill", "TrainingStep", "frozen"]
@@ -161,9 +163,11 @@ class TrainingStep(nn.Module):
             message = self._message(batch, caches)
             assert message.latent is not None
             other = replace(message, latent=message.latent.roll(1, 1), summary=None)
-            edited = [self._informed(batch, caches, one) for one in (message, other)]
+            there = self._there(batch, message.slots)
+            sent = [(message, there), (other, None if there is None else there.roll(1, 0))]
+            edited = [self._informed(batch, caches, one, slots) for one, slots in sent]
             self._watch([pair for one in edited for pair in one])
-        matched, mismatched = (self._losses(batch, one) for one in edited)
+        matched, mismatched = (self._losses(batch, one, slots) for one, (_, slots) in zip(edited, sent))
         tokens = batch.response_mask.to(matched.device).sum(1)
         hinge = (self.guard_margin - (mismatched - matched) / tokens).clamp_min(0)
         return matched.sum() + self.guard_weight * (tokens * hinge).sum()
@@ -180,7 +184,8 @@ class TrainingStep(nn.Module):
     def edit(self, batch: Batch, caches: Prefill) -> Sequence[Pair]:
         """The receiver's cache of the prompt but its last token, edited by the adapter, or with its slots."""
         if self.adapter.config.cross_context:
-            edited = self._informed(batch, caches, self._message(batch, caches))
+            message = self._message(batch, caches)
+            edited = self._informed(batch, caches, message, self._there(batch, message.slots))
         else:
             device, adapter = caches.receiver[0][0].device, cast("LatentCacheFlow", self.adapter)
             index = None if batch.sharer_index is None else batch.sharer_index[:, :-1].to(device)
@@ -205,22 +210,39 @@ class TrainingStep(nn.Module):
         if self.slot_dropout and adapter.training:
             # From torch's generator, as all noise is: a trainer seeds it by the micro-batch's place in the run.
             count = int(torch.randint(1, most + 1, ()))
+        if self._spans(batch) is not None:
+            return summarize_spans(adapter, caches.sharer, batch.spans, attention_mask=mask, slots=count)[0]
         message = adapter.summarize(caches.sharer, attention_mask=mask, slots=count)
         return message
 
-    def _informed(self, batch: Batch, caches: Prefill, message: Message) -> Sequence[Pair]:
-        """What the receiver goes on from, given a message."""
+    def _spans(self, batch: Batch) -> Spans | None:
+        """The spans that are pooled to slots each."""
+        return batch.spans if self.adapter.config.per_span else None
+
+    def _there(self, batch: Batch, slots: int) -> Tensor | None:
+        """Which of so many slots each row has, ``(B, slots)``; None without slots."""
+        if not self.adapter.config.slots:
+            return None
+        device, spans = self._frozen[0].device, self._spans(batch)
+        if spans is None:
+            return torch.ones(len(batch.ids), slots, dtype=torch.int64, device=device)
+        return slots_there(spans, sharer_tokens(batch)[1], slots).to(device)
+
+    def _informed(self, batch: Batch, caches: Prefill, message: Message, there: Tensor | None) -> Sequence[Pair]:
+        """What the receiver goes on from, given a message; ``there (B, k)``: which of its slots a row has."""
         (receiver,) = self._frozen
         adapter: Any = self.adapter
         mask = batch.receiver_mask[:, :-1].to(receiver.device)
-        if not adapter.config.slots:
+        if there is None:
             injected: Sequence[Pair] = adapter.inject(caches.receiver, message, attention_mask=mask)
             return injected
+        before = mask.sum(1) if self.placement == "append" else 0
+        placed = adapter.place(receiver, message, slot_positions(before, there, len(mask), mask.device))
         if self.placement == "append":
-            appended: Sequence[Pair] = adapter.append(receiver, caches.receiver, message, attention_mask=mask)
+            appended: Sequence[Pair] = extend_cache(caches.receiver, caches.receiver, placed)
             return appended
-        cache = adapter.prefix(receiver, message)
-        whole = torch.cat([mask.new_ones(len(mask), message.slots), mask], 1).long()
+        cache: Any = dynamic_cache((key.to(receiver.dtype), value.to(receiver.dtype)) for key, value in placed)
+        whole = torch.cat([there, mask.long()], 1)
         receiver.base_model(
             input_ids=batch.receiver_ids[:, :-1].to(receiver.device),
             attention_mask=whole,
@@ -244,14 +266,17 @@ class TrainingStep(nn.Module):
         """Sum of the receiver's cross-entropy on the response, given the edited cache."""
         return nn.functional.cross_entropy(*self._predicted(batch, edited), reduction="sum")
 
-    def _losses(self, batch: Batch, edited: Sequence[Pair]) -> Tensor:
+    def _losses(self, batch: Batch, edited: Sequence[Pair], there: Tensor | None) -> Tensor:
         """``(B,)``: each item's part of `loss`."""
-        losses = nn.functional.cross_entropy(*self._predicted(batch, edited), reduction="none")
+        losses = nn.functional.cross_entropy(*self._predicted(batch, edited, there), reduction="none")
         mask = batch.response_mask.to(losses.device).bool()
         return losses.new_zeros(mask.shape).masked_scatter(mask, losses).sum(1)
 
-    def _predicted(self, batch: Batch, edited: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-        """Logits ``(R, V)`` and ids ``(R,)`` of all response tokens, item by item."""
+    def _predicted(self, batch: Batch, edited: Sequence[Pair], there: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits ``(R, V)`` and ids ``(R,)`` of all response tokens, item by item.
+
+        ``there``: which slots a row has, where those are not its own message's.
+        """
         (receiver,) = self._frozen
         device = edited[0][0].device
         cache = dynamic_cache(edited)
@@ -260,7 +285,8 @@ class TrainingStep(nn.Module):
         slots = edited[0][0].shape[2] - (prompt_mask.shape[1] - 1)
         if slots:
             at = prompt_mask.shape[1] - 1 if self.placement == "append" else 0
-            there = prompt_mask.new_ones(len(prompt_mask), slots)
+            there = self._there(batch, slots) if there is None else there
+            assert there is not None
             prompt_mask = torch.cat([prompt_mask[:, :at], there, prompt_mask[:, at:]], 1)
         last = batch.receiver_ids[:, -1:].to(device)
         mask = torch.cat([prompt_mask, response_mask[:, :-1].long()], 1)

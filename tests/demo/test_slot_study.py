@@ -22,14 +22,14 @@ from lcf_fast.demo.agents import AgentSize, make_agent
 from lcf_fast.demo.channels import read
 from lcf_fast.demo.slot_report import study_markdown, write_study
 from lcf_fast.demo.slot_study import FULL_STUDY, QUICK_STUDY, _load_agent, run_study
-from lcf_fast.demo.study_methods import METHODS, VARIANTS, Method, SlotPerFact, method_of, side_by_side
+from lcf_fast.demo.study_methods import METHODS, VARIANTS, Method, method_of, side_by_side
 from lcf_fast.demo.tasks import CrossItems, cross_items, others
 from lcf_fast.errors import CheckpointError, GeometryError
 
 
 def test_everything_is_done_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["study", "--quick", "--out", str(tmp_path), "--seeds", "3", "--workers", "1"]
-    methods = ["lcf", "lcf_x", "slots_2", "slots_2_dropout", "slots_2_prefix", "slots_1_per_fact"]
+    methods = ["lcf", "lcf_x", "slots_2", "slots_2_dropout", "slots_2_prefix", "slots_1_per_span"]
     assert main([*command, "--methods", *methods]) == 0
     study = json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))
     assert study_markdown(study) in capsys.readouterr().out
@@ -137,16 +137,15 @@ def test_what_is_refused(more: list[str], tmp_path: Path, capsys: pytest.Capture
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "key", ["slots_0", "slots_08", "lcf_8", "slots_8_", "slots_8_cheap", "slots_2_per_fact", "c2c"]
-)
+@pytest.mark.parametrize("key", ["slots_0", "slots_08", "lcf_8", "slots_8_", "slots_8_cheap", "slots_8_spans", "c2c"])
 def test_no_such_method(key: str) -> None:
     with pytest.raises(GeometryError, match="--methods"):
         method_of(key)
 
 
 def test_methods_have_names_of_their_own() -> None:
-    keys = [*METHODS, *(f"slots_{1 if variant == 'per_fact' else 8}_{variant}" for variant in VARIANTS)]
+    keys = [*METHODS, *(f"slots_8_{variant}" for variant in VARIANTS)]
+    assert len(set(keys)) == len(keys)
     methods = [method_of(key) for key in keys]
     assert [method.key for method in methods] == keys
     assert len({method.name for method in methods}) == len(keys)
@@ -190,20 +189,17 @@ def test_shared_queries_of_two_heads() -> None:
     assert method.parameters(adapter) < adapter.parameter_count()
 
 
-def test_a_slot_a_fact_pools_that_fact_alone(model: Any, tmp_path: Path) -> None:
-    method, adapter = trained("slots_1_per_fact", model)
+def test_a_slot_a_fact_pools_that_fact_alone(model: Any) -> None:
+    method, adapter = trained("slots_1_per_span", model)
     items = items_of(2)
     cache = read(model, items.sharer_ids)
-    latent: Tensor = adapter.summarize(cache).latent
+    sent = Message.from_bytes(method.channels(adapter, model).message(cache, items))
+    latent: Any = sent.latent
     assert latent.shape[1:3] == (3, 2)
     for fact in range(2):
         part = [(key[:, :, 2 * fact : 2 * fact + 2], value[:, :, 2 * fact : 2 * fact + 2]) for key, value in cache]
-        alone: Any = LatentSlots.summarize(adapter, part).latent
-        torch.testing.assert_close(latent[:, :, fact], alone[:, :, 0])
-    adapter.save_pretrained(tmp_path)
-    again = method.load(tmp_path)
-    assert isinstance(again, SlotPerFact)
-    torch.testing.assert_close(again.summarize(cache).latent, latent, rtol=0, atol=0)
+        alone: Any = adapter.summarize(part).latent
+        torch.testing.assert_close(latent[:, :, fact].float(), alone[:, :, 0], rtol=0.01, atol=0.01)
 
 
 def test_one_block(model: Any) -> None:

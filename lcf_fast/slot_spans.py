@@ -1,0 +1,137 @@
+"""Slots of a context in spans: each span is pooled by itself, by all of an adapter's slots.
+
+A row of P spans then has P·k slots. Rows of a batch may have different numbers of spans: `summarize_spans` pools those
+of a kind together, fills up the others' rows, and says which slots a row has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .checks import reads_values
+from .errors import ShapeError, SpanError
+from .inputs import host_spans, span_offsets
+from .message import Message
+from .span_text import Bounds
+from .spans import Spans
+
+if TYPE_CHECKING:
+    from .caches import Pair
+    from .slots_sharer import SummarizesSlots
+
+__all__ = ["slots_there", "span_groups", "summarize_spans"]
+
+
+def span_groups(spans: Any, key: Tensor, mask: Tensor | None) -> Tensor:
+    """``(B, P, N)`` bool: the tokens of each span that are to be pooled, on the device of ``key (B, H, N, D)``.
+
+    ``mask (B, N)`` bool: real tokens. Spans on a device are taken there, without a look at them.
+
+    Raises:
+        SpanError: rows of different numbers of spans, or a span without a token. As `lcf_fast.inputs.host_spans`.
+    """
+    if isinstance(spans, Tensor) and not reads_values(spans):
+        starts = span_offsets(spans, key, mask)[0]
+        starts, stops = starts[:, :-1], starts[:, 1:]
+    else:
+        seen = mask if mask is not None and reads_values(mask) else None
+        bounds = _bounds(host_spans(spans, key), key.shape[2], seen)
+        counts = [len(row) for row in bounds]
+        if len(set(counts)) > 1:
+            expected = "as many spans in every row (lcf_fast.slot_spans.summarize_spans takes rows that differ)"
+            raise SpanError("spans", expected=expected, got=f"{counts} of them"[:200])
+        sides = torch.tensor(bounds, dtype=torch.int64).reshape(len(bounds), -1, 2).to(key.device, non_blocking=True)
+        starts, stops = sides.unbind(-1)
+    at = torch.arange(key.shape[2], device=key.device)
+    inside = (at >= starts[..., None]) & (at < stops[..., None])
+    return inside if mask is None else inside & mask[:, None]
+
+
+def summarize_spans(
+    side: SummarizesSlots,
+    sharer_cache: Sequence[Pair],
+    spans: Any,
+    *,
+    attention_mask: Tensor | None = None,
+    slots: int | None = None,
+) -> tuple[Message, Tensor]:
+    """`SummarizesSlots.summarize` of rows that may have different numbers of spans.
+
+    Args:
+        side: what summarizes.
+        sharer_cache: one ``(key, value)`` a layer, ``(B, Hs, N, Ds)`` each.
+        spans, attention_mask, slots: as `SummarizesSlots.summarize` takes them; a span without a real token is none.
+
+    Returns:
+        The message, ``latent (L, B, S, d)``, S slots of the row that has most, zeros where one has fewer; and which
+        slots a row has, ``(B, S)`` int64, as `lcf_fast.placement` takes it.
+
+    Raises:
+        SpanError: a row without a span. As `SummarizesSlots.summarize`.
+    """
+    key = sharer_cache[0][0]
+    if attention_mask is not None and tuple(attention_mask.shape) != (key.shape[0], key.shape[2]):
+        expected = f"(B, N) = ({key.shape[0]}, {key.shape[2]})"
+        raise ShapeError("attention_mask", expected=expected, got=str(tuple(attention_mask.shape)))
+    bounds = _bounds(host_spans(spans, key), key.shape[2], attention_mask)
+    alike: dict[int, list[int]] = {}
+    for row, found in enumerate(bounds):
+        alike.setdefault(len(found), []).append(row)
+    parts = []
+    for rows in alike.values():
+        is_all = len(rows) == len(bounds)
+        part = list(sharer_cache) if is_all else [(k[rows], v[rows]) for k, v in sharer_cache]
+        mask = attention_mask if is_all or attention_mask is None else attention_mask[rows]
+        parts.append(side.summarize(part, Spans.given([bounds[r] for r in rows]), attention_mask=mask, slots=slots))
+    most = max(part.slots for part in parts)
+    latents = []
+    for made in parts:
+        assert made.latent is not None
+        latents.append(pad(made.latent, (0, 0, 0, most - made.slots)))
+    order = torch.tensor([row for rows in alike.values() for row in rows], device=key.device).argsort()
+    message = replace(parts[0], latent=torch.cat(latents, 1)[:, order], spans=max(alike))
+    return message, _there([len(found) for found in bounds], most).to(key.device)
+
+
+def slots_there(spans: Spans, attention_mask: Tensor, most: int) -> Tensor:
+    """Which slots a row has, of ``most`` that a message of `summarize_spans` has: ``(B, most)`` int64.
+
+    ``attention_mask (B, N)``: what that was given.
+    """
+    counts = [len(found) for found in _bounds(spans, attention_mask.shape[1], attention_mask)]
+    return _there(counts, most).to(attention_mask.device)
+
+
+def _there(counts: list[int], most: int) -> Tensor:
+    each = most // max(counts)
+    return (torch.arange(most) < each * torch.tensor(counts)[:, None]).long()
+
+
+def _bounds(spans: Spans, tokens: int, mask: Tensor | None) -> list[Bounds]:
+    """Each row's spans that hold a token to pool, in order.
+
+    Raises:
+        SpanError: a span beyond the tokens, or a row without one.
+    """
+    found: list[Bounds] = spans.bounds()
+    for row in found:
+        beyond = [pair for pair in row if pair[0] < 0 or pair[1] > tokens]
+        if beyond:
+            raise SpanError("spans", expected=f"spans within [0, {tokens}]", got=str(beyond[0]))
+    if mask is not None:
+        found = _real(found, mask)
+    empty = [i for i, row in enumerate(found) if not row]
+    if empty:
+        raise SpanError("spans", expected="a span with a token in every row", got=f"none in rows {empty}"[:200])
+    return found
+
+
+def _real(found: list[Bounds], mask: Tensor) -> list[Bounds]:
+    real = [torch.cat([row.new_zeros(1), row.cumsum(0)]).tolist() for row in (mask != 0).long().cpu()]
+    return [[(a, b) for a, b in row if upto[b] > upto[a]] for row, upto in zip(found, real)]
