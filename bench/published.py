@@ -53,7 +53,7 @@ def _latency(path: Path) -> str:
 REGIONS = (
     Region("README.md", "eval", "evaluation/small-agents.json", eval_table.table),
     Region("docs/slots.md", "study", "evaluation/slots.json", _study),
-    Region("docs/slots.md", "study-seed", "evaluation/slots-seed-0.json", _study),
+    Region("docs/slots.md", "study-variants", "evaluation/slots-variants.json", _study),
     Region("docs/evaluation.md", "latency", "evaluation/latency-cpu.json", _latency),
 )
 
