@@ -245,7 +245,7 @@ def test_splits_change_no_bit(
     config = slot_expand_options(64, 4, "sm_90")[-1]
     made = []
     for parts in (1, splits):
-        monkeypatch.setattr(slot_projection, "slot_expand_config", lambda *_, n=parts: replace(config, splits=n))
+        monkeypatch.setattr(slot_projection, "slot_expand_config", lambda *_, n=parts, **__: replace(config, splits=n))
         made.append(fresh(2, 1, 3, 3, 80, torch.float32, device))
         check_expand(latent, weights, made[-1])
     for pair, other in zip(*made):
