@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .caches import check_pairs
 from .errors import DTypeError, LCFError, ShapeError, SpanError
 from .growing import PartialPool
 from .inputs import without_gaps
@@ -64,22 +65,25 @@ def summarize_parallel(
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     device = next(iter(half._weights().values())).device
     error: LCFError | None = None
-    described = [-1, -1, -1]
+    described = [-1, -1, -1, -1]
     try:
-        sharer, mask = half._read(cache_piece, attention_mask)
+        sharer, mask = half._read(cache_piece, attention_mask, "cache_piece")
+        check_pairs(sharer, "cache_piece", half.sharer_geometry)  # all layers: whoever fails later is waited for
         key = sharer[0][0]
         given = None if spans is None else _given(spans, key.shape[0], isinstance(half, SummarizesSlots))
-        described = [key.shape[0], key.shape[2], _checksum(given)]
+        described = [key.shape[0], key.shape[2], _checksum(given), key.dtype == torch.float64]
     except LCFError as found:
         error = found
     rows = _exchange(torch.tensor(described, device=device), ranks, group).tolist()
     if error is not None:
         raise error
-    batches, lengths, checksums = zip(*rows)
+    batches, lengths, checksums, doubles = zip(*rows)
     if -1 in batches:
         raise ShapeError("cache_piece", expected="right input on all ranks", got=f"wrong on {batches.index(-1)}")
     if len(set(batches)) > 1:
         raise ShapeError("cache_piece", expected="one batch size on all ranks", got=f"{list(batches)}")
+    if len(set(doubles)) > 1:
+        raise DTypeError("cache_piece", expected="float64 on all ranks or none", got=f"on {doubles.index(1)}")
     if len(set(checksums)) > 1:
         raise SpanError("spans", expected="the whole context's, the same on all ranks", got="different ones")
 

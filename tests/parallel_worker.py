@@ -87,13 +87,19 @@ def main() -> None:
     errors = {}
     cache, _, _ = case_inputs("one_span")
     wrong = cache[:2] if rank == 1 else cache  # a layer is missing on one rank alone
+    later = [*cache[:2], (cache[2][0][..., :8], cache[2][1])] if rank == 1 else cache
+    doubled = [(key.double(), value.double()) for key, value in cache] if rank == 1 else cache
     no_token = torch.zeros(1, 60, dtype=torch.int64)
     attempts: dict[str, tuple[Any, Any, Any, Tensor | None]] = {
         "cache": (adapter, wrong, None, None),
+        "later layer": (adapter, later, None, None),
+        "double": (adapter, doubled, None, None),
         "spans": (adapter, cache, [[0, 10 + rank]], None),
         "beyond": (adapter, cache, [[0, 60 * ranks + 1]], None),
         "nothing": (adapter, cache, [[3, 3]], None),
         "slots, cache": (slots, wrong, None, None),
+        "slots, later layer": (slots, later, None, None),
+        "slots, double": (slots, doubled, None, None),
         "slots, spans": (slots, cache, [[0, 60]] if rank == 1 else None, None),
         "slots, nothing": (slots, cache, None, no_token),
     }

@@ -95,9 +95,9 @@ def test_what_is_sent_does_not_depend_on_the_length(ranks: list[tuple[dict[str, 
     sent = {name: {facts["sent"][name]["bytes"] for _, facts in ranks} for name in CASES}
     assert sent["one_span"] == sent["long"]  # 60 tokens and 100,000
     layers, heads, dim = 5, 2, 16
-    assert sent["long"] == {layers * heads * (3 * 2 * dim + 8) * 4 + 3 * 8}
+    assert sent["long"] == {layers * heads * (3 * 2 * dim + 8) * 4 + 4 * 8}
     slots = [{facts["sent"][f"{name}.slots"]["bytes"] for _, facts in ranks} for name in ("one_span", "long")]
-    assert slots == [{layers * heads * 3 * (2 * dim + 2) * 4 + 3 * 8}] * 2
+    assert slots == [{layers * heads * 3 * (2 * dim + 2) * 4 + 4 * 8}] * 2
 
 
 def test_all_ranks_hear_of_what_is_wrong_on_one(ranks: list[tuple[dict[str, Tensor], Any]]) -> None:
@@ -107,7 +107,11 @@ def test_all_ranks_hear_of_what_is_wrong_on_one(ranks: list[tuple[dict[str, Tens
         assert errors["spans"].startswith("SpanError: spans: expected the whole context's"), errors
         assert errors["beyond"].startswith("SpanError: spans: expected offsets up to"), errors
         assert errors["nothing"].startswith("SpanError: spans: expected a token"), errors
-        assert errors["slots, cache"].startswith("GeometryError" if rank == 1 else "ShapeError: cache_piece"), errors
+        for name in ("slots, cache", "later layer", "slots, later layer"):
+            told = "GeometryError: cache_piece" if rank == 1 else "ShapeError: cache_piece"
+            assert errors[name].startswith(told), errors
+        for name in ("double", "slots, double"):
+            assert errors[name] == "DTypeError: cache_piece: expected float64 on all ranks or none, got on 1", errors
         told = "SpanError: spans: expected None" if rank == 1 else "ShapeError: cache_piece: expected right input"
         assert errors["slots, spans"].startswith(told), errors
         assert errors["slots, nothing"].startswith("SpanError: pool: expected a token"), errors

@@ -153,7 +153,8 @@ def add_cache_command(commands: Any) -> None:
     )
     _add_run_arguments(parser, "the store's folder: a new one, or one to go on with")
     store = parser.add_argument_group("store")
-    store.add_argument("--sharer-only", action="store_true", help="leave the receiver's prompts to the training run")
+    only = "leave the receiver's prompts to the training run, which with --placement prefix reads them itself anyway"
+    store.add_argument("--sharer-only", action="store_true", help=only)
     store.add_argument("--shard-mb", type=int, default=256, metavar="MB", help="size of a shard; default: 256")
     store.add_argument("--dry-run", action="store_true", help="say how large it will be, and stop")
     parser.set_defaults(run=_cache)
