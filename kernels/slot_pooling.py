@@ -26,6 +26,7 @@ times the bytes' time: above 32 slots it is the products that count. Counted, no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -55,18 +56,23 @@ Pair = tuple[Tensor, Tensor]
 Pooled = tuple[Tensor, Tensor, Tensor]
 
 
-@triton.jit(do_not_specialize=["tokens", "slots", "groups", "chunks", "steps", "batch", "stride_mask_batch"])
+@triton.jit(
+    do_not_specialize=["tokens", "slots", "slot_blocks", "groups", "chunks", "steps", "batch", "stride_mask_batch"]
+)
 def pool_slots_kernel(
     keys,
     values,
     query,
     mask,
+    first,
+    after,
     states,
     stats,
     out_key,
     out_value,
     tokens,
     slots,
+    slot_blocks,
     groups,
     chunks,
     steps,
@@ -89,6 +95,7 @@ def pool_slots_kernel(
     BLOCK_D: tl.constexpr,
     SCALE: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_GROUPS: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
     IS_WIDE: tl.constexpr,
     IS_QUERY_EXACT: tl.constexpr,
@@ -96,27 +103,31 @@ def pool_slots_kernel(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Reduce ``steps`` tiles of BLOCK_T tokens of one (layer, batch item, head) to a state each of BLOCK_K slots.
+    """Reduce ``steps`` tiles of BLOCK_T tokens of one (layer, batch row, head) to a state each of BLOCK_K slots.
 
-    Axis 0: ``[slot group, chunk, head, batch item, layer]``, group fastest, so that the groups of a chunk read it at
-    the same time.
+    Axis 0: ``[block of slots, chunk, head, batch row, layer]``, block fastest, so that the blocks of a chunk read it at
+    the same time. HAS_GROUPS: ``batch`` rows are those of the mask, ``groups`` of each item of the cache.
 
     ``keys``, ``values``: launch tables. ``query (L, k, H, D)``, its last two axes contiguous; IS_QUERY_EXACT: it has
-    more digits than the cache's dtype holds. ``states (L, B, H, chunks, k, 2, D)``, ``stats (L, B, H, chunks, k, 2)``
-    float32. IS_WHOLE: the one chunk is the whole context, and the result goes to ``out_key``, ``out_value``
-    ``(L, B, k, H, D)`` float32 in place of ``states``; else those are not written.
+    more digits than the cache's dtype holds. ``mask (R, N)``; ``first``, ``after`` ``(R)``: of groups, `TokenMask`'s.
+    ``states (L, R, H, chunks, k, 2, D)``, ``stats (L, R, H, chunks, k, 2)`` float32. IS_WHOLE: the one chunk is the
+    whole context, and the result goes to ``out_key``, ``out_value`` ``(L, R, k, H, D)`` float32 in place of ``states``;
+    else those are not written.
     """
     IS_HALF: tl.constexpr = tl.float32 != DTYPE
-    i_group = tl.program_id(0) % groups
-    i_program = tl.program_id(0) // groups
+    i_block = tl.program_id(0) % slot_blocks
+    i_program = tl.program_id(0) // slot_blocks
     i_chunk = i_program % chunks
-    i_row = i_program // chunks  # (layer, batch item, head)
+    i_row = i_program // chunks  # (layer, batch row, head)
     i_head = i_row % HEADS
     i_batch = (i_row // HEADS) % batch
     i_layer = i_row // (HEADS * batch)
+    i_item = i_batch
+    if HAS_GROUPS:
+        i_item = i_batch // groups
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < HEAD_DIM
-    o_k = i_group * BLOCK_K + tl.arange(0, BLOCK_K)
+    o_k = i_block * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = o_k < slots
     m_kd = m_k[:, None] & m_d[None, :]
     o_t = tl.arange(0, BLOCK_T)
@@ -128,13 +139,18 @@ def pool_slots_kernel(
     if IS_QUERY_EXACT or not IS_HALF:
         b_query = b_query.to(tl.float32)
     p_key = pointer_of(keys, i_layer, LAYERS, DTYPE, IS_ALIGNED)
-    p_key += i_batch.to(tl.int64) * stride_key_batch + i_head.to(tl.int64) * stride_key_head
+    p_key += i_item.to(tl.int64) * stride_key_batch + i_head.to(tl.int64) * stride_key_head
     p_value = pointer_of(values, i_layer, LAYERS, DTYPE, IS_ALIGNED)
-    p_value += i_batch.to(tl.int64) * stride_value_batch + i_head.to(tl.int64) * stride_value_head
+    p_value += i_item.to(tl.int64) * stride_value_batch + i_head.to(tl.int64) * stride_value_head
     o_key = row_offsets(o_t, stride_key_token, IS_WIDE)[:, None] + o_d[None, :]
     o_value = row_offsets(o_t, stride_value_token, IS_WIDE)[:, None] + o_d[None, :]
     if HAS_MASK:
         p_mask = mask + i_batch.to(tl.int64) * stride_mask_batch
+    if HAS_GROUPS:
+        # Steps before a group's first token and after its last are left out; the others stay where they were.
+        i_first = tl.load(first + i_batch).to(tl.int32)
+        begin += tl.maximum(i_first - begin, 0) // BLOCK_T * BLOCK_T
+        end = tl.minimum(end, tokens - tl.load(after + i_batch).to(tl.int32))
 
     maximum = tl.full([BLOCK_K], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_K], dtype=tl.float32)
@@ -256,21 +272,22 @@ def _launch_pool(
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     slot_query: Tensor,
-    attention_mask: Tensor | None,
+    mask: TokenMask | None,
     config: SlotPoolConfig,
     out: Pooled | None,
 ) -> Pair | None:
     """Launch the pooling of layers that lie alike: to ``out``, or to the chunks' states.
 
-    Returns None if ``out`` was given and one chunk enough, else ``states (L, B, H, chunks, k, 2, D)`` and ``stats``.
+    Returns None if ``out`` was given and one chunk enough, else ``states (L, R, H, chunks, k, 2, D)`` and ``stats``.
     """
     layers = len(keys)
     batch, heads, tokens, head_dim = keys[0].shape
+    batch *= groups_of(mask)
     slots = slot_query.shape[1]
     rows = layers * batch * heads
-    groups = triton.cdiv(slots, config.block_slots)
+    slot_blocks = triton.cdiv(slots, config.block_slots)
     processors = PROCESSORS[known_target(target_of(keys[0]))]
-    chunk = chunk_tokens(config, rows * groups, tokens, slots, keys[0].element_size(), processors)
+    chunk = chunk_tokens(config, rows * slot_blocks, tokens, slots, keys[0].element_size(), processors)
     chunks = triton.cdiv(tokens, chunk)
     (key_table, value_table), aligned = address_tables(keys, values)
     is_whole = out is not None and chunks == 1
@@ -280,17 +297,18 @@ def _launch_pool(
         shape = (layers, batch, heads, chunks, slots, 2)
         states = keys[0].new_empty(*shape, head_dim, dtype=torch.float32)
         stats = keys[0].new_empty(shape, dtype=torch.float32)
-    pool_slots_kernel[(rows * chunks * groups,)](
+    pool_slots_kernel[(rows * chunks * slot_blocks,)](
         key_table,
         value_table,
         slot_query,
-        slot_query if attention_mask is None else attention_mask,
+        *mask_arguments(mask, slot_query),
         states,
         stats,
         *((states, states) if out is None else out[:2]),
         tokens,
         slots,
-        groups,
+        slot_blocks,
+        groups_of(mask),
         chunks,
         chunk // config.block_tokens,
         batch,
@@ -298,7 +316,7 @@ def _launch_pool(
         slot_query.stride(1),
         *keys[0].stride()[:3],
         *values[0].stride()[:3],
-        *((0, 0) if attention_mask is None else attention_mask.stride()),
+        *((0, 0) if mask is None else mask.rows.stride()),
         LAYERS=len(key_table),
         HEADS=heads,
         HEAD_DIM=head_dim,
@@ -306,7 +324,8 @@ def _launch_pool(
         BLOCK_T=config.block_tokens,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         SCALE=head_dim**-0.5,
-        HAS_MASK=attention_mask is not None,
+        HAS_MASK=mask is not None,
+        HAS_GROUPS=groups_of(mask) > 1,
         IS_ALIGNED=aligned,
         IS_WIDE=needs_wide_offsets(config.block_tokens, keys[0], values[0]),
         IS_QUERY_EXACT=slot_query.dtype != keys[0].dtype,
@@ -314,7 +333,7 @@ def _launch_pool(
         DTYPE=TRITON_DTYPE[keys[0].dtype],
         PRECISION=dot_precision(keys[0].dtype),
         num_warps=config.num_warps,
-        num_stages=config.num_stages if attention_mask is None else config.masked_stages,
+        num_stages=config.num_stages if mask is None else config.masked_stages,
     )
     return None if is_whole else (states, stats)
 
@@ -350,12 +369,60 @@ def _config(tensor: Tensor, slots: int) -> SlotPoolConfig:
     return slot_pool_config(tensor.shape[-1], tensor.element_size(), slots, known_target(target_of(tensor)))
 
 
-def loadable_mask(attention_mask: Tensor | None) -> Tensor | None:
-    """The mask in elements of at least 4 bytes: the least that a load in a software pipeline takes, and the tokens'
-    loads wait for the mask's. One small launch for all layers."""
-    if attention_mask is not None and attention_mask.element_size() < 4:
-        return attention_mask.to(torch.int32)
-    return attention_mask
+@dataclass(frozen=True)
+class TokenMask:
+    """A mask as the kernels read it.
+
+    Attributes:
+        rows: ``(R, N)``, R = B·P, in elements of at least 4 bytes: the least that a load in a software pipeline takes,
+            and the tokens' loads wait for the mask's.
+        groups: P, rows an item of the cache.
+        first, after: of groups, ``(R)`` int64: the tokens before a row's first and after its last. Where a row has
+            none, 0: all tokens are looked at, to no effect.
+    """
+
+    rows: Tensor
+    groups: int = 1
+    first: Tensor | None = None
+    after: Tensor | None = None
+
+
+def loadable_mask(attention_mask: Tensor | None) -> TokenMask | None:
+    """``(B, N)`` or ``(B, P, N)`` as a `TokenMask`. One small launch for all layers, of groups four; no wait."""
+    if attention_mask is None:
+        return None
+    groups = attention_mask.shape[1] if attention_mask.dim() == 3 else 1
+    if attention_mask.dim() == 3:
+        attention_mask = attention_mask.flatten(0, 1)
+    if groups > 1 and attention_mask.dtype != torch.bool:  # whose largest is not the first that counts
+        attention_mask = attention_mask != 0
+    if attention_mask.element_size() < 4:
+        attention_mask = attention_mask.to(torch.int32)
+    if groups == 1:
+        return TokenMask(attention_mask)
+    # Of equal ones `argmax` finds the first.
+    return TokenMask(attention_mask, groups, attention_mask.argmax(-1), attention_mask.flip(-1).argmax(-1))
+
+
+def rows_of(cache: Tensor, attention_mask: Tensor | None) -> int:
+    """R: batch items, or of groups B·P."""
+    if attention_mask is None or attention_mask.dim() == 2:
+        return cache.shape[0]
+    return cache.shape[0] * attention_mask.shape[1]
+
+
+def groups_of(mask: TokenMask | None) -> int:
+    """Rows an item of the cache."""
+    return 1 if mask is None else mask.groups
+
+
+def mask_arguments(mask: TokenMask | None, unread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernels' ``mask``, ``first`` and ``after``; ``unread`` in the place of a mask that there is not."""
+    if mask is None:
+        return unread, unread, unread
+    if mask.first is None or mask.after is None:
+        return mask.rows, mask.rows, mask.rows
+    return mask.rows, mask.first, mask.after
 
 
 def _rows_contiguous(slot_query: Tensor) -> Tensor:
@@ -378,14 +445,16 @@ def pool_slots_with_stats(
         sharer: one ``(key, value)`` a layer, ``(B, H, N, D)``, last stride 1, ``N >= 1``; one may serve several layers.
             Neighbouring layers with equal strides share a launch.
         slot_query: ``(L, k, H, D)``, k from 1 to 64; of the cache's dtype or float32.
-        attention_mask: ``(B, N)`` bool or integer, zero where the token is padding.
+        attention_mask: ``(B, N)`` bool or integer, zero where the token is padding; or ``(B, P, N)``: P groups of an
+            item's tokens, which may overlap. R = B·P rows then, else B: row b·P + p is group p of item b.
 
     Returns:
-        ``slot_key, slot_value`` ``(L, B, k, H, D)``, NaN where a row has no token to pool; and the softmax's ``stats
-        (L, B, H, k, 2)``, the greatest score and the sum, which the backward starts from. All float32.
+        ``slot_key, slot_value`` ``(L, R, k, H, D)``, NaN where a row has no token to pool; and the softmax's ``stats
+        (L, R, H, k, 2)``, the greatest score and the sum, which the backward starts from. All float32.
     """
     keys, values = [key for key, _ in sharer], [value for _, value in sharer]
-    batch, heads, _, head_dim = keys[0].shape
+    heads, head_dim = keys[0].shape[1], keys[0].shape[3]
+    batch = rows_of(keys[0], attention_mask)
     layers, slots = len(keys), slot_query.shape[1]
     shape = (layers, batch, slots, heads, head_dim)
     pooled = (
@@ -398,10 +467,10 @@ def pool_slots_with_stats(
     slot_query = _rows_contiguous(slot_query)
     config = _config(keys[0], slots)
     with device_guard(keys[0]):
-        attention_mask = loadable_mask(attention_mask)
+        mask = loadable_mask(attention_mask)
         for run in alike_runs(keys, values, len(keys)):
             out = pooled[0][run], pooled[1][run], pooled[2][run]
-            made = _launch_pool(keys[run], values[run], slot_query[run], attention_mask, config, out)
+            made = _launch_pool(keys[run], values[run], slot_query[run], mask, config, out)
             if made is not None:
                 _launch_merge(*made, config, out)
     return pooled
@@ -410,11 +479,11 @@ def pool_slots_with_stats(
 def pool_slot_states(sharer: Sequence[Pair], slot_query: Tensor, *, attention_mask: Tensor | None = None) -> Pair:
     """Pool a piece of a context to states that merge with others' (`merge_slot_states`). Arguments of `pool_slots`.
 
-    Returns ``states (L, B, H, k, 2, D)`` and ``stats (L, B, H, k, 2)``, float32.
+    Returns ``states (L, R, H, k, 2, D)`` and ``stats (L, R, H, k, 2)``, float32.
     """
     keys, values = [key for key, _ in sharer], [value for _, value in sharer]
-    batch, heads, _, head_dim = keys[0].shape
-    shape = (len(keys), batch, heads, slot_query.shape[1], 2)
+    heads, head_dim = keys[0].shape[1], keys[0].shape[3]
+    shape = (len(keys), rows_of(keys[0], attention_mask), heads, slot_query.shape[1], 2)
     states = keys[0].new_empty(*shape, head_dim, dtype=torch.float32)
     stats = keys[0].new_empty(shape, dtype=torch.float32)
     if not stats.numel():
@@ -422,9 +491,9 @@ def pool_slot_states(sharer: Sequence[Pair], slot_query: Tensor, *, attention_ma
     slot_query = _rows_contiguous(slot_query)
     config = _config(keys[0], shape[3])
     with device_guard(keys[0]):
-        attention_mask = loadable_mask(attention_mask)
+        mask = loadable_mask(attention_mask)
         for run in alike_runs(keys, values, len(keys)):
-            made = _launch_pool(keys[run], values[run], slot_query[run], attention_mask, config, None)
+            made = _launch_pool(keys[run], values[run], slot_query[run], mask, config, None)
             assert made is not None
             if made[1].shape[3] > 1:
                 made = _launch_merge(*made, config, None)

@@ -35,12 +35,14 @@ from .common import (
 )
 from .policy import PROCESSORS, known_target
 from .slot_policy import chunk_tokens, slot_backward_config
-from .slot_pooling import loadable_mask
+from .slot_pooling import groups_of, loadable_mask, mask_arguments, rows_of
 
 Pair = tuple[Tensor, Tensor]
 
 
-@triton.jit(do_not_specialize=["tokens", "slots", "groups", "chunks", "steps", "batch", "stride_mask_batch"])
+@triton.jit(
+    do_not_specialize=["tokens", "slots", "slot_blocks", "groups", "chunks", "steps", "batch", "stride_mask_batch"]
+)
 def pool_slots_backward_kernel(
     keys,
     values,
@@ -50,10 +52,13 @@ def pool_slots_backward_kernel(
     grad_key,
     grad_value,
     mask,
+    first,
+    after,
     partials,
     residuals,
     tokens,
     slots,
+    slot_blocks,
     groups,
     chunks,
     steps,
@@ -74,29 +79,33 @@ def pool_slots_backward_kernel(
     BLOCK_D: tl.constexpr,
     SCALE: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_GROUPS: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
     IS_WIDE: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One chunk's part of ``sum_t a_t (g_t - g) K_t`` in ``partials (L, B, H, chunks, k, D)``, of the same without
-    ``K_t`` in ``residuals (L, B, H, chunks, k)``, float32.
+    """One chunk's part of ``sum_t a_t (g_t - g) K_t`` in ``partials (L, R, H, chunks, k, D)``, of the same without
+    ``K_t`` in ``residuals (L, R, H, chunks, k)``, float32.
 
-    ``keys``, ``values``: launch tables. ``query (L, k, H, D)`` float32, ``stats (L, B, H, k, 2)``, ``centers
-    (L, B, H, k)``: the means g; ``grad_key``, ``grad_value`` ``(L, B, k, H, D)`` float32; all contiguous.
-    Axis 0 as of `pool_slots_kernel`.
+    ``keys``, ``values``: launch tables. ``query (L, k, H, D)`` float32, ``stats (L, R, H, k, 2)``, ``centers
+    (L, R, H, k)``: the means g; ``grad_key``, ``grad_value`` ``(L, R, k, H, D)`` float32; all contiguous.
+    Axis 0, ``mask``, ``first`` and ``after`` as of `pool_slots_kernel`.
     """
     IS_HALF: tl.constexpr = tl.float32 != DTYPE
-    i_group = tl.program_id(0) % groups
-    i_program = tl.program_id(0) // groups
+    i_block = tl.program_id(0) % slot_blocks
+    i_program = tl.program_id(0) // slot_blocks
     i_chunk = i_program % chunks
-    i_row = i_program // chunks  # (layer, batch item, head)
+    i_row = i_program // chunks  # (layer, batch row, head)
     i_head = i_row % HEADS
     i_batch = (i_row // HEADS) % batch
     i_layer = i_row // (HEADS * batch)
+    i_item = i_batch
+    if HAS_GROUPS:
+        i_item = i_batch // groups
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < HEAD_DIM
-    o_k = i_group * BLOCK_K + tl.arange(0, BLOCK_K)
+    o_k = i_block * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = o_k < slots
     m_kd = m_k[:, None] & m_d[None, :]
     o_t = tl.arange(0, BLOCK_T)
@@ -119,13 +128,18 @@ def pool_slots_backward_kernel(
         b_grad_value *= scale[:, None]
 
     p_key = pointer_of(keys, i_layer, LAYERS, DTYPE, IS_ALIGNED)
-    p_key += i_batch.to(tl.int64) * stride_key_batch + i_head.to(tl.int64) * stride_key_head
+    p_key += i_item.to(tl.int64) * stride_key_batch + i_head.to(tl.int64) * stride_key_head
     p_value = pointer_of(values, i_layer, LAYERS, DTYPE, IS_ALIGNED)
-    p_value += i_batch.to(tl.int64) * stride_value_batch + i_head.to(tl.int64) * stride_value_head
+    p_value += i_item.to(tl.int64) * stride_value_batch + i_head.to(tl.int64) * stride_value_head
     o_key = row_offsets(o_t, stride_key_token, IS_WIDE)[:, None] + o_d[None, :]
     o_value = row_offsets(o_t, stride_value_token, IS_WIDE)[:, None] + o_d[None, :]
     if HAS_MASK:
         p_mask = mask + i_batch.to(tl.int64) * stride_mask_batch
+    if HAS_GROUPS:
+        # Steps before a group's first token and after its last are left out; the others stay where they were.
+        i_first = tl.load(first + i_batch).to(tl.int32)
+        begin += tl.maximum(i_first - begin, 0) // BLOCK_T * BLOCK_T
+        end = tl.minimum(end, tokens - tl.load(after + i_batch).to(tl.int32))
 
     acc = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
     residual = tl.zeros([BLOCK_K], dtype=tl.float32)
@@ -176,22 +190,23 @@ def pool_slots_backward(
 
     Args:
         sharer, slot_query, attention_mask: as `slot_pooling.pool_slots` had them.
-        pooled: ``slot_key, slot_value`` ``(L, B, k, H, D)``, its result.
-        stats: ``(L, B, H, k, 2)`` of `slot_pooling.pool_slot_states`.
+        pooled: ``slot_key, slot_value`` ``(L, R, k, H, D)``, its result; R: rows, B or of groups B·P.
+        stats: ``(L, R, H, k, 2)`` of `slot_pooling.pool_slot_states`.
         grad: gradients of ``pooled``, like it.
 
     Returns:
-        The gradient of ``slot_query``, ``(L, k, H, D)`` float32. Items without a token to pool have no part in it.
+        The gradient of ``slot_query``, ``(L, k, H, D)`` float32. Rows without a token to pool have no part in it.
     """
     keys, values = [key for key, _ in sharer], [value for _, value in sharer]
-    batch, heads, tokens, head_dim = keys[0].shape
+    _, heads, tokens, head_dim = keys[0].shape
     layers, slots = slot_query.shape[:2]
     gradient = slot_query.new_zeros(layers, slots, heads, head_dim, dtype=torch.float32)
+    batch = rows_of(keys[0], attention_mask)
     if not gradient.numel() or not batch:
         return gradient
     query = slot_query.float().contiguous()
     grad_key, grad_value = grad[0].float().contiguous(), grad[1].float().contiguous()
-    centers = (grad_key * pooled[0] + grad_value * pooled[1]).sum(-1).transpose(2, 3)  # (L, B, H, k)
+    centers = (grad_key * pooled[0] + grad_value * pooled[1]).sum(-1).transpose(2, 3)  # (L, R, H, k)
     has_token = stats[..., 1] != 0
     centers = torch.where(has_token, centers, 0.0).contiguous()
     # Of no token nothing is added up; (0, 1) keeps its numbers finite.
@@ -199,19 +214,19 @@ def pool_slots_backward(
     means = torch.where(has_token[..., None], pooled[0].transpose(2, 3), 0.0)
     target, size = known_target(target_of(keys[0])), keys[0].element_size()
     config = slot_backward_config(head_dim, size, slots, target)
-    groups = triton.cdiv(slots, config.block_slots)
+    slot_blocks = triton.cdiv(slots, config.block_slots)
     with device_guard(keys[0]):
-        attention_mask = loadable_mask(attention_mask)
+        mask = loadable_mask(attention_mask)
         for run in alike_runs(keys, values, layers):
             key, value = keys[run.start], values[run.start]
             rows = (run.stop - run.start) * batch * heads
-            chunk = chunk_tokens(config, rows * groups, tokens, slots, size, PROCESSORS[target])
+            chunk = chunk_tokens(config, rows * slot_blocks, tokens, slots, size, PROCESSORS[target])
             chunks = triton.cdiv(tokens, chunk)
             (key_table, value_table), aligned = address_tables(keys[run], values[run])
             shape = (run.stop - run.start, batch, heads, chunks, slots, head_dim)
             partials = key.new_empty(shape, dtype=torch.float32)
             residuals = key.new_empty(shape[:-1], dtype=torch.float32)
-            pool_slots_backward_kernel[(rows * chunks * groups,)](
+            pool_slots_backward_kernel[(rows * chunks * slot_blocks,)](
                 key_table,
                 value_table,
                 query[run],
@@ -219,18 +234,19 @@ def pool_slots_backward(
                 centers[run],
                 grad_key[run],
                 grad_value[run],
-                query if attention_mask is None else attention_mask,
+                *mask_arguments(mask, query),
                 partials,
                 residuals,
                 tokens,
                 slots,
-                groups,
+                slot_blocks,
+                groups_of(mask),
                 chunks,
                 chunk // config.block_tokens,
                 batch,
                 *key.stride()[:3],
                 *value.stride()[:3],
-                *((0, 0) if attention_mask is None else attention_mask.stride()),
+                *((0, 0) if mask is None else mask.rows.stride()),
                 LAYERS=len(key_table),
                 HEADS=heads,
                 HEAD_DIM=head_dim,
@@ -238,13 +254,14 @@ def pool_slots_backward(
                 BLOCK_T=config.block_tokens,
                 BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
                 SCALE=head_dim**-0.5,
-                HAS_MASK=attention_mask is not None,
+                HAS_MASK=mask is not None,
+                HAS_GROUPS=groups_of(mask) > 1,
                 IS_ALIGNED=aligned,
                 IS_WIDE=needs_wide_offsets(config.block_tokens, key, value),
                 DTYPE=TRITON_DTYPE[key.dtype],
                 PRECISION=dot_precision(key.dtype),
                 num_warps=config.num_warps,
-                num_stages=config.num_stages if attention_mask is None else config.masked_stages,
+                num_stages=config.num_stages if mask is None else config.masked_stages,
             )
             found = partials.sum(3) - residuals.sum(3)[..., None] * means[run]
             gradient[run] = found.sum(1).transpose(1, 2) * head_dim**-0.5

@@ -2,6 +2,11 @@
 
 A layer's cache is read as often as two products need it; what is as small as a message (summaries, latents, the
 receiver's half) goes through one batched product for all layers.
+
+Masks: ``(B, N)`` bool, False at padding, which may hold anything; or ``(B, P, N)``, P groups of an item's tokens, which
+may overlap, each pooled by itself. Results then have R = B·P rows for B, row b·P + p of group p of item b. Scores are
+made once for all groups, and P·k softmaxes of them; what is of no group may hold anything, but a number that is not
+finite in one group reaches the other groups of its item, as it does not in the kernels.
 """
 
 from __future__ import annotations
@@ -22,12 +27,12 @@ _STACK_ELEMENTS = 1 << 16
 
 
 def pool_slots(sharer: Sequence[Pair], slot_query: Tensor, attention_mask: Tensor | None) -> Pair:
-    """``K~, V~ (L, B, k, Hs, Ds)`` in float32 (float64 for float64 caches).
+    """``K~, V~ (L, R, k, Hs, Ds)`` in float32 (float64 for float64 caches).
 
     Args:
         sharer: one ``(key, value)``, ``(B, Hs, N, Ds)`` each, a layer.
         slot_query: ``(L, k, Hs, Ds)``.
-        attention_mask: ``(B, N)`` bool, False at padding, which may hold anything.
+        attention_mask: bool, as above.
     """
     parts = [_pool(key, value, query, attention_mask) for key, value, query in _stacks(sharer, slot_query)]
     keys, values = (torch.cat(part) if len(part) > 1 else part[0] for part in zip(*parts))
@@ -35,7 +40,7 @@ def pool_slots(sharer: Sequence[Pair], slot_query: Tensor, attention_mask: Tenso
 
 
 def pool_states(sharer: Sequence[Pair], slot_query: Tensor, attention_mask: Tensor | None) -> Pair:
-    """``states (L, B, Hs, k, 2, Ds)`` and ``stats (L, B, Hs, k, 2)`` of a piece of a context; no token: 0, -inf and 0.
+    """``states (L, R, Hs, k, 2, Ds)`` and ``stats (L, R, Hs, k, 2)`` of a piece of a context; no token: 0, -inf and 0.
 
     Arguments as `pool_slots`'. N may be 0.
     """
@@ -47,7 +52,8 @@ def pool_states(sharer: Sequence[Pair], slot_query: Tensor, attention_mask: Tens
         greatest = torch.cat([scores, nothing], -1).amax(-1)
         weights = (scores - _finite(greatest)[..., None]).exp()
         states = torch.stack([torch.matmul(weights, side) for side in (key, value)], 4)
-        found.append((states, torch.stack([greatest, weights.sum(-1)], -1)))
+        stats = torch.stack([greatest, weights.sum(-1)], -1)
+        found.append((_rows(states, attention_mask), _rows(stats, attention_mask)))
     states, stats = (torch.cat(part) if len(part) > 1 else part[0] for part in zip(*found))
     return states, stats
 
@@ -73,11 +79,13 @@ def _finite(greatest: Tensor) -> Tensor:
 
 
 def slot_weights(sharer: Sequence[Pair], slot_query: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """What each token weighs in each slot: ``(L, B, Hs, k, N)`` in float32 (or float64), 0 at padding."""
+    """What each token weighs in each slot: ``(L, R, Hs, k, N)`` in float32 (or float64), 0 at padding."""
     parts = []
     for key, _, query in _stacks(sharer, slot_query):
-        found = _weights(_cleared(key, attention_mask), query, attention_mask)
-        parts.append(found if attention_mask is None else found * attention_mask[:, None, None])
+        found = _rows(_weights(_cleared(key, attention_mask), query, attention_mask), attention_mask)
+        if attention_mask is not None:
+            found = found * attention_mask.reshape(-1, 1, 1, key.shape[3])
+        parts.append(found)
     return torch.cat(parts)
 
 
@@ -95,14 +103,28 @@ def _stacks(sharer: Sequence[Pair], slot_query: Tensor) -> list[tuple[Tensor, Te
 
 def _cleared(cache: Tensor, mask: Tensor | None) -> Tensor:
     """``(l, B, H, N, D)`` with zeros at padding: a weight of zero would not hide what is not finite there."""
-    return cache if mask is None else cache.masked_fill(~mask[:, None, :, None], 0.0)
+    if mask is None:
+        return cache
+    pooled = mask if mask.dim() == 2 else mask.any(1)
+    return cache.masked_fill(~pooled[:, None, :, None], 0.0)
 
 
 def _scores(key: Tensor, query: Tensor, mask: Tensor | None) -> Tensor:
-    scores = torch.matmul(query[:, None] * key.shape[-1] ** -0.5, key.mT)  # (l, B, H, k, N)
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
-    return scores
+    """``(l, B, H, k, N)``, -inf where masked; of groups ``(l, B, H, P·k, N)``, as of so many slots."""
+    scores = torch.matmul(query[:, None] * key.shape[-1] ** -0.5, key.mT)
+    if mask is None:
+        return scores
+    if mask.dim() == 2:
+        return scores.masked_fill(~mask[:, None, None], -torch.inf)
+    return torch.where(mask[:, None, :, None], scores[:, :, :, None], -torch.inf).flatten(3, 4)
+
+
+def _rows(found: Tensor, mask: Tensor | None) -> Tensor:
+    """Groups out of the slots' axis into the rows': ``(l, B, H, P·k, ..)`` to ``(l, B·P, H, k, ..)``."""
+    if mask is None or mask.dim() == 2:
+        return found
+    groups = mask.shape[1]
+    return found.unflatten(3, (groups, found.shape[3] // groups)).transpose(2, 3).flatten(1, 2)
 
 
 def _weights(key: Tensor, query: Tensor, mask: Tensor | None) -> Tensor:
@@ -112,7 +134,8 @@ def _weights(key: Tensor, query: Tensor, mask: Tensor | None) -> Tensor:
 def _pool(key: Tensor, value: Tensor, query: Tensor, mask: Tensor | None) -> Pair:
     key, value = _cleared(key, mask), _cleared(value, mask)
     weights = _weights(key, query, mask)
-    return torch.matmul(weights, key).transpose(2, 3), torch.matmul(weights, value).transpose(2, 3)
+    slot_key, slot_value = (_rows(torch.matmul(weights, side), mask).transpose(2, 3) for side in (key, value))
+    return slot_key, slot_value
 
 
 def fold_slots(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str, Tensor]) -> Tensor:

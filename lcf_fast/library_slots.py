@@ -60,8 +60,9 @@ def _recompute(
 def run_pool_slots(
     sharer: Sequence[Tensor], slot_query: Tensor, attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``sharer``: flat, a key and a value a layer. Returns ``slot_key``, ``slot_value (L, B, k, Hs, Ds)`` and ``stats
-    (L, B, Hs, k, 2)``."""
+    """``sharer``: flat, a key and a value a layer. ``attention_mask``: ``(B, N)``, or ``(B, P, N)`` of token groups.
+
+    Returns ``slot_key``, ``slot_value (L, R, k, Hs, Ds)`` and ``stats (L, R, Hs, k, 2)``; R = B, or B·P of groups."""
     if backend_of(sharer[0], slot_query.shape[1]) == "triton":
         from .kernels import slot_pooling
 
@@ -80,10 +81,12 @@ def _(
     sharer: Sequence[Tensor], slot_query: Tensor, attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     layers, slots = slot_query.shape[:2]
-    batch, heads, _, head_dim = sharer[0].shape
+    rows, heads, _, head_dim = sharer[0].shape
+    if attention_mask is not None and attention_mask.dim() == 3:
+        rows = rows * attention_mask.shape[1]
     dtype = accumulation_dtype(sharer[0].dtype)
-    slot_key, slot_value = (sharer[0].new_empty((layers, batch, slots, heads, head_dim), dtype=dtype) for _ in "kv")
-    return slot_key, slot_value, sharer[0].new_empty((layers, batch, heads, slots, 2), dtype=dtype)
+    slot_key, slot_value = (sharer[0].new_empty((layers, rows, slots, heads, head_dim), dtype=dtype) for _ in "kv")
+    return slot_key, slot_value, sharer[0].new_empty((layers, rows, heads, slots, 2), dtype=dtype)
 
 
 @torch.library.custom_op("lcf_fast::pool_slots_backward", mutates_args=())

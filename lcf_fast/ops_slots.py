@@ -40,12 +40,14 @@ def slot_pool(
     Args:
         key, value: ``(B, H, N, D)``, one layer's cache.
         slot_query: ``(k, H, D)``.
-        attention_mask: ``(B, N)``, zero where the token is padding, which is not pooled.
+        attention_mask: ``(B, N)``, zero where the token is padding, which is not pooled; or ``(B, P, N)``: P groups of
+            tokens of each item, such as spans, which may overlap, pooled each by itself. There are R = B·P rows
+            then, else B: row b·P + p is group p of item b.
         return_weights: whether the third result is returned, too; the eager path makes it, with another pass over the
             keys.
 
     Returns:
-        ``K~, V~``, each ``(B, k, H, D)`` in the cache's dtype; and the weights ``(B, k, H, N)``, float32 (float64 for
+        ``K~, V~``, each ``(R, k, H, D)`` in the cache's dtype; and the weights ``(R, k, H, N)``, float32 (float64 for
         float64 caches), 0 at padding.
 
     Raises:
@@ -97,7 +99,9 @@ def summarize_slots_layers(
         sharer: one ``(key, value)``, ``(B, Hs, N, Ds)`` each, a receiver layer: what that layer reads.
         weights: stacked ``slot_query (L, k, Hs, Ds)``, ``down_weight (L, d, 2Cs)``, ``down_bias (L, d)`` and
             ``slot_embedding (L, at least k, d)``; other names are ignored.
-        attention_mask: ``(B, N)``, zero where the token is padding, which is not pooled.
+        attention_mask: ``(B, N)``, zero where the token is padding, which is not pooled; or ``(B, P, N)``: P groups of
+            tokens of each item, such as spans, which may overlap, pooled each by itself. The latent is ``(L, B, P·k,
+            d)`` then, the k slots of a group side by side, with the same k embeddings in each.
 
     Returns:
         float32 (float64 for float64 caches).
@@ -118,7 +122,10 @@ def summarize_slots_layers(
     width = _check_fold(weights, layers, slots, 2 * heads * head_dim, key.device)
     mask = _token_mask(attention_mask, key)
     pooled = _pool(sharer, query, mask)
-    return _fold(*pooled, weights, slots, width)
+    latent = _fold(*pooled, weights, slots, width)
+    if attention_mask is not None and attention_mask.dim() == 3:
+        latent = latent.unflatten(1, (key.shape[0], attention_mask.shape[1])).flatten(2, 3)
+    return latent
 
 
 def expand_slots(
@@ -241,7 +248,8 @@ def _write(into: list[Tensor], made: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def pool_slot_states(sharer: Sequence[Pair], slot_query: Tensor, mask: Tensor | None) -> SlotStates:
-    """All layers of a piece of a context as states that merge. ``mask (B, N)`` bool; N may be 0."""
+    """All layers of a piece of a context as states that merge. ``mask (B, N)`` bool, or ``(B, P, N)`` for states of B·P
+    rows; N may be 0."""
     flat = [tensor for pair in sharer for tensor in pair]
     is_traced = torch.compiler.is_compiling()  # a piece's state has no op: it is for inference
     if is_traced or not flat[0].shape[2] or library.backend_of(flat[0], slot_query.shape[1]) == "eager":
@@ -263,21 +271,28 @@ def fold_slots_layers(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str
 
 
 def _token_mask(attention_mask: Tensor | None, key: Tensor) -> Tensor | None:
-    """``(B, N)`` bool on the cache's device; None where every token counts, as far as the host can tell."""
+    """``(B, N)`` or, of several groups, ``(B, P, N)`` bool on the cache's device; None where every token counts, as far
+    as the host can tell."""
     batch, _, tokens, _ = key.shape
     if attention_mask is not None:
-        check.check_mask("attention_mask", attention_mask, batch, tokens)
+        mask = check.check_tensor("attention_mask", attention_mask)
+        check.check_mask("attention_mask", mask, batch, tokens, mask.shape[1] if mask.dim() == 3 else 0)
     if batch and not tokens:
         raise SpanError("attention_mask", expected="a token to pool in every row", got="a cache of no tokens")
     if attention_mask is None:
         return None
     mask = attention_mask != 0
+    if mask.dim() == 3 and mask.shape[1] == 1:
+        mask = mask[:, 0]
     if check.reads_values(mask):
-        empty = (~mask.any(1)).nonzero().flatten().tolist()
+        empty = (~mask.any(-1)).nonzero().tolist()
+        if empty and mask.dim() == 3:
+            got = f"none in (row, group) {', '.join(str(tuple(at)) for at in empty)}"[:200]
+            raise SpanError("attention_mask", expected="a token to pool in every group", got=got)
         if empty:
-            got = f"none in rows {empty}"[:200]
+            got = f"none in rows {[row for (row,) in empty]}"[:200]
             raise SpanError("attention_mask", expected="a token to pool in every row", got=got)
-        if bool(mask.all()):
+        if mask.dim() == 2 and bool(mask.all()):
             return None
     return mask.to(key.device, non_blocking=True)
 

@@ -310,28 +310,33 @@ def slot_pool(
     Args:
         key, value: ``(B, H, N, D)``, one layer's cache.
         slot_query: ``(k, H, D)``.
-        attention_mask: ``(B, N)``, zero where the token is padding, which is not pooled.
+        attention_mask: ``(B, N)``, zero where the token is padding, which is not pooled; or ``(B, P, N)``: P groups of
+            tokens of each item, which may overlap, pooled each by itself. There are R = B·P rows then, else B: row
+            b·P + p is group p of item b.
         return_weights: whether the third result is returned, too.
 
     Returns:
-        ``K~, V~``, each ``(B, k, H, D)`` in the cache's dtype; and the weights ``(B, k, H, N)``, float32 (float64 for
+        ``K~, V~``, each ``(R, k, H, D)`` in the cache's dtype; and the weights ``(R, k, H, N)``, float32 (float64 for
         float64 caches), 0 at padding. A row without a token gives NaN (``lcf_fast.ops`` refuses it).
     """
     accumulate = accumulation_dtype(key.dtype)
     scores = torch.einsum("khd,bhnd->bkhn", slot_query.to(accumulate), key.to(accumulate)) * key.shape[-1] ** -0.5
-    weights = torch.zeros_like(scores)
-    slot_key = scores.new_full((*scores.shape[:3], key.shape[3]), torch.nan)
+    groups = 1 if attention_mask is None or attention_mask.dim() == 2 else attention_mask.shape[1]
+    masks = None if attention_mask is None else attention_mask.reshape(-1, key.shape[2])
+    weights = scores.new_zeros((groups * scores.shape[0], *scores.shape[1:]))
+    slot_key = scores.new_full((*weights.shape[:3], key.shape[3]), torch.nan)
     slot_value = slot_key.clone()
-    for b in range(key.shape[0]):
+    for row in range(weights.shape[0]):
+        b = row // groups
         tokens = torch.arange(key.shape[2], device=key.device)
-        if attention_mask is not None:
-            tokens = tokens[attention_mask[b] != 0]
+        if masks is not None:
+            tokens = tokens[masks[row] != 0]
         if not len(tokens):
             continue
         a = scores[b, :, :, tokens].softmax(-1)
-        weights[b, :, :, tokens] = a
-        slot_key[b] = torch.einsum("khn,hnd->khd", a, key[b, :, tokens].to(accumulate))
-        slot_value[b] = torch.einsum("khn,hnd->khd", a, value[b, :, tokens].to(accumulate))
+        weights[row, :, :, tokens] = a
+        slot_key[row] = torch.einsum("khn,hnd->khd", a, key[b, :, tokens].to(accumulate))
+        slot_value[row] = torch.einsum("khn,hnd->khd", a, value[b, :, tokens].to(accumulate))
     pooled = slot_key.to(key.dtype), slot_value.to(key.dtype)
     return (*pooled, weights) if return_weights else pooled
 
@@ -403,7 +408,8 @@ def summarize_slots_layers(
     Args:
         sharer: one ``(key, value)``, ``(B, Hs, N, Ds)`` each, a receiver layer.
         weights: stacked ``slot_query (L, k, Hs, Ds)`` and what `fold_slots` reads, axis 0 = receiver layers.
-        attention_mask: ``(B, N)``, zero at padding.
+        attention_mask: ``(B, N)``, zero at padding; or ``(B, P, N)``, groups of tokens as in `slot_pool`: the latent is
+            ``(L, B, P·k, d)``, the k slots of a group side by side.
     """
     latents = []
     for layer, (key, value) in enumerate(sharer):
@@ -413,7 +419,10 @@ def summarize_slots_layers(
             key.to(accumulate), value.to(accumulate), one["slot_query"], attention_mask=attention_mask
         )
         latents.append(fold_slots(pooled[0], pooled[1], one))
-    return torch.stack(latents)
+    latent = torch.stack(latents)
+    if attention_mask is not None and attention_mask.dim() == 3:
+        latent = latent.unflatten(1, tuple(attention_mask.shape[:2])).flatten(2, 3)
+    return latent
 
 
 def expand_slots_layers(

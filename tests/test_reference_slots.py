@@ -174,6 +174,36 @@ def test_padding_may_hold_anything_and_a_row_without_a_token_is_no_number(genera
     torch.testing.assert_close(weights[0].sum(-1), torch.ones(SLOTS, 2, dtype=F64))
 
 
+def test_each_group_is_pooled_as_a_cache_of_its_own(generator: torch.Generator) -> None:
+    """Overlapping groups, one of a single token; what is of no group may hold anything; another's token is not seen."""
+    sharer, weights = cache(2, 6, generator), weights_of(generator)
+    groups = [[[0, 1, 2], [2, 4], [4]], [[5], [1, 2, 3, 4, 5], [1]]]
+    mask = torch.zeros(2, 3, 6, dtype=torch.bool)
+    for b, p in np.ndindex(2, 3):
+        mask[b, p, groups[b][p]] = True
+    for key, value in sharer:
+        key[0, :, [3, 5]], value[1, :, 0] = torch.nan, torch.inf
+        value[0, :, 0] = torch.nan  # of the first group alone
+    latent = reference.summarize_slots_layers(sharer, weights, attention_mask=mask)
+    assert latent.shape == (2, 2, 3 * SLOTS, WIDTH)
+    key, value = sharer[0]
+    query = weights["slot_query"][0]
+    got = reference.slot_pool(key, value, query, attention_mask=mask.long(), return_weights=True)
+    assert [part.shape for part in got] == [(6, SLOTS, 2, 3), (6, SLOTS, 2, 3), (6, SLOTS, 2, 6)]
+    for b, p in np.ndindex(2, 3):
+        at = groups[b][p]
+        alone = [(k[b : b + 1, :, at], v[b : b + 1, :, at]) for k, v in sharer]
+        expected = reference.summarize_slots_layers(alone, weights)[:, 0]
+        torch.testing.assert_close(latent[:, b, p * SLOTS : (p + 1) * SLOTS], expected, equal_nan=True)
+        assert expected.isnan().any() == ((b, p) == (0, 0))
+        own = reference.slot_pool(*alone[0], query, return_weights=True)
+        row = [part[3 * b + p] for part in got]
+        row[2] = row[2][..., at]
+        for ours, other in zip(row, own):
+            torch.testing.assert_close(ours, other[0], equal_nan=True)
+        assert not got[2][3 * b + p, :, :, [t for t in range(6) if t not in at]].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(dtype: torch.dtype, generator: torch.Generator) -> None:
     sharer = make_cache(SHARER, 2, 4, dtype=dtype, generator=generator)
