@@ -41,7 +41,7 @@ def span_groups(spans: Any, key: Tensor, mask: Tensor | None) -> Tensor:
         starts, stops = starts[:, :-1], starts[:, 1:]
     else:
         seen = mask if mask is not None and reads_values(mask) else None
-        bounds = _bounds(host_spans(spans, key), key.shape[2], seen)
+        bounds = _bounds_of(spans, key, seen)
         counts = [len(row) for row in bounds]
         if len(set(counts)) > 1:
             expected = "as many spans in every row (lcf_fast.slot_spans.summarize_spans takes rows that differ)"
@@ -79,7 +79,7 @@ def summarize_spans(
     if attention_mask is not None and tuple(attention_mask.shape) != (key.shape[0], key.shape[2]):
         expected = f"(B, N) = ({key.shape[0]}, {key.shape[2]})"
         raise ShapeError("attention_mask", expected=expected, got=str(tuple(attention_mask.shape)))
-    bounds = _bounds(host_spans(spans, key), key.shape[2], attention_mask)
+    bounds = _bounds_of(spans, key, attention_mask)
     alike: dict[int, list[int]] = {}
     for row, found in enumerate(bounds):
         alike.setdefault(len(found), []).append(row)
@@ -111,6 +111,14 @@ def slots_there(spans: Spans, attention_mask: Tensor, most: int) -> Tensor:
 def _there(counts: list[int], most: int) -> Tensor:
     each = most // max(counts)
     return (torch.arange(most) < each * torch.tensor(counts)[:, None]).long()
+
+
+def _bounds_of(spans: Any, key: Tensor, mask: Tensor | None) -> list[Bounds]:
+    """`_bounds` of spans in any of their forms, for ``key (B, H, N, D)``."""
+    given = host_spans(spans, key)
+    if given.batch != key.shape[0]:
+        raise ShapeError("spans", expected=f"spans of {key.shape[0]} items", got=f"of {given.batch}")
+    return _bounds(given, key.shape[2], mask)
 
 
 def _bounds(spans: Spans, tokens: int, mask: Tensor | None) -> list[Bounds]:
