@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -59,20 +58,37 @@ class _Driver:
 
 
 class Launches:
-    """Stands for every compiled kernel: counts launches, and keeps the last one's arguments."""
+    """Stands for every compiled kernel, as `triton.compiler.CompiledKernel` is called, and counts launches.
+
+    Attributes:
+        variants: kernels that would have been compiled.
+        grids: programs of each launch.
+        arguments: those of each launch, where this is a list.
+    """
+
+    function = packed_metadata = None
 
     def __init__(self) -> None:
-        self.count = 0
+        self.variants = 0
         self.grids: list[int] = []
-        #: As `CompiledKernel` has them.
-        self.function = self.packed_metadata = None
+        self.arguments: list[tuple[Any, ...]] | None = None
+
+    def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
+        from triton.compiler import CompiledKernel
+
+        launch: Callable[..., None] = CompiledKernel.__getitem__(self, grid)
+        return launch
+
+    def _init_handles(self) -> None:
+        pass
 
     def launch_metadata(self, *_: Any) -> None:
         return None
 
-    def run(self, grid: int, *_: Any) -> None:
-        self.count += 1
+    def run(self, grid: int, *rest: Any) -> None:
         self.grids.append(grid)
+        if self.arguments is not None:
+            self.arguments.append(rest[8:])
 
 
 @contextmanager
@@ -91,16 +107,17 @@ def on_a_gpu(target: str = "sm_90") -> Iterator[Launches]:
     launches = Launches()
 
     def compiled(function: Any, key: str, *_: Any) -> Launches:
+        launches.variants += 1
         function.device_caches[0][0][key] = launches
         return launches
 
     def live(adapter: Any) -> Any:
         return adapter._live_of(adapter.gate_logit)
 
-    driver = SimpleNamespace(active=_Driver(int(target.removeprefix("sm_"))))
+    driver = _Driver(int(target.removeprefix("sm_")))
     with ExitStack() as stack:
         for owner, name, value in (
-            (triton.runtime.jit, "driver", driver),
+            (triton.runtime.driver, "_active", driver),
             (JITFunction, "_do_compile", compiled),
             (backends, "interpreting", lambda: True),
             (common, "_target", lambda device: target),
@@ -219,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print(f"{given.profile}, {kind}, {tokens} tokens")
                     print(profile(calls[f"{given.profile}, {kind}"]))
                 continue
+            launches.grids.clear()
             print(f"{tokens} tokens, microseconds a call: median, quartiles, launches, programs")
             for name, timing in measure(calls, given.seconds).items():
                 launches.grids.clear()
