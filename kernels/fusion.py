@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .common import cast, device_guard, dot_precision, pointer_of, row_offsets, table_entry, target_of
 from .fusion_plan import Gates, Layers, Sizes, plan_of
-from .injection import copy_tile, gate_scores, inject_tile
-from .noise import NO_NOISE, NoiseArguments, soft_gate_tile
+from .fusion_split import launch_split
+from .fusion_tile import copy_heads, edit_heads, out_places, tile_rows
+from .noise import NO_NOISE, NoiseArguments
 from .projection import blocks_tile, down_tile
 
 
@@ -103,7 +104,6 @@ def fuse_kernel(
     HAS_NOISE: as in training, with dropout and soft gates (`noise`); else the arguments from ``gate_logit`` to
     ``inverse_temperature`` are not read.
     """
-    HALF: tl.constexpr = WIDTH // 2
     CS: tl.constexpr = SHARER_HEADS * SHARER_DIM
     CR: tl.constexpr = RECEIVER_HEADS * RECEIVER_DIM
     i_program = tl.program_id(0)
@@ -115,17 +115,13 @@ def fuse_kernel(
     row = code & 0xFFF
     i_start = begin + i_tile * BLOCK_T
     o_t = tl.arange(0, BLOCK_T)
-    m_write = i_start + o_t < end
-    m_edit = m_write & (i_start + o_t >= first) & (i_start + o_t < last)
+    m_write, m_edit, o_sharer = tile_rows(
+        index, i_batch, i_start, o_t, tokens, sharer_tokens, end, first, last, HAS_SHARER, HAS_INDEX
+    )  # fmt: skip
     i_start = i_start.to(tl.int64)
     i_sharer = i_start
-    o_sharer = o_t
     if HAS_INDEX:
         i_sharer = i_start * 0
-        o_sharer = tl.load(index + i_batch * tokens + i_start + o_t, mask=m_edit, other=-1)
-        m_edit = m_edit & (o_sharer >= 0)
-        if HAS_SHARER:
-            m_edit = m_edit & (o_sharer < sharer_tokens)
     edits = tl.sum(m_edit.to(tl.int32), 0)
 
     p_key = pointer_of(receiver_keys, i_layer, LAYERS, DTYPE, IS_RECEIVER_ALIGNED)
@@ -143,29 +139,19 @@ def fuse_kernel(
         stride_out_key = stride_receiver_key_head
         stride_out_value = stride_receiver_value_head
     else:
-        # out is (open gates, B, H, N, D), contiguous; a layer's code says which of them are its own
-        stride_out_key = tokens.to(tl.int64) * RECEIVER_DIM
-        stride_out_value = stride_out_key
-        p_out = out + i_batch * RECEIVER_HEADS * stride_out_key + i_start * RECEIVER_DIM
-        p_out_key = p_out + ((code >> 12) & 0xFFF) * batch * RECEIVER_HEADS * stride_out_key
-        p_out_value = p_out + ((code >> 24) & 0xFFF) * batch * RECEIVER_HEADS * stride_out_key
-        o_out_key = o_t * RECEIVER_DIM
+        p_out_key, p_out_value, o_out_key, stride_out_key = out_places(
+            out, code, i_batch, i_start, o_t, tokens, batch, RECEIVER_HEADS, RECEIVER_DIM
+        )  # fmt: skip
         o_out_value = o_out_key
-    is_key_open = ((code >> 36) & 1) != 0
-    is_value_open = ((code >> 37) & 1) != 0
+        stride_out_value = stride_out_key
 
     if edits == 0:
         if not IS_INPLACE:
-            if is_key_open:
-                copy_tile(
-                    p_key, o_key, stride_receiver_key_head, p_out_key, o_out_key, stride_out_key, m_write,
-                    RECEIVER_HEADS, RECEIVER_DIM, BLOCK_CR,
-                )  # fmt: skip
-            if is_value_open:
-                copy_tile(
-                    p_value, o_value, stride_receiver_value_head, p_out_value, o_out_value, stride_out_value, m_write,
-                    RECEIVER_HEADS, RECEIVER_DIM, BLOCK_CR,
-                )  # fmt: skip
+            copy_heads(
+                code, p_key, p_value, o_key, o_value, stride_receiver_key_head, stride_receiver_value_head,
+                p_out_key, p_out_value, o_out_key, stride_out_key, m_write,
+                0, RECEIVER_HEADS, RECEIVER_DIM, BLOCK_CR,
+            )  # fmt: skip
     else:
         if HAS_SHARER:
             p_sharer_key = pointer_of(sharer_keys, i_layer, LAYERS, SHARER_DTYPE, IS_SHARER_ALIGNED)
@@ -212,38 +198,21 @@ def fuse_kernel(
         )  # fmt: skip
         n_k = cast(z_k, DTYPE)
         n_v = cast(z_v, DTYPE)
-        p_up = up_weight + row * (2 * CR * HALF)
-        p_up_bias = up_bias + row * (2 * CR)
-        p_gate = head_gate_weight + row * (2 * RECEIVER_HEADS * WIDTH)
-        p_gate_bias = head_gate_bias + row * (2 * RECEIVER_HEADS)
-        if is_key_open:
-            alpha = gate_scores(
-                n_k, n_v, p_gate, p_gate_bias, RECEIVER_HEADS, WIDTH, BLOCK_T, BLOCK_H, DTYPE, PRECISION
-            )  # fmt: skip
-            if HAS_NOISE:
-                logit = tl.load(gate_logit + 2 * row).to(tl.float32)
-                o_h = tl.arange(0, BLOCK_H)
-                alpha *= soft_gate_tile(seed, inverse_temperature, logit, o_h, o_token, i_batch, row, 0)
-            inject_tile(
-                n_k, alpha, p_key, o_key, stride_receiver_key_head, p_out_key, o_out_key, stride_out_key,
+        if ((code >> 36) & 1) != 0:
+            edit_heads(
+                0, n_k, n_k, n_v, p_key, o_key, stride_receiver_key_head, p_out_key, o_out_key, stride_out_key,
                 m_edit, m_write,
-                p_up, p_up_bias, RECEIVER_HEADS, RECEIVER_DIM, WIDTH, BLOCK_H, BLOCK_CR, DTYPE, PRECISION,
+                row, up_weight, up_bias, head_gate_weight, head_gate_bias,
+                gate_logit, seed, inverse_temperature, o_token, i_batch, 0, RECEIVER_HEADS,
+                HAS_NOISE, RECEIVER_HEADS, RECEIVER_DIM, WIDTH, BLOCK_T, BLOCK_H, BLOCK_CR, DTYPE, PRECISION,
             )  # fmt: skip
-        if is_value_open:
-            p_gate += RECEIVER_HEADS * WIDTH
-            p_gate_bias += RECEIVER_HEADS
-            alpha = gate_scores(
-                n_k, n_v, p_gate, p_gate_bias, RECEIVER_HEADS, WIDTH, BLOCK_T, BLOCK_H, DTYPE, PRECISION
-            )  # fmt: skip
-            if HAS_NOISE:
-                logit = tl.load(gate_logit + 2 * row + 1).to(tl.float32)
-                o_h = tl.arange(0, BLOCK_H)
-                alpha *= soft_gate_tile(seed, inverse_temperature, logit, o_h, o_token, i_batch, row, 1)
-            inject_tile(
-                n_v, alpha, p_value, o_value, stride_receiver_value_head, p_out_value, o_out_value, stride_out_value,
-                m_edit, m_write,
-                p_up + CR * HALF, p_up_bias + CR,
-                RECEIVER_HEADS, RECEIVER_DIM, WIDTH, BLOCK_H, BLOCK_CR, DTYPE, PRECISION,
+        if ((code >> 37) & 1) != 0:
+            edit_heads(
+                1, n_v, n_k, n_v, p_value, o_value, stride_receiver_value_head, p_out_value, o_out_value,
+                stride_out_value, m_edit, m_write,
+                row, up_weight, up_bias, head_gate_weight, head_gate_bias,
+                gate_logit, seed, inverse_temperature, o_token, i_batch, 0, RECEIVER_HEADS,
+                HAS_NOISE, RECEIVER_HEADS, RECEIVER_DIM, WIDTH, BLOCK_T, BLOCK_H, BLOCK_CR, DTYPE, PRECISION,
             )  # fmt: skip
 
 
@@ -264,7 +233,9 @@ def fuse_layers(
     norm_eps: float,
     noise: NoiseArguments | None = None,
 ) -> Tensor | None:
-    """Launch `fuse_kernel` over every layer with an open gate. Arguments are checked by ``lcf_fast.ops``.
+    """Launch `fuse_kernel` over every layer with an open gate, or of few tokens the two of `fusion_split`.
+
+    Arguments are checked by ``lcf_fast.ops``.
 
     Args:
         sharer, receiver: the kept layers' caches; ``sharer`` is ``None`` with ``message``.
@@ -282,7 +253,7 @@ def fuse_layers(
     key, layout = receiver.tensors[0], receiver.layout
     batch, _, tokens, _ = layout.shape
     begin, end = positions if inplace else (0, tokens)
-    stacked = [weights[name].contiguous() for name in _STACKED]
+    stacked = {name: weights[name].contiguous() for name in _STACKED}
     _, width, columns = weights["down_weight"].shape
     _, blocks, hidden, _ = weights["ffn_in_weight"].shape
     plan = plan_of(
@@ -309,14 +280,19 @@ def fuse_layers(
             sharer_keys, sharer_values, is_sharer_aligned = receiver_keys, receiver_values, is_receiver_aligned
             if sharer is not None:
                 sharer_keys, sharer_values, is_sharer_aligned = launch.sharer(sharer)
+            tables = (sharer_keys, sharer_values, receiver_keys, receiver_values, launch.codes)
+            flags = {"IS_SHARER_ALIGNED": is_sharer_aligned, "IS_RECEIVER_ALIGNED": is_receiver_aligned}
+            numbers = (tokens, other.layout.shape[2], begin, end, *positions, launch.tiles, batch)
+            if launch.split is not None:
+                launch_split(launch, tables, flags, numbers, key, out, index, start, stacked)
+                continue
             launch.variants(fuse_kernel).launch(
                 launch.grid,
-                (sharer_keys, sharer_values, receiver_keys, receiver_values, launch.codes),
-                (key if out is None else out, key if index is None else index, start, *stacked),
-                (*(NO_NOISE if noise is None else noise), tokens, other.layout.shape[2], begin, end, *positions,
-                 launch.tiles, batch, *launch.strides),
-                {"IS_SHARER_ALIGNED": is_sharer_aligned, "IS_RECEIVER_ALIGNED": is_receiver_aligned},
+                tables,
+                (key if out is None else out, key if index is None else index, start, *stacked.values()),
+                (*(NO_NOISE if noise is None else noise), *numbers, *launch.strides),
+                flags,
                 launch.keywords,
                 launch.options,
-            )  # fmt: skip
+            )
     return out

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .common import TRITON_DTYPE, VECTOR_BYTES, head_chunk, heads_block, hidden_chunk, odd, padded
 from .launching import Variants
-from .policy import TileConfig, backward_config, tile_config
+from .policy import SplitConfig, backward_config, split_config, split_counts, tile_config
 
 Gates = tuple[tuple[bool, bool], ...]
 
@@ -91,8 +91,60 @@ class Tables:
 
 
 @dataclass(frozen=True)
+class Split:
+    """How `fusion_split` shares out a tile over programs.
+
+    Attributes:
+        parts, steps: programs of the down projection, and steps of channels each.
+        splits, heads: programs of the rest, and KV heads each.
+        down_grid, finish_grid: programs of the two launches.
+        down_keywords, finish_keywords: compile-time parameters that hang on no address.
+        down_options, finish_options: ``num_warps`` and ``num_stages``.
+    """
+
+    parts: int
+    steps: int
+    splits: int
+    heads: int
+    down_grid: tuple[int, int, int]
+    finish_grid: tuple[int, int, int]
+    down_keywords: Mapping[str, Any]
+    finish_keywords: Mapping[str, Any]
+    down_options: Mapping[str, Any]
+    finish_options: Mapping[str, Any]
+
+
+_ONLY_DOWN = {"SHARER_HEADS", "SHARER_DIM", "BLOCK_CS", "SHARER_DTYPE"}
+_ONLY_FINISH = {"IS_INPLACE", "HIDDEN", "BLOCKS", "BLOCK_F", "BLOCK_H", "EPS"}
+
+
+def _split(
+    config: SplitConfig, target: str, programs: int, keywords: Mapping[str, Any], steps: int, heads: int
+) -> Split:
+    parts, splits = split_counts(target, programs, steps, heads)
+    each = -(-heads // splits)
+    splits = -(-heads // each)
+
+    def without(names: set[str]) -> dict[str, Any]:
+        return {name: value for name, value in keywords.items() if name not in names and name != "HAS_NOISE"}
+
+    return Split(
+        parts=parts,
+        steps=-(-steps // parts),
+        splits=splits,
+        heads=each,
+        down_grid=(programs * parts, 1, 1),
+        finish_grid=(programs * splits, 1, 1),
+        down_keywords=without(_ONLY_FINISH),
+        finish_keywords=without(_ONLY_DOWN),
+        down_options={"num_warps": config.num_warps, "num_stages": config.down_stages},
+        finish_options={"num_warps": config.num_warps, "num_stages": config.finish_stages},
+    )
+
+
+@dataclass(frozen=True)
 class Launch:
-    """One launch: layers whose tensors have the same strides.
+    """One launch, of few tokens two: layers whose tensors have the same strides.
 
     Attributes:
         rows: of the stacked weights.
@@ -101,9 +153,9 @@ class Launch:
         tiles: tokens' tiles.
         grid: programs.
         strides: of the caches and of what z starts from, as the kernels' arguments have them.
-        config: how the kernels work.
         keywords: compile-time parameters that hang on no address.
         options: ``num_warps`` and ``num_stages``.
+        split: of few tokens; `fusion.fuse_kernel` is not launched then.
         compiled: what the kernels were compiled to.
     """
 
@@ -114,9 +166,9 @@ class Launch:
     tiles: int
     grid: tuple[int, int, int]
     strides: tuple[int, ...]
-    config: TileConfig
     keywords: Mapping[str, Any]
     options: Mapping[str, Any]
+    split: Split | None
     compiled: dict[Any, Variants] = field(default_factory=dict)
 
     def variants(self, kernel: Any) -> Variants:
@@ -175,9 +227,10 @@ def plan_of(
             groups.setdefault((receiver.strides[pair], sharer and sharer.strides[pair]), []).append(row)
     launches = []
     for rows in groups.values():
-        config = tile_config(sizes.width, receiver.dtype.itemsize, target, len(rows) * batch, extent)
-        if has_noise:
-            config = backward_config(sizes.width, receiver.dtype.itemsize, target)
+        chip = (sizes.width, receiver.dtype.itemsize, target)
+        few = None if has_noise else split_config(*chip, len(rows) * batch, extent)
+        whole = backward_config(*chip) if has_noise else tile_config(*chip, len(rows) * batch, extent)
+        config = whole if few is None else few
         codes = padded(odd([layer_code(row, *slots[row], *live[row]) for row in rows]))
         if sharer is None:
             # Only the product matters here: where the receiver's columns of W_down begin.
@@ -221,6 +274,12 @@ def plan_of(
             "PRECISION": precision,
         }
         tiles = -(-extent // config.block_tokens)
+        programs = len(rows) * batch * tiles
+        split = None
+        if few is not None:
+            chunks = (sharer_heads * -(-sharer_dim // keywords["BLOCK_CS"]) if sharer is not None else 0,
+                      heads * -(-head_dim // keywords["BLOCK_CR"]))  # fmt: skip
+            split = _split(few, target, programs, keywords, 2 * sum(chunks), heads)
         launches.append(
             Launch(
                 rows=tuple(rows),
@@ -228,11 +287,11 @@ def plan_of(
                 sharer=Tables.of(other, rows),
                 codes=codes,
                 tiles=tiles,
-                grid=(len(rows) * batch * tiles, 1, 1),
+                grid=(programs, 1, 1),
                 strides=(*(step for of in strides for step in of[:3]), *start),
-                config=config,
                 keywords=keywords,
-                options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+                options={"num_warps": whole.num_warps, "num_stages": whole.num_stages},
+                split=split,
             )
         )
     return Plan(open_gates, tuple(launches))
