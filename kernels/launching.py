@@ -60,8 +60,8 @@ class Variants:
                 compiled[grid](*before, *tensors, *after, *constants)
                 return
         compiled = self._kernel[grid](*before, *tensors, *after, **flags, **keywords, **options)
-        # A HIP kernel is specialised on more of a tensor than its address.
-        if is_aligned and not INTERPRETED and not torch.version.hip:
+        # A HIP kernel is specialised on more of a tensor than its address. A hook may have kept Triton from compiling.
+        if is_aligned and not INTERPRETED and not torch.version.hip and hasattr(type(compiled), "__getitem__"):
             names: Sequence[str] = self._kernel.arg_names[len(before) + len(tensors) + len(after) :]
             value: Callable[[str], Any] = {**flags, **keywords}.__getitem__
             self._known[key] = compiled, tuple(map(value, names))

@@ -197,11 +197,10 @@ _SPLIT: dict[str, dict[int, tuple[SplitConfig, ...]]] = {
     },
 }
 _SPLIT["sm_100"] = _SPLIT["sm_90"]
+#: float32. Wider latents spill by the hundred: one launch serves those.
 _SPLIT_SINGLE: dict[int, tuple[SplitConfig, ...]] = {
     64: (SplitConfig(16, 32, 32, 4, 3, 2),),
-    128: (SplitConfig(16, 32, 32, 4, 3, 2),),
-    256: (SplitConfig(16, 32, 32, 8, 3, 2),),
-    512: (SplitConfig(16, 32, 16, 8, 2, 2),),
+    128: (SplitConfig(16, 32, 16, 8, 3, 2),),
 }
 
 #: The most tokens that are split, and the tile that must leave half the multiprocessors idle for it: beyond that one
@@ -213,10 +212,11 @@ PULLING_PROGRAMS = 64
 
 
 def split_options(width: int, itemsize: int, target: str) -> tuple[SplitConfig, ...]:
-    """All rows of few tokens for a bottleneck width, element size in bytes and chip, from the smallest tile on."""
+    """All rows of few tokens for a bottleneck width, element size in bytes and chip, from the smallest tile on; for
+    some there is none."""
     target = known_target(target)
     rows = _SPLIT_SINGLE if itemsize == 4 and target != INTERPRETER else _SPLIT[target]
-    return rows[width]
+    return rows.get(width, ())
 
 
 def split_config(width: int, itemsize: int, target: str, rows: int, tokens: int) -> SplitConfig | None:
@@ -224,9 +224,10 @@ def split_config(width: int, itemsize: int, target: str, rows: int, tokens: int)
 
     Two tiles cover the tokens, one where 16 do: more would pull the weights more often than a multiprocessor gains.
     """
-    if tokens > SPLIT_TOKENS or 2 * rows * -(-tokens // SPLIT_TILE) > PROCESSORS[known_target(target)]:
-        return None
     options = split_options(width, itemsize, target)
+    is_few = tokens <= SPLIT_TOKENS and 2 * rows * -(-tokens // SPLIT_TILE) <= PROCESSORS[known_target(target)]
+    if not options or not is_few:
+        return None
     return next((config for config in options if 2 * config.block_tokens >= tokens), options[-1])
 
 

@@ -88,6 +88,8 @@ def cases(chip: str) -> list[Case]:
     built = []
     for width in (64, 128, 256, 512):
         built += split_cases(width, "bf16", split_options(width, 2, chip)[0])
+    if chip != "sm_90":
+        built += split_cases(128, "bf16", split_options(128, 2, chip)[-1])
     if chip == "sm_90":
         for width in (64, 128, 256, 512):
             for config in split_options(width, 2, chip)[1:]:
