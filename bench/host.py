@@ -102,7 +102,7 @@ def on_a_gpu(target: str = "sm_90") -> Iterator[Launches]:
     from triton.runtime.jit import JITFunction
 
     from lcf_fast import LatentCacheFlow, backends
-    from lcf_fast.kernels import common
+    from lcf_fast.kernels import common, fusion_plan
 
     launches = Launches()
 
@@ -124,6 +124,9 @@ def on_a_gpu(target: str = "sm_90") -> Iterator[Launches]:
             (LatentCacheFlow, "_live", live),
         ):
             stack.enter_context(patch.object(owner, name, value))
+        for forget in (fusion_plan.plan_of.cache_clear, fusion_plan.variants_of.cache_clear):  # what holds our stubs
+            forget()
+            stack.callback(forget)
         stack.enter_context(backends.use_backend("triton"))
         stack.enter_context(torch.no_grad())
         yield launches
@@ -181,11 +184,13 @@ def measure(calls: dict[str, Call], seconds: float) -> dict[str, Timing]:
     for call in calls.values():
         for _ in range(2 * SAMPLE):
             call()
-    stop = time.perf_counter() + seconds * len(calls)
     gc.collect()
     gc.disable()
+    stop = time.perf_counter() + seconds * len(calls)
+    is_first = True
     try:
-        while time.perf_counter() < stop:
+        while is_first or time.perf_counter() < stop:
+            is_first = False
             for name, call in calls.items():
                 start = time.thread_time()
                 for _ in range(SAMPLE):

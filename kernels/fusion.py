@@ -6,6 +6,7 @@ hidden units on chip, and the receiver's rows are read a second time, for the re
 
 For LCF-X the sharer's whole part is one d-vector a layer and item (the message), so the kernel reads only the receiver.
 Layers with both gates closed are not launched; a layer with one open gate does half the injection.
+Few tokens take two launches of more programs: `fusion_split`.
 """
 
 from __future__ import annotations

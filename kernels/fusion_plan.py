@@ -6,9 +6,10 @@ the addresses and to launch: the host's part of a launch must not grow with laye
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, reduce
+from itertools import accumulate
 from operator import itemgetter, or_
 from typing import Any, Protocol
 
@@ -29,6 +30,8 @@ class Layout(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
     @property
     def strides(self) -> tuple[tuple[int, ...], ...]: ...
     def __hash__(self) -> int: ...
@@ -71,13 +74,13 @@ class Tables:
     may_align: bool
 
     @classmethod
-    def of(cls, layout: Layout, rows: Sequence[int]) -> Tables:
+    def of(cls, layout: Layout, rows: tuple[int, ...]) -> Tables:
         size = layout.dtype.itemsize
         # The layers of a launch have the same strides.
         steps = (*layout.strides[2 * rows[0]][:-1], *layout.strides[2 * rows[0] + 1][:-1])
         return cls(
-            itemgetter(*padded([2 * row for row in rows])),
-            itemgetter(*padded([2 * row + 1 for row in rows])),
+            _picks(rows, 0),
+            _picks(rows, 1),
             all(step * size % VECTOR_BYTES == 0 for step in steps),
         )
 
@@ -156,7 +159,7 @@ class Launch:
         keywords: compile-time parameters that hang on no address.
         options: ``num_warps`` and ``num_stages``.
         split: of few tokens; `fusion.fuse_kernel` is not launched then.
-        compiled: what the kernels were compiled to.
+        variants: what a kernel was compiled to; shared with other lengths' launches.
     """
 
     rows: tuple[int, ...]
@@ -169,13 +172,7 @@ class Launch:
     keywords: Mapping[str, Any]
     options: Mapping[str, Any]
     split: Split | None
-    compiled: dict[Any, Variants] = field(default_factory=dict)
-
-    def variants(self, kernel: Any) -> Variants:
-        found = self.compiled.get(kernel)
-        if found is None:
-            found = self.compiled[kernel] = Variants(kernel)
-        return found
+    variants: Callable[[Any], Variants]
 
 
 @dataclass(frozen=True)
@@ -196,6 +193,50 @@ class Sizes:
     columns: int
 
 
+def _kind_of(stride: int) -> tuple[bool, bool, bool]:
+    """What Triton specialises a kernel on of an integer."""
+    return stride % 16 == 0, stride == 1, stride >= 2**31
+
+
+@lru_cache(maxsize=256)
+def variants_of(*_: Any) -> Callable[[Any], Variants]:
+    """Compiled variants by kernel, for launches that are alike in all that kernels are compiled for."""
+    known: dict[int, Variants] = {}
+
+    def of(kernel: Any) -> Variants:
+        found = known.get(id(kernel))  # kernels live as long as their modules, and are slow to hash
+        if found is None:
+            found = known[id(kernel)] = Variants(kernel)
+        return found
+
+    return of
+
+
+@lru_cache(maxsize=256)
+def _codes(rows: tuple[int, ...], live: Gates) -> tuple[int, ...]:
+    """The launch table of these rows' codes; slots of outputs go by all layers' gates."""
+    slots = [*accumulate((open_key + open_value for open_key, open_value in live), initial=0)]
+    return padded(odd([layer_code(row, slots[row], slots[row] + live[row][0], *live[row]) for row in rows]))
+
+
+@lru_cache(maxsize=256)
+def _picks(rows: tuple[int, ...], which: int) -> itemgetter[Any]:
+    """Picks these rows' keys (0) or values (1), padded as launch tables are."""
+    return itemgetter(*padded([2 * row + which for row in rows]))
+
+
+def _groups(receiver: Layout, sharer: Layout | None, live: Gates) -> list[tuple[int, ...]]:
+    """Rows of layers with an open gate, by the strides of their tensors."""
+    rows = tuple(row for row, gates in enumerate(live) if gates[0] or gates[1])
+    if all(len({*layout.strides[which::2]}) == 1 for layout in (receiver, sharer or receiver) for which in (0, 1)):
+        return [rows] if rows else []
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for row in rows:
+        pair = slice(2 * row, 2 * row + 2)
+        groups.setdefault((receiver.strides[pair], sharer and sharer.strides[pair]), []).append(row)
+    return [*map(tuple, groups.values())]
+
+
 @lru_cache(maxsize=256)
 def plan_of(
     receiver: Layout,
@@ -211,27 +252,18 @@ def plan_of(
     target: str,
 ) -> Plan:
     """The launches of a call; arguments as of `fusion.fuse_layers`. ``extent``: tokens that tiles cover."""
-    slots: list[tuple[int, int]] = []
-    open_gates = 0
-    for open_key, open_value in live:
-        slots.append((open_gates, open_gates + open_key))
-        open_gates += open_key + open_value
+    open_gates = sum(map(sum, live))
     batch, heads, _, head_dim = receiver.shape
     if not open_gates or not batch or extent <= 0:
         return Plan(open_gates, ())
 
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for row, gates in enumerate(live):
-        if any(gates):
-            pair = slice(2 * row, 2 * row + 2)
-            groups.setdefault((receiver.strides[pair], sharer and sharer.strides[pair]), []).append(row)
     launches = []
-    for rows in groups.values():
+    for rows in _groups(receiver, sharer, live):
         chip = (sizes.width, receiver.dtype.itemsize, target)
         few = None if has_noise else split_config(*chip, len(rows) * batch, extent)
         whole = backward_config(*chip) if has_noise else tile_config(*chip, len(rows) * batch, extent)
         config = whole if few is None else few
-        codes = padded(odd([layer_code(row, *slots[row], *live[row]) for row in rows]))
+        codes = _codes(rows, live)
         if sharer is None:
             # Only the product matters here: where the receiver's columns of W_down begin.
             other, sharer_heads, sharer_dim = receiver, 1, sizes.columns // 2 - heads * head_dim
@@ -273,6 +305,7 @@ def plan_of(
             "DTYPE": TRITON_DTYPE[receiver.dtype],
             "PRECISION": precision,
         }
+        steps = (*(step for of in strides for step in of[:3]), *start)
         tiles = -(-extent // config.block_tokens)
         programs = len(rows) * batch * tiles
         split = None
@@ -282,16 +315,17 @@ def plan_of(
             split = _split(few, target, programs, keywords, 2 * sum(chunks), heads)
         launches.append(
             Launch(
-                rows=tuple(rows),
+                rows=rows,
                 receiver=Tables.of(receiver, rows),
                 sharer=Tables.of(other, rows),
                 codes=codes,
                 tiles=tiles,
                 grid=(programs, 1, 1),
-                strides=(*(step for of in strides for step in of[:3]), *start),
+                strides=steps,
                 keywords=keywords,
                 options={"num_warps": whole.num_warps, "num_stages": whole.num_stages},
                 split=split,
+                variants=variants_of(receiver.device, *keywords.values(), *map(_kind_of, steps), config),
             )
         )
     return Plan(open_gates, tuple(launches))

@@ -36,24 +36,25 @@ class Layout:
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Layout:
         first = tensors[0]
-        strides = tuple(tensor.stride() for tensor in tensors)
-        return cls(first.shape, first.dtype, first.device, strides, any(t.requires_grad for t in tensors))
+        strides = tuple([tensor.stride() for tensor in tensors])
+        wants_gradient = True in [tensor.requires_grad for tensor in tensors]
+        return cls(first.shape, first.dtype, first.device, strides, wants_gradient)
 
     @cached_property
     def has_unit_rows(self) -> bool:
         """Stride 1 along the head dim, which the kernels need."""
-        return all(strides[-1] == 1 for strides in self.strides)
+        return all(strides[-1] == 1 for strides in {*self.strides})
 
     @cached_property
     def first_unwritable(self) -> int | None:
         """The first tensor that cannot be edited in place: its elements share memory, or its last axis is strided."""
-        sizes = self.shape
-        for i, strides in enumerate(self.strides):
-            if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides)):
-                return i
-            if strides[-1] != 1 and sizes[-1] > 1:
-                return i
-        return None
+        bad = {strides for strides in {*self.strides} if not _is_writable(self.shape, strides)}
+        return next((i for i, strides in enumerate(self.strides) if strides in bad), None) if bad else None
+
+
+def _is_writable(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    is_shared = any(stride == 0 and size > 1 for size, stride in zip(sizes, strides))
+    return not is_shared and (strides[-1] == 1 or sizes[-1] <= 1)
 
 
 class Layers:
@@ -87,10 +88,13 @@ class KnownLayouts(Generic[Found]):
 
     Attributes:
         most: entries; the oldest goes first.
+        only_again: keep nothing of what comes once, since keeping costs more than a look: prompts have many lengths.
     """
 
     most: int = 256
+    only_again: bool = False
     _entries: dict[tuple[Any, ...], tuple[Any, Found]] = field(default_factory=dict)
+    _once: dict[tuple[Any, ...], None] = field(default_factory=dict)
 
     def find(self, tensors: Sequence[Tensor], *context: Any) -> Found | None:
         """What `remember` was given for tensors of exactly these looks (and hashable ``context``); else None."""
@@ -106,14 +110,22 @@ class KnownLayouts(Generic[Found]):
         """
         if not all(map(is_ordinary, tensors)) or len({*map(id, tensors)}) < len(tensors):
             return
+        key = _key(tensors, context)
+        if self.only_again and key not in self._once:
+            _add(self._once, key, None, 4 * self.most)
+            return
         guard = _guards.TensorGuards(
             *tensors,
             dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
             dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
         )
-        while len(self._entries) >= self.most:
-            self._entries.pop(next(iter(self._entries)), None)
-        self._entries[_key(tensors, context)] = guard, found
+        _add(self._entries, key, (guard, found), self.most)
+
+
+def _add(entries: dict[Any, Any], key: Any, value: Any, most: int) -> None:
+    while len(entries) >= most:
+        entries.pop(next(iter(entries)), None)
+    entries[key] = value
 
 
 def _key(tensors: Sequence[Tensor], context: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ ROOT = WORKER.parents[1]
 
 #: Calls that the interpreter sees in one of 28 layers; before checks and launches were planned it was 1,400 to 2,300. A
 #: new DynamicCache has a layer made and a dictionary copied each.
-MOST = {"pairs": 260, "DynamicCache": 340}
+MOST = {"pairs": 290, "DynamicCache": 370}
 
 
 def test_calls_do_not_grow_with_layers() -> None:
@@ -38,4 +39,4 @@ def test_the_command_prints_a_line_a_call() -> None:
     assert [line.split(",")[0].strip() for line in done.stdout.splitlines()[1:]] == [
         "fuse", "fuse_", "inject", "inject_", "fuse", "fuse_", "inject", "inject_",
     ]  # fmt: skip
-    assert done.stdout.count("[3]") == 8, "one launch of a program a layer"
+    assert len(re.findall(r"\[\d+, \d+\]$", done.stdout, re.MULTILINE)) == 8, "two launches, as few tokens take"

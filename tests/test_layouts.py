@@ -66,6 +66,15 @@ def test_a_tensor_that_is_there_twice_is_not_remembered() -> None:
     assert known.find([one, other, one]) is None
 
 
+def test_what_comes_once_may_be_left_alone() -> None:
+    known: KnownLayouts[str] = KnownLayouts(only_again=True)
+    for found in (None, None, "seen"):
+        assert known.find(make()) == found
+        known.remember("seen", make())
+    known.remember("other", make(5))
+    assert known.find(make(5)) is None
+
+
 def test_it_holds_no_tensor_and_no_more_entries_than_it_may() -> None:
     known: KnownLayouts[int] = KnownLayouts(3)
     for tokens in range(1, 6):
