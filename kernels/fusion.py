@@ -287,13 +287,13 @@ def fuse_layers(
             if launch.split is not None:
                 launch_split(launch, tables, flags, numbers, key, out, index, start, stacked)
                 continue
+            tensors = (key if out is None else out, key if index is None else index, start, *stacked.values())
+            rest = (*(NO_NOISE if noise is None else noise), *numbers, *launch.strides)
+            if noise is not None:  # a seed may be of any size, and so of any integer type
+                options = {**flags, **launch.keywords, **launch.options}
+                fuse_kernel[launch.grid](*tables, *tensors, *rest, **options)
+                continue
             launch.variants(fuse_kernel).launch(
-                launch.grid,
-                tables,
-                (key if out is None else out, key if index is None else index, start, *stacked.values()),
-                (*(NO_NOISE if noise is None else noise), *numbers, *launch.strides),
-                flags,
-                launch.keywords,
-                launch.options,
-            )
+                launch.grid, tables, tensors, rest, flags, launch.keywords, launch.options
+            )  # fmt: skip
     return out

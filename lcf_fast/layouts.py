@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from threading import Lock
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 Found = TypeVar("Found")
 _guards: Any = torch._C._dynamo.guards
+_adding = Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,9 +125,10 @@ class KnownLayouts(Generic[Found]):
 
 
 def _add(entries: dict[Any, Any], key: Any, value: Any, most: int) -> None:
-    while len(entries) >= most:
-        entries.pop(next(iter(entries)), None)
-    entries[key] = value
+    with _adding:
+        while len(entries) >= most:
+            del entries[next(iter(entries))]
+        entries[key] = value
 
 
 def _key(tensors: Sequence[Tensor], context: tuple[Any, ...]) -> tuple[Any, ...]:
