@@ -213,8 +213,11 @@ def heads_block(heads: int) -> int:
 
 
 def device_guard(tensor: Tensor) -> AbstractContextManager[None]:
-    """Make the tensor's GPU the current one for a launch; nothing to do for the interpreter's CPU tensors."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    """Make the tensor's GPU the current one for a launch; nothing to do where it is, and for the interpreter's CPU
+    tensors."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 @lru_cache

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .fusion import Pair, layer_code
+from .fusion_plan import layer_code
 from .injection_backward import injection_gradients
 from .noise import NoiseArguments
 from .projection_backward import project_gradients, project_states
 from .weight_gradients import down_gradient, ffn_gradients
+
+Pair = tuple[Tensor, Tensor]
 
 #: Bytes of latents and their gradients at a time, where that is more than a quarter of all layers'.
 WORKSPACE = 48 << 20

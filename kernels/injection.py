@@ -70,7 +70,8 @@ def inject_tile(
     m_write,
     p_up,
     p_bias,
-    HEADS: tl.constexpr,
+    i_first,
+    i_last,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -80,6 +81,7 @@ def inject_tile(
 ):
     """Write ``row + alpha · (W_up z_half + b_up)`` where ``m_edit``, and ``row`` itself elsewhere in ``m_write``.
 
+    Of heads ``[i_first, i_last)``.
     An unedited row is selected, not multiplied by zero: what a padded row holds (NaN, infinity) never spreads.
     """
     HALF: tl.constexpr = WIDTH // 2
@@ -87,7 +89,7 @@ def inject_tile(
     o_z = tl.arange(0, HALF)
     o_c = tl.arange(0, BLOCK_C)
     o_h = tl.arange(0, BLOCK_H)
-    for i in range(0, HEADS * CHUNKS):
+    for i in range(i_first * CHUNKS, i_last * CHUNKS):
         i_head = i // CHUNKS
         o_channel = (i % CHUNKS) * BLOCK_C + o_c
         o_column = i_head * HEAD_DIM + o_channel
@@ -121,14 +123,15 @@ def copy_tile(
     o_out,
     stride_out_head,
     m_write,
-    HEADS: tl.constexpr,
+    i_first,
+    i_last,
     HEAD_DIM: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Copy a tile's rows unchanged: what an out-of-place edit owes the tokens that it does not edit."""
+    """Copy a tile's rows of heads ``[i_first, i_last)``: what an out-of-place edit owes the tokens that it leaves."""
     CHUNKS: tl.constexpr = (HEAD_DIM + BLOCK_C - 1) // BLOCK_C
     o_c = tl.arange(0, BLOCK_C)
-    for i in range(0, HEADS * CHUNKS):
+    for i in range(i_first * CHUNKS, i_last * CHUNKS):
         i_head = i // CHUNKS
         o_head = i_head.to(tl.int64)
         o_channel = (i % CHUNKS) * BLOCK_C + o_c
@@ -202,10 +205,10 @@ def inject_side(
         inject_tile(
             n_half, alpha, p_row, o_row, stride_head, p_out, o_out, stride_out_head, m_edit, m_write,
             up_weight + KV * (HEADS * HEAD_DIM * HALF), up_bias + KV * (HEADS * HEAD_DIM),
-            HEADS, HEAD_DIM, WIDTH, BLOCK_H, BLOCK_C, DTYPE, PRECISION,
+            0, HEADS, HEAD_DIM, WIDTH, BLOCK_H, BLOCK_C, DTYPE, PRECISION,
         )  # fmt: skip
     elif not IS_INPLACE:
-        copy_tile(p_row, o_row, stride_head, p_out, o_out, stride_out_head, m_write, HEADS, HEAD_DIM, BLOCK_C)
+        copy_tile(p_row, o_row, stride_head, p_out, o_out, stride_out_head, m_write, 0, HEADS, HEAD_DIM, BLOCK_C)
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles"])

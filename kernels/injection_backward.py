@@ -189,7 +189,7 @@ def injection_gradients(
 
     Args:
         grad: ``(open gates, B, H, tokens, D)``, contiguous.
-        codes: `fusion.layer_code` of each layer.
+        codes: `fusion_plan.layer_code` of each layer.
         latent: ``(G, B, N, d)`` float32, N the range ``positions``.
         weights: of these layers, stacked and contiguous.
         index: ``(B, tokens)`` int32, negative where a row is not edited; with ``sharer_tokens``, nor at or above those.

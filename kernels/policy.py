@@ -129,9 +129,13 @@ def tile_config(width: int, itemsize: int, target: str, rows: int, tokens: int) 
     """
     options = tile_options(width, itemsize, target)
     wanted = PROCESSORS[known_target(target)]
-    for config in options:
+    for i, config in enumerate(options):
         if rows * -(-tokens // config.block_tokens) >= wanted:
-            return config
+            # The smallest pulls the weights most often: 620 MB through L2 at 256 tokens of 28 layers (d = 128), 113 us
+            # at 5.5 TB/s, where 64 rows pull 155 MB. Not where the next larger one keeps half the chip busy.
+            larger = options[max(i - 1, 0)]
+            is_last = i == len(options) - 1
+            return larger if is_last and 2 * rows * -(-tokens // larger.block_tokens) >= wanted else config
     return options[-1]
 
 
@@ -143,3 +147,100 @@ def backward_config(width: int, itemsize: int, target: str) -> TileConfig:
     if itemsize == 4:
         return _BACKWARD_SINGLE[width]
     return _BACKWARD_OF.get((known_target(target), width), _BACKWARD[width])
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """How the two launches of few tokens work (`fusion_split`).
+
+    Attributes:
+        block_tokens: tokens a tile.
+        block_channels: widest step over a head's channels.
+        block_hidden: FFN hidden units at a time.
+        num_warps: warps a program.
+        down_stages: depth of the software pipeline in the down projection's launch.
+        finish_stages: the same in the other.
+    """
+
+    block_tokens: int
+    block_channels: int
+    block_hidden: int
+    num_warps: int
+    down_stages: int
+    finish_stages: int
+
+
+#: Half precision: width -> tiles of few tokens, from the smallest on. Steps of 64 hidden units or more: a program waits
+#: for weights, so that what counts is bytes under way, and passes through the loops. None has been measured.
+_SPLIT: dict[str, dict[int, tuple[SplitConfig, ...]]] = {
+    "sm_90": {
+        64: (SplitConfig(16, 64, 128, 4, 4, 3), SplitConfig(32, 64, 128, 4, 4, 3), SplitConfig(64, 64, 64, 8, 4, 3)),
+        # 64 rows and 128 hidden units take all registers.
+        128: (SplitConfig(16, 64, 128, 8, 4, 3), SplitConfig(32, 64, 128, 8, 4, 3), SplitConfig(64, 64, 64, 8, 4, 3)),
+        256: (SplitConfig(16, 64, 64, 8, 4, 3), SplitConfig(32, 64, 64, 8, 4, 3), SplitConfig(64, 64, 32, 8, 3, 3)),
+        512: (SplitConfig(16, 32, 32, 8, 4, 3), SplitConfig(32, 32, 32, 8, 4, 3)),
+    },
+    "sm_80": {
+        64: (SplitConfig(16, 64, 128, 4, 4, 3), SplitConfig(64, 64, 64, 8, 3, 2)),
+        128: (SplitConfig(16, 64, 128, 8, 4, 2), SplitConfig(64, 64, 32, 8, 3, 3)),
+        256: (SplitConfig(16, 64, 64, 8, 3, 2), SplitConfig(32, 64, 32, 8, 3, 2)),
+        512: (SplitConfig(16, 32, 32, 8, 3, 2),),
+    },
+    "gfx942": {
+        64: (SplitConfig(16, 64, 64, 4, 2, 2), SplitConfig(64, 64, 32, 4, 2, 2)),
+        128: (SplitConfig(16, 64, 64, 4, 2, 2), SplitConfig(32, 64, 32, 4, 2, 2)),
+        256: (SplitConfig(16, 64, 32, 4, 2, 2),),
+        512: (SplitConfig(16, 32, 32, 4, 2, 1),),
+    },
+    INTERPRETER: {
+        width: (SplitConfig(16, 128, 128, 4, 1, 1), SplitConfig(64, 128, 128, 4, 1, 1)) for width in (64, 128, 256, 512)
+    },
+}
+_SPLIT["sm_100"] = _SPLIT["sm_90"]
+#: float32. Wider latents spill by the hundred: one launch serves those.
+_SPLIT_SINGLE: dict[int, tuple[SplitConfig, ...]] = {
+    64: (SplitConfig(16, 32, 32, 4, 3, 2),),
+    128: (SplitConfig(16, 32, 16, 8, 3, 2),),
+}
+
+#: The most tokens that are split, and the tile that must leave half the multiprocessors idle for it: beyond that one
+#: launch has programs enough, and two would only write the parts of z to memory.
+SPLIT_TOKENS, SPLIT_TILE = 128, 64
+#: Programs that pull all of a layer's later weights at a multiprocessor's full rate before the L2 cache is the limit:
+#: it hands out some 5.5 TB/s (H100), a multiprocessor takes at most 64 bytes a cycle, 0.11 TB/s: 50, and a few more.
+PULLING_PROGRAMS = 64
+
+
+def split_options(width: int, itemsize: int, target: str) -> tuple[SplitConfig, ...]:
+    """All rows of few tokens for a bottleneck width, element size in bytes and chip, from the smallest tile on; for
+    some there is none."""
+    target = known_target(target)
+    rows = _SPLIT_SINGLE if itemsize == 4 and target != INTERPRETER else _SPLIT[target]
+    return rows.get(width, ())
+
+
+def split_config(width: int, itemsize: int, target: str, rows: int, tokens: int) -> SplitConfig | None:
+    """How few tokens are split over two launches; None where one launch is as good. Arguments as of `tile_config`.
+
+    Two tiles cover the tokens, one where 16 do: more would pull the weights more often than a multiprocessor gains.
+    """
+    options = split_options(width, itemsize, target)
+    is_few = tokens <= SPLIT_TOKENS and 2 * rows * -(-tokens // SPLIT_TILE) <= PROCESSORS[known_target(target)]
+    if not options or not is_few:
+        return None
+    return next((config for config in options if 2 * config.block_tokens >= tokens), options[-1])
+
+
+def split_counts(target: str, programs: int, steps: int, heads: int) -> tuple[int, int]:
+    """How many programs share a tile in the two launches: ``(parts, splits)``.
+
+    Args:
+        target: the chip.
+        programs: tiles of all layers and items.
+        steps: of the down projection.
+        heads: KV heads of the receiver.
+    """
+    parts = -(-PROCESSORS[known_target(target)] // programs)
+    each = -(-steps // max(1, min(parts, steps)))
+    splits = max(1, min(heads, PULLING_PROGRAMS // programs))
+    return -(-steps // each), 1 << (splits.bit_length() - 1)

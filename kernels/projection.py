@@ -44,7 +44,8 @@ def add_source(
     stride_head,
     p_down,
     stride_down,
-    HEADS: tl.constexpr,
+    i_first,
+    i_last,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -53,13 +54,14 @@ def add_source(
 ):
     """``z += x W^T`` for one cache: rows (tokens) at ``p_base + o_row``, columns of W_down from ``p_down`` on.
 
-    Rows outside ``m_row`` count as zero. BLOCK_C channels of one head a step, so that a tile never straddles heads.
+    Rows outside ``m_row`` count as zero. BLOCK_C channels of one head a step, so that a tile never straddles heads;
+    steps ``[i_first, i_last)`` of all heads', one head after the other.
     """
     HALF: tl.constexpr = WIDTH // 2
     CHUNKS: tl.constexpr = (HEAD_DIM + BLOCK_C - 1) // BLOCK_C
     o_z = tl.arange(0, HALF)
     o_c = tl.arange(0, BLOCK_C)
-    for i in range(0, HEADS * CHUNKS):
+    for i in range(i_first, i_last):
         i_head = i // CHUNKS
         o_channel = (i % CHUNKS) * BLOCK_C + o_c
         # The scalar base takes the 64-bit part, so that a tile's offsets, which stay in registers, are 32-bit.
@@ -184,6 +186,8 @@ def down_tile(
     CS: tl.constexpr = SHARER_HEADS * SHARER_DIM
     CR: tl.constexpr = RECEIVER_HEADS * RECEIVER_DIM
     STRIDE: tl.constexpr = 2 * CS + 2 * CR
+    SHARER_STEPS: tl.constexpr = SHARER_HEADS * ((SHARER_DIM + BLOCK_CS - 1) // BLOCK_CS)
+    RECEIVER_STEPS: tl.constexpr = RECEIVER_HEADS * ((RECEIVER_DIM + BLOCK_CR - 1) // BLOCK_CR)
     o_z = tl.arange(0, HALF)
     zeros = tl.zeros([BLOCK_T, HALF], dtype=tl.float32)
     z_k = zeros + tl.load(p_start + o_z).to(tl.float32)[None, :]
@@ -191,20 +195,20 @@ def down_tile(
     if HAS_SHARER:
         z_k, z_v = add_source(
             z_k, z_v, p_sharer_key, o_sharer_key, m_row, stride_sharer_key_head, p_down, STRIDE,
-            SHARER_HEADS, SHARER_DIM, WIDTH, BLOCK_CS, DTYPE, PRECISION,
+            0, SHARER_STEPS, SHARER_DIM, WIDTH, BLOCK_CS, DTYPE, PRECISION,
         )  # fmt: skip
         z_k, z_v = add_source(
             z_k, z_v, p_sharer_value, o_sharer_value, m_row, stride_sharer_value_head, p_down + CS, STRIDE,
-            SHARER_HEADS, SHARER_DIM, WIDTH, BLOCK_CS, DTYPE, PRECISION,
+            0, SHARER_STEPS, SHARER_DIM, WIDTH, BLOCK_CS, DTYPE, PRECISION,
         )  # fmt: skip
     p_down += 2 * CS
     z_k, z_v = add_source(
         z_k, z_v, p_receiver_key, o_receiver_key, m_row, stride_receiver_key_head, p_down, STRIDE,
-        RECEIVER_HEADS, RECEIVER_DIM, WIDTH, BLOCK_CR, DTYPE, PRECISION,
+        0, RECEIVER_STEPS, RECEIVER_DIM, WIDTH, BLOCK_CR, DTYPE, PRECISION,
     )  # fmt: skip
     z_k, z_v = add_source(
         z_k, z_v, p_receiver_value, o_receiver_value, m_row, stride_receiver_value_head, p_down + CR, STRIDE,
-        RECEIVER_HEADS, RECEIVER_DIM, WIDTH, BLOCK_CR, DTYPE, PRECISION,
+        0, RECEIVER_STEPS, RECEIVER_DIM, WIDTH, BLOCK_CR, DTYPE, PRECISION,
     )  # fmt: skip
     return z_k, z_v
 

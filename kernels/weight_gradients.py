@@ -282,8 +282,8 @@ def up_weight_kernel(
 ):
     """BLOCK_C channels of one head of the key or the value: their rows of W_up's gradient and of b_up's, over all rows.
 
-    ``grad (open gates, B, H, tokens, D)``, whose slots the codes know (`fusion.layer_code`); ``scale (G, B, N, 2, H)``
-    float32, what each head's edit was multiplied with.
+    ``grad (open gates, B, H, tokens, D)``, whose slots the codes know (`fusion_plan.layer_code`);
+    ``scale (G, B, N, 2, H)`` float32, what each head's edit was multiplied with.
     """
     HALF: tl.constexpr = WIDTH // 2
     CHUNKS: tl.constexpr = (HEAD_DIM + BLOCK_C - 1) // BLOCK_C
@@ -431,7 +431,7 @@ def up_gradients(
 
     Args:
         grad: ``(open gates, B, H, tokens, D)``, contiguous.
-        codes: `fusion.layer_code` of each layer.
+        codes: `fusion_plan.layer_code` of each layer.
         latent, scale: ``(G, B, N, d)`` and ``(G, B, N, 2, H)``, float32.
     """
     layers, batch, span, width = latent.shape

@@ -430,6 +430,10 @@ class LatentCacheFlow(Summarizes, nn.Module):
         # A tensor made in inference mode does not count its changes.
         if logit.device.type == "cpu" or logit.is_inference():
             return _open(logit)
+        return self._live_of(logit)
+
+    def _live_of(self, logit: Tensor) -> Live:
+        """The gates as they were last read, unless ``logit`` has changed since."""
         known = self._gates
         if known is None or known[0] is not logit or known[1:3] != (logit._version, logit.data_ptr()):
             known = self._gates = (logit, logit._version, logit.data_ptr(), _open(logit))

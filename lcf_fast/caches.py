@@ -8,6 +8,7 @@ and the given one is left as it was.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,23 +29,26 @@ _STATIC = ("StaticLayer", "StaticSlidingWindowLayer")
 _EXPECTED_LAYER = "a DynamicLayer or StaticLayer (or their sliding-window kinds while nothing has slid out)"
 
 
-#: What `_layer_kind` found, by class: it is asked once a layer and call.
+#: What `_kind_of` found, by class: it is asked once a layer and call.
 _KINDS: dict[type, str] = {}
 
 
-def _layer_kind(layer: Any) -> str:
+def _kind_of(kind: type) -> str:
     """``"dynamic"``, ``"static"`` or ``""`` for what is not served (quantized, linear attention ...).
 
     The first class that comes from transformers decides: a user's subclass of DynamicLayer is one,
     transformers' own subclasses carry more state than keys and values.
     """
-    found = _KINDS.get(type(layer))
+    found = _KINDS.get(kind)
     if found is None:
-        lineage = type(layer).__mro__
-        known = [c for c in lineage if c.__module__.partition(".")[0] == "transformers"] or lineage
+        known = [c for c in kind.__mro__ if c.__module__.partition(".")[0] == "transformers"] or kind.__mro__
         name = known[0].__name__
-        found = _KINDS[type(layer)] = "dynamic" if name in _DYNAMIC else "static" if name in _STATIC else ""
+        found = _KINDS[kind] = "dynamic" if name in _DYNAMIC else "static" if name in _STATIC else ""
     return found
+
+
+def _layer_kind(layer: Any) -> str:
+    return _kind_of(type(layer))
 
 
 def is_cache(cache: Any) -> bool:
@@ -96,12 +100,20 @@ def rebuild_cache(cache: Any, layers: Sequence[Pair]) -> Any:
         one of the same maximum whose buffers are all its own, since the next step writes into them.
     """
     if not is_cache(cache):
-        return tuple((key, value) for key, value in layers)
+        return tuple(map(tuple, layers))
     rebuilt = _copy_with(cache)
-    rebuilt.layers = [
-        _static_layer(old, key, value) if _layer_kind(old) == "static" else _copy_with(old, keys=key, values=value)
-        for old, (key, value) in zip(cache.layers, layers, strict=True)
-    ]
+    static = {kind for kind in {*map(type, cache.layers)} if _kind_of(kind) == "static"}
+    if static:
+        rebuilt.layers = [
+            _static_layer(old, key, value) if type(old) in static else _copy_with(old, keys=key, values=value)
+            for old, (key, value) in zip(cache.layers, layers, strict=True)
+        ]
+        return rebuilt
+    # `_copy_with` written out: one a layer on the hot path.
+    rebuilt.layers = [object.__new__(type(old)) for old in cache.layers]
+    for new, old, (key, value) in zip(rebuilt.layers, cache.layers, layers, strict=True):
+        new.__dict__ = state = old.__dict__.copy()
+        state["keys"], state["values"] = key, value
     return rebuilt
 
 
@@ -210,7 +222,9 @@ def _plain_layers(cache: Any, name: str) -> list[Pair]:
             expected="a transformers DynamicCache or StaticCache, or a sequence of (key, value)",
             got=type(cache).__name__,
         )
-    pairs = []
+    pairs: list[Pair] = []
+    if not torch.compiler.is_compiling() and {*map(type, cache)} == {tuple} and {*map(len, cache)} == {2}:
+        return list(cache)
     for i, layer in enumerate(cache):
         if not isinstance(layer, (tuple, list)) or len(layer) != 2:
             size = f" of {len(layer)}" if isinstance(layer, (tuple, list)) else ""
@@ -232,7 +246,10 @@ def _transformers_layers(cache: Any, name: str, length: int | None) -> list[Pair
             expected="a cache that stays on its device",
             got=f"{type(cache).__name__} with offloading=True",
         )
-    pairs: list[Pair] = []
+    pairs = _growing_layers(cache.layers)
+    if pairs is not None:
+        return pairs
+    pairs = []
     filled = -1
     for i, layer in enumerate(cache.layers):
         kind = _layer_kind(layer)
@@ -256,6 +273,20 @@ def _transformers_layers(cache: Any, name: str, length: int | None) -> list[Pair
             _refuse_truncated(f"{name}.layers[{i}]", layer, layer.cumulative_length, key.shape[2])
         pairs.append((key, value))
     return pairs
+
+
+def _growing_layers(layers: Any) -> list[Pair] | None:
+    """Layers that are all filled DynamicLayers without a window: `_transformers_layers` in a few looks at them all.
+
+    None where any of them is anything else, or while tracing.
+    """
+    kinds = {*map(type, layers)} if not torch.compiler.is_compiling() else set()
+    if len(kinds) != 1 or _kind_of(*kinds) != "dynamic" or True in [layer.is_sliding for layer in layers]:
+        return None
+    pairs = [(layer.keys, layer.values) for layer in layers]
+    if {*map(type, chain.from_iterable(pairs))} != {Tensor}:
+        return None
+    return pairs if min(map(Tensor.dim, [key for key, _ in pairs])) >= 4 else None
 
 
 def _filled(layer: Any, name: str, length: int | None) -> int:

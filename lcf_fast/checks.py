@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import DeviceError, DTypeError, GeometryError, IndexRangeError, ShapeError, SpanError
+from .layouts import KnownLayouts, Layout
 
 Pair = tuple[Tensor, Tensor]
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -76,6 +79,58 @@ def check_layers(name: str, layers: object, count: int, like: Tensor | None = No
         check_same_batch(name, first, like)
 
 
+_known_layers: KnownLayouts[Layout] = KnownLayouts(only_again=True)
+
+
+def flat_layers(
+    name: str, layers: Any, count: int, like: Tensor | None = None
+) -> tuple[list[Tensor], Layout | None]:
+    """`check_layers`, by one look at layers like those that passed before.
+
+    Returns:
+        ``[k0, v0, k1, v1, ...]``, and their layout; that is None while tracing.
+    """
+    if torch.compiler.is_compiling():
+        check_layers(name, layers, count, like)
+        return [tensor for pair in layers for tensor in pair], None
+    flat, different, places = _flattened(layers, count)
+    layout = _known_layers.find(different, places)
+    if layout is None:
+        if not _are_alike(different):
+            check_layers(name, layers, count)
+        flat = [tensor for pair in layers for tensor in pair]
+        if flat:
+            layout = Layout.of(flat)
+            if different:
+                _known_layers.remember(layout, different, places)
+    if like is not None and flat:
+        check_same_batch(name, flat[0], like)
+    return flat, layout
+
+
+def _are_alike(tensors: list[Any]) -> bool:
+    """Whether `check_layers` would pass, by a few looks at all tensors; False too where it must say what is wrong."""
+    if not tensors or {*map(type, tensors)} != {Tensor} or len({tensor.shape for tensor in tensors}) > 1:
+        return False
+    first = tensors[0]
+    is_cache = first.dim() == 4 and first.shape[1] > 0 and first.shape[3] > 0 and first.dtype in FLOATS
+    return is_cache and {t.dtype for t in tensors} == {first.dtype} and {t.device for t in tensors} == {first.device}
+
+
+def _flattened(layers: Any, count: int) -> tuple[list[Any], list[Any], tuple[int, ...] | None]:
+    """The tensors of ``count`` pairs; those of each pair once, where layers read the same pair; and which pair a layer
+    reads, None where each reads its own. Of what is anything else than pairs, nothing."""
+    is_list = type(layers) in (list, tuple) and len(layers) == count and {*map(type, layers)} <= {tuple, list}
+    if not is_list or {*map(len, layers)} != {2}:
+        return [], [], None
+    flat = [*chain.from_iterable(layers)]
+    different = dict(zip(map(id, layers), layers))
+    if len(different) == count:
+        return flat, flat, None
+    number = dict(zip(different, range(count))).__getitem__
+    return flat, [*chain.from_iterable(different.values())], tuple(map(number, map(id, layers)))
+
+
 def check_same_batch(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
         raise DeviceError(name, expected=f"{like.device}, as the receiver's cache", got=str(tensor.device))
@@ -136,6 +191,38 @@ def check_injection_weights(
     check_weight(weights, "head_gate_weight", (*stack, 2, heads, width), device)
     check_weight(weights, "head_gate_bias", (*stack, 2, heads), device)
     check_weight(weights, "gate_logit", (*stack, 2), device)
+
+
+_known_weights: KnownLayouts[tuple[int, int]] = KnownLayouts(16)
+
+
+def check_weights(
+    weights: Mapping[str, Tensor],
+    names: Sequence[str],
+    stack: tuple[int, ...],
+    columns: int,
+    heads: int,
+    head_dim: int,
+    device: torch.device,
+    exact: bool,
+) -> tuple[list[Tensor], int, int]:
+    """`check_projection_weights` and `check_injection_weights`, by one look at weights like those that passed before.
+
+    Returns:
+        The parameters of these names, the width d, and the FFN's hidden units.
+    """
+    context = (stack, columns, heads, head_dim, device, exact)
+    is_traced = torch.compiler.is_compiling()
+    parameters: list[Any] = [] if is_traced else [weights.get(name) for name in names]
+    sizes = None if is_traced else _known_weights.find(parameters, *context)
+    if sizes is None:
+        width = check_projection_weights(weights, stack, columns, device, exact)
+        check_injection_weights(weights, stack, width, heads, head_dim, device)
+        parameters = [weights[name] for name in names]
+        sizes = width, weights["ffn_in_weight"].shape[-2]
+        if not is_traced:
+            _known_weights.remember(sizes, parameters, *context)
+    return parameters, *sizes
 
 
 def reads_values(tensor: Tensor) -> bool:

@@ -29,5 +29,7 @@ def served_by(device: torch.device, dtype: torch.dtype, width: int | None = None
 
 def undispatched(run: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Call an op's implementation without the dispatcher: host time is a published figure."""
+    if not torch.is_grad_enabled():
+        return run(*arguments)
     with torch.no_grad():
         return run(*arguments)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import eager, reference
 from .backends import resolve
+from .layouts import Layers
 from .library import WEIGHTS, Pair, like_needed, pairs_of, recompute_gradients, spread, unit_rows
 from .noise import TrainingNoise
 
@@ -25,11 +26,12 @@ def _noise(seed: int, temperature: float, dropout: float) -> TrainingNoise | Non
     return None if seed < 0 else TrainingNoise(seed, temperature, dropout)
 
 
-def _fuse(
-    sharer: Sequence[Tensor],
-    receiver: Sequence[Tensor],
+def fuse_checked(
+    backend: str,
+    sharer: Layers | None,
+    receiver: Layers,
     weights: Sequence[Tensor],
-    live: Sequence[bool],
+    gates: tuple[tuple[bool, bool], ...],
     index: Tensor | None,
     message: Tensor | None,
     first: int,
@@ -40,15 +42,13 @@ def _fuse(
 ) -> Tensor | None:
     """Run a back end. ``index (B, N)`` int32 is negative where a position must stay; without a sharer it only masks."""
     named = dict(zip(WEIGHTS, weights))
-    gates = list(zip(live[0::2], live[1::2]))
-    key = receiver[0]
-    if resolve(key.device, key.dtype, weights[0].shape[1], weights[3].shape[2]) == "triton":
+    key = receiver.tensors[0]
+    if backend == "triton":
         from .kernels import fusion
 
-        receiver_pairs = pairs_of(receiver if inplace else [unit_rows(t) for t in receiver])
         return fusion.fuse_layers(
-            pairs_of([unit_rows(t) for t in sharer]) if sharer else None,
-            receiver_pairs,
+            None if sharer is None else _with_unit_rows(sharer),
+            receiver if inplace else _with_unit_rows(receiver),
             named,
             live=gates,
             index=index,
@@ -58,24 +58,45 @@ def _fuse(
             norm_eps=norm_eps,
             noise=None if noise is None else noise.arguments,
         )
+    is_mask = sharer is None and index is not None
     options: dict[str, Any] = {
-        "sharer_index": index if sharer else None,
+        "sharer_index": None if sharer is None else index,
         "message": message,
-        "edit_mask": None if sharer or index is None else index >= 0,
+        "edit_mask": index >= 0 if is_mask and index is not None else None,
         "positions": (first, last),
         "norm_eps": norm_eps,
     }
-    pairs = pairs_of(sharer) if sharer else None
+    pairs = None if sharer is None else pairs_of(sharer.tensors)
+    own = pairs_of(receiver.tensors)
     fused: Sequence[tuple[Tensor, Tensor]]
     if noise is not None:
-        fused = reference.fuse_layers(pairs, pairs_of(receiver), named, noise=noise, **options)
+        fused = reference.fuse_layers(pairs, own, named, noise=noise, **options)
     else:
         run = eager.fuse_layers_ if inplace else eager.fuse_layers
-        fused = run(pairs, pairs_of(receiver), named, live=gates, **options)
+        fused = run(pairs, own, named, live=gates, **options)
     if inplace:
         return None
     edited = [tensor for pair, opened in zip(fused, gates) for tensor, is_open in zip(pair, opened) if is_open]
     return torch.stack(edited) if edited else key.new_empty(0, *key.shape)
+
+
+def _with_unit_rows(layers: Layers) -> Layers:
+    return layers if layers.layout.has_unit_rows else Layers.of([unit_rows(tensor) for tensor in layers.tensors])
+
+
+def _fuse(
+    sharer: Sequence[Tensor],
+    receiver: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    live: Sequence[bool],
+    *arguments: Any,
+) -> Tensor | None:
+    """`fuse_checked` from behind the boundary, where only tensors and numbers come."""
+    key = receiver[0]
+    backend = resolve(key.device, key.dtype, weights[0].shape[1], weights[3].shape[2])
+    other = Layers.of(sharer) if sharer else None
+    gates = tuple(zip(live[0::2], live[1::2]))
+    return fuse_checked(backend, other, Layers.of(receiver), weights, gates, *arguments)
 
 
 def run_fuse_layers(

@@ -10,7 +10,8 @@ add run in float32 (float64 for float64 caches, which the eager path serves).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from . import checks as check
 from . import eager, library, library_layers, reference
 from .dispatch import is_plain, needs_grad, served_by, undispatched
 from .errors import DTypeError, GeometryError, ShapeError
+from .layouts import Layers, Layout
 from .noise import TrainingNoise
 from .ops_pooling import attention_pool, finish_ranges, fold_summary, merge_ranges, pool_range, summarize_layers
 from .ops_slots import expand_slots, expand_slots_layers, fold_slots, slot_pool, summarize_slots_layers
@@ -257,35 +259,46 @@ def fuse_layers(
     """
     if noise is not None:
         live = [(True, True)] * len(receiver)
-    arguments, gates, backend = _check_fuse(
-        sharer, receiver, weights, live, sharer_index, message, edit_mask, positions, norm_eps
-    )
-    flat_sharer, flat_receiver, parameters, _, index = arguments[:5]
-    plain = not flat_receiver or is_plain(flat_receiver[0])
-    differentiable = needs_grad(message, *parameters, *flat_receiver, *flat_sharer)
-    if plain and backend == "eager":
+    call = _check_fuse(sharer, receiver, weights, live, sharer_index, message, edit_mask, positions, norm_eps)
+    plain = is_plain(call.receiver[0])
+    differentiable = _wants_gradient(call)
+    if plain and call.backend == "eager":
+        index = call.row_index
         masks: dict[str, Any] = {"sharer_index": index, "edit_mask": None}
         if sharer is None:
             masks = {"sharer_index": None, "edit_mask": None if index is None else index >= 0}
-        keywords = {**masks, "message": message, "positions": arguments[6:8], "norm_eps": norm_eps}
+        keywords = {**masks, "message": message, "positions": (call.first, call.last), "norm_eps": norm_eps}
         if not differentiable and noise is None:
             with torch.no_grad():
-                return eager.fuse_layers(sharer, receiver, weights, live=gates, **keywords)
+                return eager.fuse_layers(sharer, receiver, weights, live=call.gates, **keywords)
         fused = reference.fuse_layers(sharer, receiver, weights, noise=noise, **keywords)
         return [
             (new[0] if opened[0] else old[0], new[1] if opened[1] else old[1])
-            for new, old, opened in zip(fused, receiver, gates)
+            for new, old, opened in zip(fused, receiver, call.gates)
         ]
-    arguments += library_layers.NO_NOISE if noise is None else (noise.seed, noise.temperature, noise.dropout)
     if plain and not differentiable:
-        out = undispatched(library_layers.run_fuse_layers, arguments)
+        out = undispatched(library_layers.fuse_checked, (*_checked(call), noise, False))
     else:
-        out = library_layers.fuse_layers(*arguments)
-    edited = iter(out.unbind(0))
+        parts = library_layers.NO_NOISE if noise is None else (noise.seed, noise.temperature, noise.dropout)
+        out = library_layers.fuse_layers(*_flat(call), *parts)
+    new = out.unbind(0)
+    if len(new) == len(call.receiver):
+        return [*zip(new[0::2], new[1::2])]
+    edited = iter(new)
     return [
         (next(edited) if open_key else key, next(edited) if open_value else value)
-        for (key, value), (open_key, open_value) in zip(receiver, gates)
+        for (key, value), (open_key, open_value) in zip(receiver, call.gates)
     ]
+
+
+def _wants_gradient(call: _Call) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if call.receiver_layout is None:
+        return needs_grad(call.message, *call.parameters, *call.receiver, *call.sharer)
+    layouts = (call.receiver_layout, call.sharer_layout)
+    caches = any(layout.requires_grad for layout in layouts if layout is not None)
+    return caches or needs_grad(call.message, *call.parameters)
 
 
 def fuse_layers_(
@@ -307,23 +320,73 @@ def fuse_layers_(
     Raises:
         As `fuse_layers`; and ShapeError where a receiver's elements share memory or its last axis is strided.
     """
-    arguments, _, _ = _check_fuse(
-        sharer, receiver, weights, live, sharer_index, message, edit_mask, positions, norm_eps
-    )
-    flat_sharer, flat_receiver = arguments[:2]
-    for i, tensor in enumerate(flat_receiver):
-        check.check_writable(f"receiver[{i // 2}].{('key', 'value')[i % 2]}", tensor)
-    if not torch.compiler.is_compiling():
-        own = {tensor.data_ptr() for tensor in flat_receiver if tensor.numel()}
-        if any(tensor.numel() and tensor.data_ptr() in own for tensor in flat_sharer):
+    call = _check_fuse(sharer, receiver, weights, live, sharer_index, message, edit_mask, positions, norm_eps)
+    layout = call.receiver_layout
+    if layout is None or layout.first_unwritable is not None:
+        for i, tensor in enumerate(call.receiver):
+            check.check_writable(f"receiver[{i // 2}].{('key', 'value')[i % 2]}", tensor)
+    arguments = None if layout is None else _checked(call)
+    if arguments is not None and call.sharer_layout is not None:
+        other, own = arguments[1:3]
+        shared = {*own.addresses}.intersection(other.addresses)
+        if shared and own.tensors[0].numel() and other.tensors[0].numel():
             expected = "memory apart from the receiver's, which is edited in place (use fuse_layers)"
             raise GeometryError("sharer", expected=expected, got="the receiver's own tensors")
-    if not flat_receiver or is_plain(flat_receiver[0]):
-        if flat_receiver:
-            undispatched(library_layers.run_fuse_layers_, arguments)
+    if arguments is not None and is_plain(call.receiver[0]):
+        undispatched(library_layers.fuse_checked, (*arguments, None, True))
     else:
-        library_layers.fuse_layers_(*arguments)
+        library_layers.fuse_layers_(*_flat(call))
     return [(key, value) for key, value in receiver]
+
+
+class _Call(NamedTuple):
+    """A checked call of `fuse_layers`: caches flat, as they cross torch's boundary, and what is known of them."""
+
+    sharer: list[Tensor]
+    receiver: list[Tensor]
+    parameters: list[Tensor]
+    gates: tuple[tuple[bool, bool], ...]
+    row_index: Tensor | None
+    message: Tensor | None
+    first: int
+    last: int
+    norm_eps: float
+    backend: str
+    #: None while tracing, and of the sharer where there is none.
+    sharer_layout: Layout | None
+    receiver_layout: Layout | None
+
+
+def _flat(call: _Call) -> tuple[Any, ...]:
+    """The arguments of the ops in `library_layers`."""
+    live = [is_open for pair in call.gates for is_open in pair]
+    return (call.sharer, call.receiver, call.parameters, live, *call[4:9])
+
+
+def _checked(call: _Call) -> tuple[Any, ...]:
+    """The arguments of `library_layers.fuse_checked` but for the last two."""
+    assert call.receiver_layout is not None
+    sharer = None if call.sharer_layout is None else Layers(call.sharer, call.sharer_layout)
+    receiver = Layers(call.receiver, call.receiver_layout)
+    return (call.backend, sharer, receiver, *call[2:9])
+
+
+#: The last hard gates of an adapter, found to be pairs of bools, which a tuple of tuples stays.
+_last_gates: tuple[tuple[bool, bool], ...] = ()
+
+
+def _gates(live: Sequence[tuple[Any, Any]]) -> tuple[tuple[bool, bool], ...]:
+    """``live`` as bools; what an adapter keeps is that already, and the same object again and again."""
+    global _last_gates
+    if torch.compiler.is_compiling():
+        return tuple((bool(pair[0]), bool(pair[1])) for pair in live)
+    if live is not _last_gates:
+        gates = tuple((bool(pair[0]), bool(pair[1])) for pair in live)
+        kinds = [type(live), *map(type, live), *map(type, chain.from_iterable(live))]
+        if {*kinds[: 1 + len(gates)]} != {tuple} or {*kinds[1 + len(gates) :]} != {bool}:
+            return gates  # of what might change
+        _last_gates = tuple(live)  # the same object
+    return _last_gates
 
 
 def _check_fuse(
@@ -336,32 +399,35 @@ def _check_fuse(
     edit_mask: Tensor | None,
     positions: tuple[int, int] | None,
     norm_eps: float,
-) -> tuple[tuple[Any, ...], list[tuple[bool, bool]], str]:
-    """All checks of `fuse_layers`; returns the op's arguments, the hard gates and the back end."""
+) -> _Call:
+    """All checks of `fuse_layers`, by one look each at caches and weights like those that passed before."""
     logit = check.check_tensor("weights['gate_logit']", weights.get("gate_logit"))
     layers = logit.shape[0] if logit.dim() else 0
-    check.check_layers("receiver", receiver, layers)
+    flat_receiver, receiver_layout = check.flat_layers("receiver", receiver, layers)
     if not layers:
         raise GeometryError("receiver", expected="at least one layer", got="none")
-    key = receiver[0][0]
+    key = flat_receiver[0]
     batch, heads, tokens, head_dim = key.shape
+    device = key.device
     columns = 2 * heads * head_dim
+    flat_sharer: list[Tensor] = []
+    sharer_layout = None
     if message is None:
         if sharer is None:
             raise GeometryError("sharer", expected="a sharer's cache or a message", got="neither")
-        check.check_layers("sharer", sharer, layers, like=key)
-        sharer_key = sharer[0][0]
-        _check_lengths("sharer", sharer_key, tokens, sharer_index)
-        columns += 2 * sharer_key.shape[1] * sharer_key.shape[3]
-        sharer_tokens = sharer_key.shape[2]
+        flat_sharer, sharer_layout = check.flat_layers("sharer", sharer, layers, like=key)
+        _, sharer_heads, sharer_tokens, sharer_dim = flat_sharer[0].shape
+        _check_lengths("sharer", flat_sharer[0], tokens, sharer_index)
+        columns += 2 * sharer_heads * sharer_dim
     else:
         if sharer is not None:
             raise GeometryError("message", expected="either a sharer's cache or a message", got="both")
         sharer_tokens = tokens
-    width = check.check_projection_weights(weights, (layers,), columns, key.device, exact=message is None)
-    check.check_injection_weights(weights, (layers,), width, heads, head_dim, key.device)
+    parameters, width, hidden = check.check_weights(
+        weights, library.WEIGHTS, (layers,), columns, heads, head_dim, device, message is None
+    )
     if message is not None:
-        _check_message(message, (layers, batch, width), key.device)
+        _check_message(message, (layers, batch, width), device)
     if sharer_index is not None:
         check.check_index(sharer_index, batch, tokens, sharer_tokens)
     if edit_mask is not None:
@@ -369,19 +435,12 @@ def _check_fuse(
     first, last = check.check_positions(positions, tokens)
     if live is None:
         live = [(bool(k), bool(v)) for k, v in (logit.detach() > 0).tolist()]
-    gates = [(bool(pair[0]), bool(pair[1])) for pair in live]
+    gates = _gates(live)
     if len(gates) != layers:
         raise GeometryError("live", expected=f"a pair of bools for each of {layers} layers", got=f"{len(gates)} pairs")
-    backend = served_by(key.device, key.dtype, width, weights["ffn_in_weight"].shape[2])
-    arguments = (
-        [] if sharer is None else [tensor for pair in sharer for tensor in pair],
-        [tensor for pair in receiver for tensor in pair],
-        [weights[name] for name in library.WEIGHTS],
-        [is_open for pair in gates for is_open in pair],
-        _row_index(sharer_index, edit_mask, tokens, key.device),
-        message,
-        first,
-        last,
-        norm_eps,
-    )
-    return arguments, gates, backend
+    backend = served_by(device, key.dtype, width, hidden)
+    index = _row_index(sharer_index, edit_mask, tokens, device)
+    return _Call(
+        flat_sharer, flat_receiver, parameters, gates, index, message, first, last, norm_eps, backend, sharer_layout,
+        receiver_layout,
+    )  # fmt: skip

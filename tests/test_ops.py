@@ -384,3 +384,51 @@ def test_an_automatic_fall_back_says_why_once() -> None:
 def test_unknown_names_of_the_package() -> None:
     with pytest.raises(AttributeError):
         _ = lcf_fast.nothing
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_passed_once_excuses_nothing_else(backend: Backend, inputs: Inputs) -> None:
+    """Checks are skipped for tensors that look like ones that passed: not for any that looks different."""
+    x = inputs
+
+    def fuse(**changes: Any) -> Any:
+        arguments = {"sharer": x.sharer, "receiver": x.receiver, "weights": x.weights} | changes
+        return ops.fuse_layers(**arguments, live=LIVE)
+
+    def with_last(cache: list[Any], change: Callable[[Tensor], Tensor]) -> list[Any]:
+        return [*cache[:-1], (cache[-1][0], change(cache[-1][1]))]
+
+    with use_backend(backend):
+        expected = flatten(fuse())
+        for name, cache in (("sharer", x.sharer), ("receiver", x.receiver)):
+            for error, change in (
+                (errors.ShapeError, lambda t: t[:, :, 1:]),
+                (errors.DTypeError, lambda t: t.half()),
+                (errors.DeviceError, lambda t: t.to("meta")),
+            ):
+                with pytest.raises(error, match=rf"{name}\[1\]\.value"):
+                    fuse(**{name: with_last(cache, change)})
+        for name in library.WEIGHTS:
+            with pytest.raises(errors.ShapeError, match=name):
+                fuse(weights=x.weights | {name: x.weights[name][..., :-1]})
+        # Other strides, and a weight of another dtype, are served as what they are.
+        moved = with_last(x.receiver, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2))
+        wide = x.weights | {"up_bias": x.weights["up_bias"].double()}
+        for same in (fuse(), fuse(receiver=moved), fuse(weights=wide) if backend == "eager" else fuse()):
+            for got, wanted in zip(flatten(same), expected):
+                torch.testing.assert_close(got, wanted)
+
+
+def test_layers_that_read_the_same_layer(inputs: Inputs) -> None:
+    """Which layer reads which is part of how a sharer looks: strides go by it."""
+    x = inputs
+    one = x.sharer[0]
+    other = (one[0].transpose(1, 2).contiguous().transpose(1, 2), one[1].transpose(2, 3).contiguous().transpose(2, 3))
+    weights = {name: tensor[[0, 1, 1]] for name, tensor in x.weights.items()}
+    receiver = [*x.receiver, x.receiver[0]]
+    receiver = [(key.clone(), value.clone()) for key, value in receiver]
+    with use_backend("triton"):
+        expected = flatten(ops.fuse_layers([one] * 3, receiver, weights, live=[(True, True)] * 3))
+        for sharer in ([one, one, other], [one, other, other], [other, one, other], [one, one, one]):
+            got = flatten(ops.fuse_layers(sharer, receiver, weights, live=[(True, True)] * 3))
+            assert all(torch.equal(a, b) for a, b in zip(got, expected))

@@ -9,6 +9,7 @@ import backward_cases
 import pooling_cases
 import pytest
 import slot_cases
+import split_cases
 import tile_cases
 from case import Case
 from resources import SHARED_LIMIT, TARGETS, compile_case
@@ -28,7 +29,7 @@ EXEMPT = ("merge", "fold", "spans", "across", "down-weights-256", "down-weights-
 MATRIX = [
     pytest.param(chip, case, id=f"{chip}-{case.name}")
     for chip in TARGETS
-    for module in (tile_cases, backward_cases, pooling_cases, slot_cases)
+    for module in (tile_cases, split_cases, backward_cases, pooling_cases, slot_cases)
     for case in module.cases(chip)
 ]
 

@@ -79,11 +79,12 @@ def train_slots(cache: list[Pair], sharer: CacheGeometry, receiver: CacheGeometr
 def main() -> None:
     sharer, receiver = CacheGeometry(2, 2, 64), CacheGeometry(2, 3, 80)
     for width, dtype in ((64, torch.bfloat16), (128, torch.float32)):
-        prompt = make_cache(receiver, 2, 67, dtype)
         fuser = make_adapter(sharer, receiver, width, dtype, crossing=False)
-        fuser.fuse(make_cache(sharer, 2, 67, dtype), prompt, positions=(1, 66))
-        fuser.fuse_(make_cache(sharer, 2, 67, dtype), prompt)
         crosser = make_adapter(sharer, receiver, width, dtype, crossing=True)
+        for tokens in (131, 67):  # one launch, and the two of few tokens
+            prompt = make_cache(receiver, 2, tokens, dtype)
+            fuser.fuse(make_cache(sharer, 2, tokens, dtype), prompt, positions=(1, tokens - 1))
+            fuser.fuse_(make_cache(sharer, 2, tokens, dtype), prompt)
         spans = torch.tensor([[0, 100, 100, 333], [5, 6, 300, 330]], dtype=torch.int32)
         message = crosser.summarize(make_cache(sharer, 2, 333, dtype), spans)
         crosser.inject_(prompt, message)

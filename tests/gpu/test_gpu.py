@@ -24,6 +24,8 @@ from helpers import (
     to_double,
 )
 from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig, reference
+from lcf_fast.kernels import fusion, fusion_plan
+from lcf_fast.kernels.fusion_split import launch_split
 
 pytestmark = [
     pytest.mark.gpu,
@@ -119,6 +121,39 @@ def test_message_of_the_published_pair_keeps_the_error_budget(width: int) -> Non
     assert_cache_within_budget(adapter.inject(receiver, message), truth, naive)
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 17, 64, 128])
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(64, torch.bfloat16), (128, torch.bfloat16), (128, torch.float32)], ids=str
+)
+def test_few_tokens_of_the_published_pair(
+    tokens: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Split over two launches: within the budget, and the same to the bit again and in place; so is the one launch."""
+    adapter, weights = make_adapter(PUBLISHED_SHARER, PUBLISHED_RECEIVER, width, gates="mixed", dtype=dtype)
+    sharer = make_cache(PUBLISHED_SHARER, 1, tokens, dtype=dtype, device="cuda")
+    receiver = make_cache(PUBLISHED_RECEIVER, 1, tokens, dtype=dtype, device="cuda")
+    mask = torch.ones(1, tokens, dtype=torch.long, device="cuda")
+    mask[:, : tokens // 3] = 0
+    kept = in_kept_order(adapter, sharer)
+    truth = reference.fuse_layers(to_double(kept), to_double(receiver), double(weights), edit_mask=mask)
+    plain = reference.fuse_layers(kept, receiver, weights, edit_mask=mask)
+    launched = []
+    monkeypatch.setattr(fusion, "launch_split", lambda *given: launched.append(launch_split(*given)))
+    split = adapter.fuse(sharer, receiver, attention_mask=mask)
+    assert launched, "few tokens were not split"
+    assert_cache_within_budget(split, truth, plain)
+    for _ in range(3):
+        assert_same_cache(adapter.fuse(sharer, receiver, attention_mask=mask), split)
+    monkeypatch.setattr(fusion_plan, "split_config", lambda *given: None)
+    fusion_plan.plan_of.cache_clear()
+    whole = adapter.fuse(sharer, receiver, attention_mask=mask)
+    monkeypatch.undo()
+    fusion_plan.plan_of.cache_clear()
+    assert_cache_within_budget(whole, truth, plain)
+    adapter.fuse_(sharer, receiver, attention_mask=mask)
+    assert_same_cache(receiver, split)
+
+
 def poison(tensors: list[Tensor]) -> None:
     for tensor in tensors:
         tensor.fill_(torch.nan)
@@ -130,10 +165,12 @@ def refill(cache: list[Pair]) -> None:
         tensor.copy_(torch.randn(tensor.shape))
 
 
-def test_fuse_in_a_cuda_graph() -> None:
+@pytest.mark.parametrize("tokens", [77, 177])
+def test_fuse_in_a_cuda_graph(tokens: int) -> None:
+    """Few tokens, whose parts of z lie in the graph's own memory, and more."""
     adapter, _ = make_adapter()
-    sharer = make_cache(SMALL_SHARER, 1, 77, dtype=torch.bfloat16, device="cuda")
-    receiver = make_cache(SMALL_RECEIVER, 1, 77, dtype=torch.bfloat16, device="cuda")
+    sharer = make_cache(SMALL_SHARER, 1, tokens, dtype=torch.bfloat16, device="cuda")
+    receiver = make_cache(SMALL_RECEIVER, 1, tokens, dtype=torch.bfloat16, device="cuda")
     graph, outputs = capture(lambda: tensors_of(adapter.fuse(sharer, receiver)))
     refill(sharer)
     refill(receiver)

@@ -34,12 +34,62 @@ def test_every_size_has_a_tile(width: int, itemsize: int, chip: str) -> None:
         (2048, 128),  # 28 layers x 16 tiles: three programs a multiprocessor
         (640, 128),  # 28 x 5 = 140 still fill 132 multiprocessors
         (512, 64),  # 28 x 4 = 112 would not
+        (256, 64),  # 112 again: not all, but 16 rows would pull the weights four times as often
+        (129, 64),
         (128, 16),
         (1, 16),
     ],
 )
 def test_the_tile_shrinks_to_fill_the_chip(tokens: int, block: int) -> None:
     assert policy.tile_config(128, 2, "sm_90", 28, tokens).block_tokens == block
+
+
+def split_of(tokens: int, layers: int = 28, width: int = 128, itemsize: int = 2, chip: str = "sm_90") -> int | None:
+    config = policy.split_config(width, itemsize, chip, layers, tokens)
+    return None if config is None else config.block_tokens
+
+
+def test_few_tokens_are_split_by_two_tiles() -> None:
+    found = {tokens: split_of(tokens) for tokens in (1, 16, 17, 32, 33, 64, 65, 128, 129, 2048)}
+    assert found == {1: 16, 16: 16, 17: 16, 32: 16, 33: 32, 64: 32, 65: 64, 128: 64, 129: None, 2048: None}
+    assert split_of(128, layers=9) == 64
+    assert split_of(1, layers=28 * 3) is None, "a batch of three fills half the chip by itself"
+    assert split_of(64, layers=28 * 2) == 32
+    assert split_of(65, layers=28 * 2) is None
+    assert split_of(1, chip=policy.INTERPRETER) is None
+    assert split_of(1, width=256, itemsize=4) is None
+    assert split_of(1, width=128, itemsize=4) == 16
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_size_has_a_split(width: int, itemsize: int, chip: str) -> None:
+    options = policy.split_options(width, itemsize, chip)
+    tokens = [config.block_tokens for config in options]
+    if itemsize == 4 and width > 128 and chip != policy.INTERPRETER:
+        assert not tokens, "float32 this wide is not split"
+        return
+    assert tokens == sorted(tokens)
+    assert tokens[0] == 16
+    for config in options:
+        for size in (config.block_tokens, config.block_channels, config.block_hidden, config.num_warps):
+            assert size & (size - 1) == 0, config
+
+
+@pytest.mark.parametrize(
+    ("programs", "steps", "heads", "counts"),
+    [
+        (28, 36, 8, (5, 2)),  # 140 programs of 8 steps, the last of 4; 56 that pull the rest of the weights
+        (56, 36, 8, (3, 1)),
+        (9, 36, 8, (12, 4)),  # 15 would be 3 steps each, as 12 are
+        (9, 36, 2, (12, 2)),
+        (1, 4, 8, (4, 8)),  # no more parts than steps, nor splits than heads
+        (112, 36, 8, (2, 1)),
+    ],
+)
+def test_how_many_programs_share_a_tile(programs: int, steps: int, heads: int, counts: tuple[int, int]) -> None:
+    assert policy.split_counts("sm_90", programs, steps, heads) == counts
 
 
 def test_a_bigger_batch_keeps_the_tile_large() -> None:
