@@ -13,7 +13,7 @@ import torch
 
 import lcf_fast
 
-from . import interpreted, machine, models, timing, wire
+from . import interpreted, machine, models, timing, warm, wire
 from .cases import GROUPS, HOST_GROUPS, QWEN3, cases_of
 from .inputs import Caches
 from .job import Job, is_fatal
@@ -73,6 +73,9 @@ def run(settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
         chosen = points(settings)
     else:
         chosen, too_large = sweep_points(sweep, settings.only)
+        if settings.on_gpu and settings.sharer is settings.receiver is None:
+            with progress.step("compiling the kernels, in processes side by side"):
+                warm.compile_beside(sweep)
     # By name, so that nothing falls back in silence.
     with lcf_fast.use_backend("triton" if settings.on_gpu else "eager"):
         caches, check, about_input = _caches(settings, chosen, progress)

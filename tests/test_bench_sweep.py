@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 from bench_jobs import BY_NAME, CPU, ROW, AsOnGpu, small_job, two_models
 
-from bench import cases, inputs, job, plan, runner, sweep_table, table, timing, variants
+from bench import cases, inputs, job, plan, runner, sweep_table, table, timing, variants, warm
 from bench.__main__ import main
 from bench.settings import LONGEST, SWEEPS, Settings, default_settings, sweep_settings
 from helpers import Geometry, make_cache
@@ -254,6 +256,38 @@ def test_a_loss_anywhere_is_named() -> None:
     text = sweep_table.markdown({"rows": rows, "left_out": []})
     assert "Slower than eager in 1 of 2: `op` at N = 8 × 1, d = 64, float16: 0.50×." in text
     assert "| float16 | 64 | 8 | 4 (0.5×) | 3 (3×) |" in text
+
+
+def test_kernels_are_compiled_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = warm.commands(SWEEPS["cuda"])
+    assert len(commands) == 12 and commands[0][1:] == ["-m", "bench.warm", "bfloat16", "128"]
+    scripts = ["pass", "raise SystemExit(1)", "import time; time.sleep(60)", "print('warm')"]
+    monkeypatch.setattr(warm, "commands", lambda sweep: [[sys.executable, "-c", script] for script in scripts])
+    monkeypatch.setattr(warm, "LIMIT_S", 4.0)
+    started = time.monotonic()
+    assert warm.compile_beside(SWEEPS["cuda"]) == 2 and time.monotonic() - started < 40
+
+
+def test_every_swept_group_is_called_at_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[tuple[str, int, int]] = []
+    for name in ("adapter.fuse", "adapter.inject", "summarize_layers"):
+        right = variants.OURS[name]
+
+        def spy(o: inputs.Operands, name: str = name, right: Any = right) -> Any:
+            pooled = name == "summarize_layers"
+            key = (o.sharer if pooled else o.receiver)[0][0]
+            called.append((name, key.shape[0], key.shape[2]))
+            if key.shape[0] == 3:
+                raise RuntimeError("too few registers")
+            return right(o)
+
+        monkeypatch.setitem(warm.OURS, name, spy)
+    sizes: dict[str, Any] = {"sizes": ((1, 4), (3, 5)), "contexts": ((2, 9),)}
+    sizes |= {"sharer": cases.CacheGeometry(2, 1, 16), "receiver": cases.CacheGeometry(2, 1, 32)}
+    failed = warm.touch(CPU, torch.float32, 64, **sizes)
+    edits = [(name, *size) for name in ("adapter.fuse", "adapter.inject") for size in ((1, 4), (3, 5))]
+    assert called == [*edits, ("summarize_layers", 2, 9)]
+    assert [text.partition(": ")[0] for text in failed] == ["adapter.fuse, 3 × 5", "adapter.inject, 3 × 5"]
 
 
 def test_defaults_of_a_sweep() -> None:
