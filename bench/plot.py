@@ -1,4 +1,7 @@
-"""The results as a picture: a panel a group, a bar a variant, over the sizes. Needs matplotlib, and no display."""
+"""The results as a picture: a panel a group, a bar a variant, over the sizes; of a sweep, lines over the length.
+
+Needs matplotlib, and no display.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _OURS = ("#0b6e4f", "#3fa37c", "#7cc9a8", "#b5e2cf")
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Write a PNG.
+    """Write a PNG or, by the name's ending, an SVG.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -24,6 +27,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    # An SVG is committed: the same results are the same bytes, and text is text.
+    matplotlib.rcParams.update({"svg.hashsalt": "lcf-fast", "svg.fonttype": "none"})
     if results["settings"].get("sweep"):
         _draw_sweep(plt, results, path)
         return
@@ -49,7 +54,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
         f"(copy {results['copy_gb_s']:,.0f} GB/s)",
         fontsize=12,
     )
-    figure.savefig(path, dpi=110)
+    _save(plt, figure, path)
+
+
+def _save(plt: Any, figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
 
 
@@ -92,8 +101,7 @@ def _draw_sweep(plt: Any, results: dict[str, Any], path: Path) -> None:
         axis.grid(color="#e0e0e0", linewidth=0.6)
         axis.legend(fontsize=7)
     figure.suptitle(f"{results['about']['device']}, {dtype}, d = {width}: median ms, lower is better", fontsize=12)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(plt, figure, path)
 
 
 def _panel(axis: Any, rows: list[dict[str, Any]], sizes: list[tuple[int, int]]) -> None:

@@ -107,7 +107,12 @@ def section(results: dict[str, Any]) -> str:
 
 def table(files: Sequence[Path]) -> str:
     """Everything between the markers, for these results, by file name."""
-    parts = [section(json.loads(file.read_text(encoding="utf-8"))) for file in sorted(files, key=lambda f: f.name)]
+    parts = []
+    for file in sorted(files, key=lambda file: file.name):
+        results = json.loads(file.read_text(encoding="utf-8"))
+        parts.append(section(results))
+        if file.with_suffix(".svg").exists():
+            parts.append(f"![{results['about']['device']}: times](bench/results/{file.stem}.svg)")
     note = (
         "error: relative RMS against float64. % of copy: of the memory traffic that the computation needs at the least,"
         " over that of copying memory. speed-up: over the fastest other way to the same result; below 1 is a loss."

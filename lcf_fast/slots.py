@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from . import eager_slots
 from . import ops_slots as ops
 from .caches import Pair, cache_layers, check_pairs, extend_cache
+from .capture import Captures
 from .config import CacheGeometry, LCFConfig
 from .errors import DTypeError, GeometryError, IndexRangeError, LCFError, MessageError, ShapeError
 from .fingerprint import SHARER_OF_SLOTS, Origin, is_digest, slots_origin
-from .identity import HasOrigin
 from .inputs import check_device, known_length, real_tokens
 from .message import Message
 from .noise import TrainingNoise
@@ -52,7 +52,7 @@ def slot_parameter_shapes(config: LCFConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-class LatentSlots(HasOrigin, nn.Module):
+class LatentSlots(Captures, nn.Module):
     """A slots adapter: :meth:`summarize` on the sharer's side, :meth:`append` or :meth:`prefix` on the receiver's.
 
     Parameters are stacked over all receiver layers on axis 0 (a cache has as many positions in each layer, so none can
@@ -70,6 +70,7 @@ class LatentSlots(HasOrigin, nn.Module):
         trained_between: of "sharer" and "receiver", where known, which models it was trained between.
     """
 
+    _captured = ("summarize", "expand", "place")
     receiver_layers: Tensor
     sharer_layers: Tensor
     #: What a trainer anneals in other adapters; there are no gates here.
