@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = table.table(list(RESULTS.glob("*.json")))
     readme.write_text(replaced(readme.read_text(encoding="utf-8"), made), encoding="utf-8")
     print("README.md: bench, from bench/results/*.json")
-    found = targets.read(targets.committed())
+    found = targets.read(targets.committed(RESULTS))
     targets.write(NOTES, found)
     print("bench/NOTES.md: targets\n\n" + "\n".join(line for evidence in found for line in targets.lines(evidence)))
     return 0

@@ -39,6 +39,7 @@ from .report import number
 from .settings import LONGEST
 from .table import replaced
 
+RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- targets:begin -->", "<!-- targets:end -->"
 COMMAND = "python -m bench.targets --write bench/NOTES.md"
 EXAMPLES = """examples:
@@ -341,9 +342,8 @@ def write(page: Path, found: Sequence[Evidence]) -> None:
     page.write_text(text, encoding="utf-8")
 
 
-def committed() -> list[Path]:
-    """Results of a GPU in the repository, as ``--write`` takes them where none are named."""
-    folder = Path(__file__).resolve().parent / "results"
+def committed(folder: Path = RESULTS) -> list[Path]:
+    """Results in the repository, as ``--write`` takes them where none are named."""
     return sorted(file for file in folder.glob("**/*.json") if not _is_other(file))
 
 
