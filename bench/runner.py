@@ -145,9 +145,7 @@ def _run(
             continue
         with progress.step(f"{number} of {len(chosen)}: {point.said()}"):
             try:
-                cut = caches.cut(point.tokens, point.context, point.batch).to(point.dtype)
-                job = Job(settings, point, cut, bandwidth=bandwidth, started=started)
-                found.rows[index] = job.rows()
+                found.rows[index] = _rows(settings, point, caches, bandwidth, started)
             except torch.cuda.OutOfMemoryError:
                 found.left_out.append(point.left_out("more memory than there is"))
                 torch.cuda.empty_cache()
@@ -159,6 +157,12 @@ def _run(
                 if is_fatal(error):
                     found.lost = f"the device was lost in {point.said()}"
     return found
+
+
+def _rows(settings: Settings, point: Point, caches: Caches, bandwidth: float, started: float) -> list[dict[str, Any]]:
+    """A point's rows; when they are there nothing of it is left in memory."""
+    cut = caches.cut(point.tokens, point.context, point.batch).to(point.dtype)
+    return Job(settings, point, cut, bandwidth=bandwidth, started=started).rows()
 
 
 def _host_rows(

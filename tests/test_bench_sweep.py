@@ -80,7 +80,8 @@ def test_a_brief_point_has_one_case_of_ours_and_eager(monkeypatch: pytest.Monkey
     names = ["adapter.inject", "reference (eager)", "reference, folded"]
     rows = small_job("inject", AsOnGpu, brief=True).rows()
     assert [row["variant"] for row in rows] == [f"{n}{end}" for n in names for end in ("", ", CUDA graph")]
-    assert all(row["time"]["regime"] == "cold" and row["time_hot"] is None and row["host_us"] == 3.0 for row in rows)
+    assert all(row["time"]["regime"] == "cold" and row["time_hot"] is None for row in rows)
+    assert [row["host_us"] for row in rows] == [3.0, 3.0, None, None, None, None]
     assert all(row["kernels"] is row["peak_mb"] is None for row in rows)
     monkeypatch.setattr(job, "MOST_GRAPHED", 39)
     assert [row["variant"] for row in small_job("inject", AsOnGpu, brief=True, batch=2).rows()] == names
