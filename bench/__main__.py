@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     from . import report, sweep_table
     from .machine import slug
-    from .runner import run
+    from .runner import INTERRUPTED, run
     from .settings import DTYPES
 
     if given.device == "cuda" and not torch.cuda.is_available():
@@ -122,7 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         report.print_results(results)
     print(f"wrote {', '.join(str(file) for file in files)}")
-    return 1 if results["failures"] else 0
+    interrupted = any(one["why"] == INTERRUPTED for one in results["left_out"])
+    return 1 if results["failures"] or interrupted else 0
 
 
 def _settings(given: argparse.Namespace, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> Settings:
@@ -173,4 +175,5 @@ def _public(arguments: Sequence[str]) -> list[str]:
 if __name__ == "__main__":
     # The interpreter is for the check, in a process of its own: here it would stand in for a GPU.
     os.environ.pop("TRITON_INTERPRET", None)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever stops it gets what has been measured
     sys.exit(main())

@@ -24,6 +24,8 @@ from .settings import LONGEST, Settings, dtype_name
 SCHEMA = 1
 #: The targets of the CPU path are set for this many tokens, all layers of the published pair, d = 128, float32.
 TARGET_TOKENS = 512
+#: Why a size was left out, where somebody stopped the run.
+INTERRUPTED = "interrupted"
 
 
 class Progress(Protocol):
@@ -146,6 +148,9 @@ def _run(
         with progress.step(f"{number} of {len(chosen)}: {point.said()}"):
             try:
                 found.rows[index] = _rows(settings, point, caches, bandwidth, started)
+            except KeyboardInterrupt:  # what was measured before is worth its results
+                found.lost = INTERRUPTED
+                found.left_out.append(point.left_out(found.lost))
             except torch.cuda.OutOfMemoryError:
                 found.left_out.append(point.left_out("more memory than there is"))
                 torch.cuda.empty_cache()
