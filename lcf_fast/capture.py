@@ -22,8 +22,6 @@ __all__ = ["Captured", "Captures"]
 
 #: The kind of device that records graphs.
 _GRAPHS = "cuda"
-#: Calls before the recording: kernels are compiled, and what is read of the adapter once has been read.
-_WARM_UP = 2
 
 
 class Captured:
@@ -99,20 +97,32 @@ def _recorded_here(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP):
-            run()
+        run()  # compiles
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")  # what waits for the device is found before it spoils a recording
+        try:
+            with _as_a_typed_error():
+                run()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
+    with _as_a_typed_error(), torch.cuda.graph(graph):
+        result = run()
+    return graph.replay, result
+
+
+@contextmanager
+def _as_a_typed_error() -> Iterator[None]:
+    """torch's complaint of a call that waits for the device."""
     try:
-        with torch.cuda.graph(graph):
-            result = run()
-    except LCFError:
+        yield
+    except (LCFError, torch.cuda.OutOfMemoryError):
         raise
     except RuntimeError as error:
         said = (str(error).strip().splitlines() or [""])[0]
         expected = "a call that does not wait for the device (a StaticCache needs a mask or an index)"
         raise BackendError("operation", expected=expected, got=said) from error
-    return graph.replay, result
 
 
 @contextmanager

@@ -6,6 +6,7 @@ The recording itself is tested on a GPU (tests/gpu/test_capture.py).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from lcf_fast import BackendError, GeometryError, LCFError, Message, ShapeError,
 from lcf_fast.capture import Captured
 
 CPU = torch.device("cpu")
+#: Calls that the stand-in makes.
+WARM_UP = 2
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             found.append(run())
 
         assert not torch.is_grad_enabled()
-        for _ in range(capture._WARM_UP):
+        for _ in range(WARM_UP):
             once()
         calls.append(device)
         return once, found[-1]
@@ -103,6 +106,56 @@ def test_spans_with_gaps_are_refused(recorder: list[Any]) -> None:
         make_adapter(True).capture("summarize", sharer, gaps)
 
 
+class Fake:
+    """Stands in for torch.cuda where a recording needs a stream and a graph."""
+
+    OutOfMemoryError = torch.cuda.OutOfMemoryError
+
+    def __init__(self) -> None:
+        self.mode: Any = 0
+        self.replayed = 0
+        self.Stream = self.CUDAGraph = lambda: self
+        self.stream = self.graph = self.device = lambda _: nullcontext()
+        self.current_stream = lambda: self
+        self.wait_stream = lambda _: None
+        self.get_sync_debug_mode = lambda: self.mode
+
+    def set_sync_debug_mode(self, mode: Any) -> None:
+        self.mode = mode
+
+    def replay(self) -> None:
+        self.replayed += 1
+
+
+@pytest.mark.parametrize("waits_at", [2, 3])
+def test_what_waits_for_the_device_is_a_typed_error_and_the_mode_is_set_back(
+    monkeypatch: pytest.MonkeyPatch, waits_at: int
+) -> None:
+    """Found in the second warm-up; and in the recording, should torch find it only there."""
+    fake = Fake()
+    seen: list[Any] = []
+    monkeypatch.setattr(capture.torch, "cuda", fake)
+
+    def run() -> int:
+        seen.append(fake.mode)
+        if len(seen) == waits_at:
+            raise RuntimeError("called a synchronizing CUDA operation\nmore")
+        return 7
+
+    with pytest.raises(BackendError, match=r"got called a synchronizing CUDA operation$") as error:
+        capture._recorded(run, CPU)
+    assert error.value.argument == "operation" and "mask" in error.value.expected
+    assert seen == [0, "error", 0][:waits_at] and fake.mode == 0
+    for kind in (ShapeError("x", expected="a", got="b"), torch.cuda.OutOfMemoryError("no")):
+        with pytest.raises(type(kind)), capture._as_a_typed_error():
+            raise kind
+    seen.clear()
+    waits_at = 9
+    replay, result = capture._recorded(run, CPU)
+    replay()
+    assert (result, fake.replayed, seen) == (7, 1, [0, "error", 0])
+
+
 # --- what is recorded
 
 
@@ -159,7 +212,7 @@ def test_what_lies_on_the_host_goes_to_the_device_once(monkeypatch: pytest.Monke
     mask = torch.ones(2, 9, dtype=torch.long)
     want = latent_of(right(sharer, [[0, 4, 9], [0, 9]], attention_mask=mask))
     captured = adapter.capture("summarize", sharer, [[0, 4, 9], [0, 9]], attention_mask=mask)
-    assert isinstance(given[0][0], list) and len(given) == 1 + capture._WARM_UP
+    assert isinstance(given[0][0], list) and len(given) == 1 + WARM_UP
     for spans, more in given[1:]:
         assert spans.tolist() == [[0, 4, 9], [0, 9, 9]] and spans.device == CPU
         assert more["attention_mask"].device == CPU
