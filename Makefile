@@ -41,8 +41,8 @@ bench: $(READY) ## the main job: errors and times of every op on real caches (AR
 demo: $(READY) ## two small agents trained on the spot, and what crosses between them (ARGS=--quick: nothing is learned)
 	@$(BIN)/lcf-fast demo $(ARGS)
 
-gpu: ## what needs a CUDA GPU, with PYTHON as it is (installs nothing); results go to OUT
-	@$(PYTHON) tests/gpu --out '$(OUT)'
+gpu: ## what needs a CUDA GPU, with PYTHON as it is, into OUT; then again with ARGS="--only sweep latency"
+	@$(PYTHON) tests/gpu --out '$(OUT)' $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	@echo "-- ruff"

@@ -12,10 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from .settings import Settings
 
 EXAMPLES = """examples:
   python -m bench                                    everything (8 minutes on two cores, 4 on a GPU)
@@ -24,9 +31,13 @@ EXAMPLES = """examples:
   python -m bench --only adapter.extend windows merge encode decode --context 4096     messages
   python -m bench --only slots_summarize slots_deliver slots_append slots    slots
   python -m bench --device cuda --dtype float16 --bottleneck 64 128 256 512
+  python -m bench --only lcf --tokens 2048 --batch 8  a batch
+  python -m bench --sweep                            every size of the hot paths, against eager (5 minutes on a GPU)
+  python -m bench --sweep --dtype bfloat16 --bottleneck 128 --deadline 120
   python -m bench --sharer Qwen/Qwen2.5-0.5B-Instruct --receiver Qwen/Qwen3-0.6B
 
 --out gets results.json, plot.png and a copy of the results named after the device, fit for bench/results/.
+With --sweep, --tokens, --batch, --context, --bottleneck and --dtype narrow its axes.
 """
 
 
@@ -46,9 +57,12 @@ def parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--tokens", type=_positive, nargs="+", metavar="N", help="receiver positions; the first is the headline")
+    add("--batch", type=_positive, nargs="+", metavar="B", help="rows of both caches (default: 1)")
     add("--context", type=_positive, metavar="N", help="sharer positions that LCF-X pools")
     add("--bottleneck", type=int, nargs="+", choices=(64, 128, 256, 512), help="latent widths d (default: 128)")
     add("--only", nargs="+", choices=names, metavar="NAME", default=[], help=f"of: {', '.join(names)}")
+    add("--sweep", action="store_true", help="the hot paths against eager, from 1 token to 32,768, batch 1 to 32")
+    add("--deadline", type=_positive, metavar="S", help="begin no other size after S seconds; what is left is named")
     add("--no-compile", action="store_true", help="leave torch.compile out: it takes long to compile")
     add("--sharer", metavar="PATH_OR_ID", help="a model in place of the random Qwen2.5-0.5B")
     add("--receiver", metavar="PATH_OR_ID", help="in place of the random Qwen3-0.6B; LCF-X has it on both sides")
@@ -72,27 +86,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"bench: {error}; install first: {sys.executable} -m pip install -e '.[bench]'", file=sys.stderr)
         return 2
-    from . import report
+    from . import report, sweep_table
     from .machine import slug
-    from .runner import run
-    from .settings import DTYPES, default_settings
+    from .runner import INTERRUPTED, run
+    from .settings import DTYPES
 
     if given.device == "cuda" and not torch.cuda.is_available():
         print(f"bench: --device cuda, but torch {torch.__version__} sees no CUDA GPU", file=sys.stderr)
         return 2
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    settings = default_settings(device, quick=given.quick)
-    settings = replace(
-        settings,
-        dtype=DTYPES[given.dtype] if given.dtype else settings.dtype,
-        tokens=tuple(dict.fromkeys(given.tokens or settings.tokens)),
-        context=given.context or settings.context,
-        widths=tuple(dict.fromkeys(given.bottleneck or settings.widths)),
-        only=tuple(given.only),
-        sharer=given.sharer,
-        receiver=given.receiver,
-        compile_until=0.0 if given.no_compile else settings.compile_until,
-    )
+    settings = _settings(given, device, DTYPES)
     try:
         results = run(settings, report.Steps())
     except (RuntimeError, OSError, ValueError) as error:
@@ -103,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results["command"] = " ".join(["python -m bench", *_public(arguments if arguments is not None else sys.argv[1:])])
     given.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    files = [given.out / "results.json", given.out / f"{slug(results['about'])}.json"]
+    name = slug(results["about"]) + ("-sweep" if given.sweep else "")
+    files = [given.out / "results.json", given.out / f"{name}.json"]
     for file in files:
         file.write_text(text, encoding="utf-8")
     try:
@@ -113,10 +117,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draw(results, files[-1])
     except ImportError as error:
         print(f"bench: no plot: {error}", file=sys.stderr)
-        files.pop()
-    report.print_results(results)
+    files = [file for file in files if file.exists()]
+    if given.sweep:
+        sweep_table.print_results(results)
+    else:
+        report.print_results(results)
     print(f"wrote {', '.join(str(file) for file in files)}")
-    return 1 if results["failures"] else 0
+    interrupted = any(one["why"] == INTERRUPTED for one in results["left_out"])
+    return 1 if results["failures"] or interrupted else 0
+
+
+def _settings(given: argparse.Namespace, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> Settings:
+    from .settings import SWEEPS, default_settings, sweep_settings
+
+    sizes = {
+        "tokens": given.tokens,
+        "batches": given.batch,
+        "widths": given.bottleneck,
+    }
+    chosen: dict[str, Any] = {name: tuple(dict.fromkeys(some)) for name, some in sizes.items() if some}
+    if given.sweep:
+        if given.dtype:
+            chosen["dtypes"] = (dtypes[given.dtype],)
+        if given.context:
+            chosen["contexts"] = (given.context,)
+        settings = sweep_settings(device, replace(SWEEPS[device.type], **chosen))
+    else:
+        if given.dtype:
+            chosen["dtype"] = dtypes[given.dtype]
+        if given.context:
+            chosen["context"] = given.context
+        settings = default_settings(device, quick=given.quick)
+        # Who chooses sizes gets those and no others.
+        settings = replace(settings, targets=settings.targets and not chosen, **chosen)
+    return replace(
+        settings,
+        only=tuple(given.only),
+        sharer=given.sharer,
+        receiver=given.receiver,
+        compile_until=0.0 if given.no_compile else settings.compile_until,
+        stop_after=given.deadline or settings.stop_after,
+    )
 
 
 def _public(arguments: Sequence[str]) -> list[str]:
@@ -134,4 +175,5 @@ def _public(arguments: Sequence[str]) -> list[str]:
 if __name__ == "__main__":
     # The interpreter is for the check, in a process of its own: here it would stand in for a GPU.
     os.environ.pop("TRITON_INTERPRET", None)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever stops it gets what has been measured
     sys.exit(main())

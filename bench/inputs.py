@@ -42,19 +42,40 @@ class Caches:
     context: list[Pair]
     spans: list[int]
 
-    def first(self, tokens: int, context: int) -> Caches:
-        """The caches of the first positions: those of a shorter text, since the models are causal."""
+    def cut(self, tokens: int, context: int, batch: int = 1) -> Caches:
+        """The caches of the first positions: those of a shorter text, since the models are causal.
+
+        Further rows of a batch are the positions that follow, as many as there are, and then the first again; the
+        context's spans are the first row's in all of them.
+        """
         spans = [offset for offset in self.spans if offset < context] + [context]
-        return Caches(_first(self.sharer, tokens), _first(self.receiver, tokens), _first(self.context, context), spans)
+        return Caches(
+            _rows(self.sharer, tokens, batch), _rows(self.receiver, tokens, batch), _rows(self.context, context, batch),
+            spans,
+        )  # fmt: skip
+
+    def to(self, dtype: torch.dtype) -> Caches:
+        """The same numbers in another dtype; themselves where they have it."""
+
+        def cast(layers: list[Pair]) -> list[Pair]:
+            return [(key.to(dtype), value.to(dtype)) for key, value in layers]
+
+        return Caches(cast(self.sharer), cast(self.receiver), cast(self.context), self.spans)
 
     def last(self, layers: int) -> Caches:
         """Of the last layers alone."""
         return Caches(self.sharer[-layers:], self.receiver[-layers:], self.context[-layers:], self.spans)
 
 
-def _first(layers: Sequence[Pair], tokens: int) -> list[Pair]:
-    assert layers[0][0].shape[2] >= tokens
-    return [(key[:, :, :tokens].contiguous(), value[:, :, :tokens].contiguous()) for key, value in layers]
+def _rows(layers: Sequence[Pair], tokens: int, batch: int) -> list[Pair]:
+    pieces = layers[0][0].shape[2] // tokens
+    assert pieces, "the text is shorter than that"
+
+    def rows(half: Tensor) -> Tensor:
+        starts = [row % pieces * tokens for row in range(batch)]
+        return torch.cat([half[:, :, start : start + tokens] for start in starts])
+
+    return [(rows(key), rows(value)) for key, value in layers]
 
 
 @dataclass
@@ -66,11 +87,11 @@ class Operands:
         kept: receiver layers that have a projector.
         sharer_layers, receiver_layers: whole caches.
         weights: the adapter's stacked parameters over the kept layers.
-        spans: ``(1, P+1)``, or ``(1, T, P+1)`` where they overlap; int32, where the caches are; ``spans_host`` the same
+        spans: ``(B, P+1)``, or ``(B, T, P+1)`` where they overlap; int32, where the caches are; ``spans_host`` the same
             on the CPU, for loops in Python.
-        message: ``(L, 1, d)``, LCF-X; of slots ``(L, 1, k, d)``.
-        summary: ``(L, 2, 1, Hs, Ds)``, the ``K*, V*`` that it was folded from.
-        latent: ``(1, N, d)``, for the injection of one layer.
+        message: ``(L, B, d)``, LCF-X; of slots ``(L, B, k, d)``.
+        summary: ``(L, 2, B, Hs, Ds)``, the ``K*, V*`` that it was folded from.
+        latent: ``(B, N, d)``, for the injection of one layer.
         row: the kept layer that the one-layer cases take.
         rope: how the receiver rotates keys, and the positions that slots come to: those behind its cache.
     """
@@ -187,6 +208,15 @@ class Operands:
 
     def clone(self) -> Operands:
         return self.map(Tensor.clone)
+
+    def last(self, count: int) -> Operands:
+        """Of the last positions alone, in every row: of what is computed position by position, a part."""
+
+        def cut(layers: list[Pair]) -> list[Pair]:
+            return [(key[:, :, -count:], value[:, :, -count:]) for key, value in layers]
+
+        sharer = self.sharer_layers if self.config.cross_context else cut(self.sharer_layers)
+        return replace(self, sharer_layers=sharer, receiver_layers=cut(self.receiver_layers))
 
     def double(self) -> Operands:
         return self.map(Tensor.double)
@@ -307,9 +337,10 @@ def make_operands(
         rows = torch.tensor(kept, device=weights["down_weight"].device)
         weights = {name: stacked.index_select(0, rows) for name, stacked in weights.items()}
     device = caches.receiver[0][0].device
-    host = torch.tensor([caches.spans], dtype=torch.int32)
+    batch, _, length, _ = caches.context[0][0].shape
+    host = torch.tensor([caches.spans] * batch, dtype=torch.int32)
     if group.name == "windows":
-        host = _half_overlapping(caches.context[0][0].shape[2])
+        host = _half_overlapping(length).repeat(batch, 1, 1)
     operands = Operands(
         config,
         kept,

@@ -5,23 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import timing
-from .cases import WHOLE, Case, Group, Shape, Work, c2c_fuser, cases_of
+from .cases import WHOLE, Case, Shape, Work, c2c_fuser, cases_of
 from .errors import Judgement, judge
 from .inputs import Caches, Operands, geometry_of, make_config, make_operands, make_weights
+from .plan import Point
 from .rows import add_speedups, add_time, new_row
 from .settings import Settings, dtype_name
-from .variants import OURS, REFERENCE, Variant, baselines, compiled, flatten, saved_mb
+from .training import Training, saved_mb
+from .variants import OURS, REFERENCE, Variant, baselines, compiled, flatten
 
 #: Samples a variant once `Settings.hurry_after` has passed.
 HURRIED_ROUNDS = 2
+#: Positions of a batch that are held against float64, the last of each row, where each is computed by itself.
+MOST_JUDGED = 16_384
+BY_POSITION = ("lcf", "lcf_pruned", "inject")
+#: Positions of a batch above which a brief point captures no graphs: launches are a small part of what is timed.
+MOST_GRAPHED = 4096
 Calls = dict[str, list[Callable[[], Any]]]
+#: Drawing them takes seconds at the largest width, and one set serves many points.
+_weights = lru_cache(maxsize=4)(make_weights)
 
 
 @dataclass(frozen=True)
@@ -47,25 +56,24 @@ class Job:
     """See `rows`.
 
     Args:
-        caches: cut to size.
+        caches: cut to the point's size, of its dtype.
         bandwidth: the copy bandwidth of this run, GB/s.
         started: `time.perf_counter()` at the start of the run.
     """
 
-    def __init__(
-        self, settings: Settings, group: Group, caches: Caches, width: int, *, bandwidth: float, started: float
-    ) -> None:
-        self.settings, self.group, self.width = settings, group, width
+    def __init__(self, settings: Settings, point: Point, caches: Caches, *, bandwidth: float, started: float) -> None:
+        self.settings, self.point, self.group = settings, point, point.group
         self.bandwidth, self.started = bandwidth, started
-        config = make_config(group, geometry_of(caches.sharer), geometry_of(caches.receiver), width)
-        weights = make_weights(config, device=settings.device, dtype=settings.dtype)
-        self.operands = make_operands(group, caches, config, weights)
+        config = make_config(point.group, geometry_of(caches.sharer), geometry_of(caches.receiver), point.width)
+        weights = _weights(config, device=settings.device, dtype=point.dtype)
+        self.operands = make_operands(point.group, caches, config, weights)
         self.shape = Shape(
             config,
-            tokens=caches.receiver[0][0].shape[2] if group.prompt else caches.context[0][0].shape[2],
-            context=caches.context[0][0].shape[2],
+            tokens=point.length,
+            context=point.context,
             layers=len(self.operands.kept),
-            itemsize=settings.dtype.itemsize,
+            itemsize=point.dtype.itemsize,
+            batch=point.batch,
         )
 
     def rows(self) -> list[dict[str, Any]]:
@@ -89,7 +97,8 @@ class Job:
         clock = partial(timing.measure, device=self.settings.device, seconds=self.settings.seconds)
         if time.perf_counter() - self.started > self.settings.hurry_after:
             clock = partial(clock, seconds=0.0, least=HURRIED_ROUNDS)
-        first = clock({name: some[:1] for name, some in calls.items()})
+        one_regime = self.point.brief and len(sets) > 1
+        first = {} if one_regime else clock({name: some[:1] for name, some in calls.items()})
         if len(sets) > 1:
             cold, hot = clock(calls), first
         elif self.settings.on_gpu:
@@ -103,15 +112,17 @@ class Job:
     # --- who takes part
 
     def _candidates(self) -> list[Candidate]:
-        cases = cases_of(self.group, self.settings.only)
+        cases = cases_of(self.group, self.settings.only)[: 1 if self.point.brief else None]
         found = [Candidate(Variant(case.name, "ours", OURS[case.name], note=case.note), case) for case in cases]
-        found += [Candidate(variant, None) for variant in baselines(self.group.name, self.operands)]
-        return found + self._compiled()
+        others = baselines(self.group.name, self.operands, eager_only=self.point.brief)
+        found += [Candidate(variant, None) for variant in others]
+        return found if self.point.brief else found + self._compiled()
 
     def _compiled(self) -> list[Candidate]:
         """``torch.compile`` of the reference, or why it is not run: each takes from seconds to a minute to compile."""
-        sizes = self.settings.tokens[0], self.settings.widths[0]
-        headline = not self.group.prompt or (self.shape.tokens, self.width) == sizes
+        point, settings = self.point, self.settings
+        sizes = settings.tokens[0], settings.widths[0], settings.batches[0]
+        headline = not self.group.prompt or (point.tokens, point.width, point.batch) == sizes
         whole = self.group.name in WHOLE
         skip = ""
         if self.group.compiled_in:
@@ -137,9 +148,10 @@ class Job:
     def _with_graphs(self, candidates: Sequence[Candidate], calls: Calls) -> list[Candidate]:
         """Each that is timed once more as a CUDA graph; it inherits the error of what it replays."""
         found = []
+        small = not self.point.brief or self.point.batch * self.point.length <= MOST_GRAPHED
         for one in candidates:
             found.append(one)
-            if one.skip:
+            if one.skip or not small:
                 continue
             variant = replace(one.variant, name=f"{one.variant.name}, CUDA graph")
             graph = replace(one, variant=variant, is_graph=True)
@@ -161,23 +173,38 @@ class Job:
         # Not the paper's formula for LCF-X, which in a narrow dtype rounds K* and V* that others never form.
         reference = REFERENCE[self.group.name]
         kept = self.operands.kept
-        truth = flatten(reference(self.operands.double()), kept)
-        plain = flatten(reference(self.operands), kept)
+        last = self._last()
+        part = self.operands if last is None else self.operands.last(last)
+        truth = flatten(reference(part.double()), kept)
+        plain = flatten(reference(part), kept)
         # Another method has nothing to be held against.
         return [
             one if one.skip or one.variant.kind == "other" else self._judge(one, truth, plain) for one in candidates
         ]
 
+    def _last(self) -> int | None:
+        """How many positions of a row are judged, where that is not all of them."""
+        count = max(1, MOST_JUDGED // self.point.batch)
+        return count if self.group.name in BY_POSITION and self.point.tokens > count else None
+
     def _judge(self, one: Candidate, truth: Sequence[Tensor], plain: Sequence[Tensor]) -> Candidate:
         is_ours = one.variant.kind == "ours"
+        last = self._last()
         try:
             got = flatten(one.variant.run(self.operands), self.operands.kept)
         except Exception as error:
-            if one.variant.kind != "baseline":
+            if one.variant.kind == "reference" or is_fatal(error):
                 raise
+            said = f"{type(error).__name__}: {_first_line(error)}"
+            if is_ours:
+                return replace(one, within=False, skip=f"no time: it raised {said}")
             # A baseline that this machine cannot run (no C++ compiler, an old driver) must not end the job.
-            return replace(one, skip=f"not run: {type(error).__name__}: {_first_line(error)}")
-        judgement = judge(got, truth, plain, baseline_dtype=None if is_ours else self.settings.dtype)
+            return replace(one, skip=f"not run: {said}")
+        if last is not None:
+            got = [tensor[:, :, -last:] for tensor in got]
+        judgement = judge(got, truth, plain, baseline_dtype=None if is_ours else self.point.dtype)
+        if last is not None:
+            judgement = replace(judgement, rule=f"{judgement.rule}; the last {last:,} positions")
         skip = "" if judgement.within else f"no time: the error is {judgement.used:.3g} times its bound"
         return replace(one, judgement=judgement, within=judgement.within, skip=skip)
 
@@ -209,7 +236,7 @@ class Job:
             variant=name,
             kind=one.variant.kind,
             spans=self.operands.context_spans.counts[0] if config.mode == "lcf_x" else None,
-            dtype=dtype_name(self.settings.dtype),
+            dtype=dtype_name(self.point.dtype),
             within=one.within,
             judgement=one.judgement,
             note=one.variant.note,
@@ -225,11 +252,19 @@ class Job:
             row["time_hot"] = hot[name].to_dict()
         if self.settings.on_gpu:
             call = calls[name][0]
-            row["host_us"] = timing.host_us(call)
-            if not one.is_graph:  # a graph's memory is its own pool; it launches as one what it replays
+            if one.case or not self.point.brief:  # eager's is long, and of a brief point nobody asks for it
+                row["host_us"] = timing.host_us(call)
+            if not (one.is_graph or self.point.brief):  # a graph's memory is its own pool; it launches as one
                 row["kernels"] = timing.kernels_launched(call)
                 row["peak_mb"] = timing.peak_mb(call)
+                if isinstance(one.variant.run, Training):
+                    row["activation_mb"] = one.variant.run.activation_mb(self.operands)
         return row
+
+
+def is_fatal(error: Exception) -> bool:
+    """Whether nothing more can be run: not in this size (no memory), or not at all (a kernel broke the context)."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "CUDA error" in str(error)
 
 
 def _not_run(operands: Operands) -> None:

@@ -60,6 +60,12 @@ def plural(count: int, name: str) -> str:
     return f"{count} {name}" + ("" if count == 1 else "s")
 
 
+def size_of(row: dict[str, Any]) -> str:
+    """N, and before it the batch where that is more than one row."""
+    batch = row.get("batch", 1)  # older results have none: one row
+    return f"{batch} × {row['tokens']}" if batch > 1 else str(row["tokens"])
+
+
 def pooled(row: dict[str, Any]) -> str:
     """What is pooled, where the row's N does not say it; and in how many spans, where there are any."""
     if row["context"] is None:
@@ -98,10 +104,11 @@ def sections(results: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]
     """Rows under one heading: a group at one size."""
     seen: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in results["rows"]:
-        seen.setdefault((row["group"], row["tokens"], row["bottleneck"]), []).append(row)
+        key = row["group"], row.get("batch", 1), row["tokens"], row["context"], row["bottleneck"], row["dtype"]
+        seen.setdefault(key, []).append(row)
     for rows in seen.values():
         row = rows[0]
-        size = f"N = {row['tokens']}{pooled(row)}, d = {row['bottleneck']}"
+        size = f"N = {size_of(row)}{pooled(row)}, d = {row['bottleneck']}"
         layers = "" if row["layers"] == 1 else f" ({row['layers']})"
         yield f"{row['title']}{layers}: {size}, {row['dtype']}", rows
 
@@ -124,7 +131,8 @@ def heading(results: dict[str, Any]) -> list[str]:
         f" LCF-X reads {given['context_tokens']} others in {plural(given['spans'], 'paragraph')}",
         f"adapter: {given['adapter']}; downloaded: {given['downloaded']}",
         "error: relative RMS against float64; ✗ is out of bounds, and gets no time.",
-        f"ms: median, {regime}. Copying memory here: {number(results['copy_gb_s'])} GB/s.",
+        f"ms: median, {regime}. Copying memory here: {number(results['copy_gb_s'])} GB/s;"
+        f" matrix products: {number(results['matmul_tflop_s'])} TFLOP/s.",
         "GB/s, TFLOP/s: what the computation must move and do at the least, over that time.",
         "speed-up: over the fastest of all others that give the same result (C2C is another method).",
     ]
@@ -184,18 +192,21 @@ def closing(results: dict[str, Any]) -> list[tuple[str, str]]:
     reasons: dict[str, list[str]] = {}
     for row in results["rows"]:
         if row["time"] is None and row["reason"]:
-            reasons.setdefault(row["reason"], []).append(f"{row['variant']} ({row['group']}, N = {row['tokens']})")
+            reasons.setdefault(row["reason"], []).append(f"{row['variant']} ({row['group']}, N = {size_of(row)})")
         if row["saved_mb"] is not None:
-            text = f"{row['variant']}, N = {row['tokens']}: {number(row['saved_mb'])} MB kept between the passes"
+            text = f"{row['variant']}, N = {size_of(row)}: {number(row['saved_mb'])} MB kept between the passes"
+            if row["activation_mb"] is not None:
+                text += f", {number(row['activation_mb'])} MB of activations at the highest"
             lines.append((text, "dim"))
         if row["note"] and row["time"]:
-            text = f"{row['variant']}, N = {row['tokens']}: {row['note']}"
+            text = f"{row['variant']}, N = {size_of(row)}: {row['note']}"
             extrapolated = _extrapolated(row, results["rows"])
             lines.append((text + extrapolated, "dim"))
     for reason, who in reasons.items():
         style = "bold red" if reason.startswith("no time") else "dim"
         shown = ", ".join(who) if len(who) <= 3 or style != "dim" else f"{', '.join(who[:3])} and {len(who) - 3} more"
         lines.append((f"{shown}: {reason}", style))
+    lines += [(text, "yellow") for text in left_out(results["left_out"])]
     lines += _interpreted_lines(results["interpreted"])
     for target in results["targets"]:
         reached = "not measured" if target["reached"] is None else f"{target['reached']:.2f}×"
@@ -213,9 +224,17 @@ def closing(results: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
+def left_out(points: Sequence[dict[str, Any]]) -> list[str]:
+    """What was not run, a reason a line."""
+    reasons: dict[str, list[str]] = {}
+    for point in points:
+        reasons.setdefault(point["why"], []).append(f"{point['group']} {size_of(point)}, d = {point['bottleneck']}")
+    return [f"left out, {why}: {'; '.join(some)}" for why, some in reasons.items()]
+
+
 def _extrapolated(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """C2C ran one layer: what all of them would take, said to be no measurement."""
-    ours = [r for r in rows if r["group"] == row["group"] and r["tokens"] == row["tokens"] and r["kind"] == "ours"]
+    ours = [r for r in rows if r["group"] == row["group"] and size_of(r) == size_of(row) and r["kind"] == "ours"]
     if row["kind"] != "other" or not ours or ours[0]["layers"] == row["layers"]:
         return ""
     times = ours[0]["layers"] / row["layers"]

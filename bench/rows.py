@@ -39,6 +39,7 @@ def new_row(
         "op": op,
         "variant": variant,
         "kind": kind,
+        "batch": shape.batch,
         "tokens": shape.tokens,
         "context": shape.context if config.cross_context else None,
         "spans": spans,
@@ -55,8 +56,8 @@ def new_row(
         "time": None,
         "time_hot": None,
         "reason": reason or None,
-        **dict.fromkeys(("gb_s", "copy_share", "tflop_s", "kernels", "peak_mb", "saved_mb", "host_us")),
-        **dict.fromkeys(("speedup", "against", "speedup_reference")),
+        **dict.fromkeys(("gb_s", "copy_share", "tflop_s", "kernels", "peak_mb", "saved_mb", "activation_mb")),
+        **dict.fromkeys(("host_us", "speedup", "against", "speedup_reference")),
     }
 
 

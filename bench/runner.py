@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 import lcf_fast
 
-from . import interpreted, machine, models, timing, wire
-from .cases import GROUPS, HOST_GROUPS, QWEN3, WHOLE, Group, cases_of
+from . import interpreted, machine, models, timing, warm, wire
+from .cases import GROUPS, HOST_GROUPS, QWEN3, cases_of
 from .inputs import Caches
-from .job import Job
-from .settings import Settings, dtype_name
+from .job import Job, is_fatal
+from .plan import Point, points, sweep_points, urgent
+from .settings import LONGEST, Settings, dtype_name
 
 #: Of the results' layout; counts up when a name changes its meaning.
 SCHEMA = 1
 #: The targets of the CPU path are set for this many tokens, all layers of the published pair, d = 128, float32.
 TARGET_TOKENS = 512
+#: Why a size was left out, where somebody stopped the run.
+INTERRUPTED = "interrupted"
 
 
 class Progress(Protocol):
@@ -38,63 +43,131 @@ class Silent:
         return nullcontext()
 
 
+@dataclass
+class Found:
+    """What the points came to.
+
+    Attributes:
+        rows: by point, in the order of the results.
+        left_out: points without rows, and why.
+        failures: points that raised.
+        lost: why nothing more can be run; empty: it can.
+    """
+
+    rows: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    lost: str = ""
+
+
 @torch.no_grad()
 def run(settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
-    """Everything. ``failures`` in the results names what of ours is out of bounds.
+    """Everything. ``failures`` in the results names what of ours is out of bounds, ``left_out`` what was not reached.
 
     Raises:
         RuntimeError: transformers is missing. OSError, ValueError: a model that cannot be loaded.
     """
     progress = Silent() if progress is None else progress
     started = time.perf_counter()
-    rows: list[dict[str, Any]] = []
+    sweep = settings.sweep
+    too_large: list[dict[str, Any]] = []
+    if sweep is None:
+        chosen = points(settings)
+    else:
+        chosen, too_large = sweep_points(sweep, settings.only)
+        if settings.on_gpu and settings.sharer is settings.receiver is None:
+            with progress.step("compiling the kernels, in processes side by side"):
+                warm.compile_beside(sweep)
     # By name, so that nothing falls back in silence.
     with lcf_fast.use_backend("triton" if settings.on_gpu else "eager"):
-        caches, check, about_input = _caches(settings, progress)
+        caches, check, about_input = _caches(settings, chosen, progress)
         checks = []
         if check is not None:
             with progress.step("Triton kernels in the interpreter: errors (not timed)"):
                 checks = check.results()
         scheduled = machine.scheduled_ns()
-        with progress.step("copy bandwidth"):
+        with progress.step("copy bandwidth and rate of matrix products"):
             bandwidth = timing.copy_bandwidth(settings.device)
-        for width in settings.widths:
-            for tokens in settings.tokens:
-                cut = caches.first(tokens, settings.context)
-                for group in GROUPS:
-                    headline = tokens == settings.tokens[0]
-                    if not cases_of(group, settings.only) or not (headline or _at_every_size(group, settings)):
-                        continue
-                    with progress.step(
-                        f"{group.title}: N = {tokens if group.prompt else settings.context}, d = {width}"
-                    ):
-                        rows += Job(settings, group, cut, width, bandwidth=bandwidth, started=started).rows()
-            rows += _host_rows(settings, progress, caches, width, bandwidth)
+            rate = timing.matmul_rate(settings.device, settings.dtype)
+        found = _run(settings, chosen, caches, progress, bandwidth=bandwidth, started=started)
+        rows = [row for index in sorted(found.rows) for row in found.rows[index]]
+        if sweep is None and not found.lost:
+            for width in settings.widths:
+                rows += _host_rows(settings, progress, caches, width, bandwidth)
         waited = machine.waited_share(scheduled)
     failures = [
         f"{row['variant']}, {row['tokens']} tokens" for row in rows if row["kind"] == "ours" and row["within"] is False
     ]
+    failures += found.failures
     failures += [f"{one['op']}, interpreted, {one['dtype']}" for one in checks if one["within"] is False]
     return {
         "schema": SCHEMA,
         "about": machine.about(settings.device),
         "settings": {
             "quick": settings.quick,
+            "sweep": sweep is not None,
             "dtype": dtype_name(settings.dtype),
             "tokens": list(settings.tokens),
             "context": settings.context,
+            "batch": list(settings.batches),
             "bottleneck": list(settings.widths),
             "only": list(settings.only),
         },
         "input": about_input,
         "copy_gb_s": bandwidth,
+        "matmul_tflop_s": rate,
         "waited_share": waited,
         "rows": rows,
         "interpreted": checks,
         "targets": _targets(rows, settings),
+        "left_out": too_large + found.left_out,
         "failures": failures,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _run(
+    settings: Settings,
+    chosen: Sequence[Point],
+    caches: Caches,
+    progress: Progress,
+    *,
+    bandwidth: float,
+    started: float,
+) -> Found:
+    """Every point, what targets read first, until there is no time left or the device is lost."""
+    found = Found()
+    order = range(len(chosen)) if settings.sweep else urgent(chosen, settings)
+    for number, index in enumerate(order, 1):
+        point = chosen[index]
+        late = time.perf_counter() - started > settings.stop_after
+        if found.lost or late:
+            why = found.lost or f"not reached within {settings.stop_after:.0f} s"
+            found.left_out.append(point.left_out(why))
+            continue
+        with progress.step(f"{number} of {len(chosen)}: {point.said()}"):
+            try:
+                found.rows[index] = _rows(settings, point, caches, bandwidth, started)
+            except KeyboardInterrupt:  # what was measured before is worth its results
+                found.lost = INTERRUPTED
+                found.left_out.append(point.left_out(found.lost))
+            except torch.cuda.OutOfMemoryError:
+                found.left_out.append(point.left_out("more memory than there is"))
+                torch.cuda.empty_cache()
+            except Exception as error:  # one size that fails must not take the others with it
+                traceback.print_exc()
+                said = f"it raised {type(error).__name__}"
+                found.left_out.append(point.left_out(said))
+                found.failures.append(f"{point.said()}: {said}: {error}"[:300])
+                if is_fatal(error):
+                    found.lost = f"the device was lost in {point.said()}"
+    return found
+
+
+def _rows(settings: Settings, point: Point, caches: Caches, bandwidth: float, started: float) -> list[dict[str, Any]]:
+    """A point's rows; when they are there nothing of it is left in memory."""
+    cut = caches.cut(point.tokens, point.context, point.batch).to(point.dtype)
+    return Job(settings, point, cut, bandwidth=bandwidth, started=started).rows()
 
 
 def _host_rows(
@@ -106,18 +179,16 @@ def _host_rows(
     with progress.step(f"messages to bytes and back, on the CPU: d = {width}"):
         if settings.on_gpu:
             bandwidth = timing.copy_bandwidth(torch.device("cpu"))
-        cut = caches.first(1, settings.context)  # the prompt takes no part
+        cut = caches.cut(1, settings.context)  # the prompt takes no part
         return wire.rows(settings, cut, width, bandwidth=bandwidth)
 
 
-def _at_every_size(group: Group, settings: Settings) -> bool:
-    """Whether a group is run at the other sizes too, not at the first of ``tokens`` alone."""
-    return group.prompt and (group.name in WHOLE or not settings.quick)
-
-
-def _caches(settings: Settings, progress: Progress) -> tuple[Caches, interpreted.Check | None, dict[str, Any]]:
+def _caches(
+    settings: Settings, chosen: Sequence[Point], progress: Progress
+) -> tuple[Caches, interpreted.Check | None, dict[str, Any]]:
     """Build the models, prefill the text, let the models go. Without a GPU the interpreted check starts meanwhile."""
-    tokens = max(settings.tokens)
+    tokens = max((_prefilled(point.tokens, point.batch) for point in chosen), default=max(settings.tokens))
+    context = max((_prefilled(point.context, point.batch) for point in chosen), default=settings.context)
     parts = models.paragraphs()
     prompt, other = parts[: len(parts) // 2], parts[len(parts) // 2 :]
     with progress.step(f"sharer: building it, prefilling {tokens} tokens"):
@@ -129,10 +200,10 @@ def _caches(settings: Settings, progress: Progress) -> tuple[Caches, interpreted
         receiver = models.load(settings.receiver, "receiver", device=settings.device, dtype=settings.dtype)
         labels["receiver"] = receiver.label
     ids, _ = models.tokenize(receiver, prompt, tokens)
-    context_ids, spans = models.tokenize(receiver, other, settings.context)
+    context_ids, spans = models.tokenize(receiver, other, context)
     check = None
-    if not settings.on_gpu:
-        few = min(interpreted.TOKENS, tokens, settings.context)
+    if not settings.on_gpu and settings.sweep is None:
+        few = min(interpreted.TOKENS, tokens, context)
         sample = Caches(
             [(key[:, :, :few].clone(), value[:, :, :few].clone()) for key, value in heard],
             models.prefill(receiver, ids[:few]),
@@ -141,19 +212,24 @@ def _caches(settings: Settings, progress: Progress) -> tuple[Caches, interpreted
         )
         dtypes = ["float32"] if settings.quick else ["float32", "float16", "bfloat16"]
         check = interpreted.start(sample, settings.widths[0], dtypes, everything=not settings.quick)
-    with progress.step(f"receiver: prefilling {tokens} tokens, and {settings.context} of another text"):
+    with progress.step(f"receiver: prefilling {tokens} tokens, and {context} of another text"):
         caches = Caches(heard, models.prefill(receiver, ids), models.prefill(receiver, context_ids), spans)
     named = [where for where in (settings.sharer, settings.receiver) if where is not None]
     about = {
         **labels,
         "text": "bench/text.txt",
-        "prompt_tokens": tokens,
+        "prompt_tokens": max(settings.tokens),
         "context_tokens": settings.context,
-        "spans": len(spans) - 1,
+        "spans": sum(offset < settings.context for offset in spans[1:]) + 1,
         "adapter": "random weights of order 1, all gates open",
         "downloaded": "only what --sharer and --receiver name" if named else "nothing",
     }
     return caches, check, about
+
+
+def _prefilled(length: int, batch: int) -> int:
+    """Tokens of the text that rows of this length are cut from; further rows begin anew."""
+    return max(length, min(length * batch, LONGEST))
 
 
 def _targets(rows: Sequence[dict[str, Any]], settings: Settings) -> list[dict[str, Any]]:
@@ -162,7 +238,7 @@ def _targets(rows: Sequence[dict[str, Any]], settings: Settings) -> list[dict[st
     found = []
     for row in rows:
         same = row["tokens"] == TARGET_TOKENS and row["layers"] == QWEN3.layers and row["bottleneck"] == 128
-        if row["kind"] != "ours" or row["group"] not in targets or not same:
+        if row["kind"] != "ours" or row["group"] not in targets or not same or row["batch"] != 1:
             continue
         if settings.on_gpu or row["dtype"] != "float32":
             continue

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import sweep_table
 from .cases import AS_RELEASED
-from .report import disturbed, number, plural
+from .report import disturbed, number, plural, size_of
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COMMAND = "python -m bench.table --write README.md bench/results/*.json"
@@ -30,14 +31,18 @@ def _versions(about: dict[str, Any]) -> str:
 def _fastest(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     if row["against"] is None:
         return "–"
-    key = ("group", "tokens", "bottleneck")
-    other = next(r for r in rows if r["variant"] == row["against"] and all(r[k] == row[k] for k in key))
+    key = ("group", "tokens", "context", "bottleneck", "dtype")
+    other = next(
+        r
+        for r in rows
+        if r["variant"] == row["against"] and size_of(r) == size_of(row) and all(r[k] == row[k] for k in key)
+    )
     return f"{row['against']}, {number(other['time']['median_ms'])}"
 
 
 def _line(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
     error = "–" if row["error"] is None else number(row["error"]["rel_rms"])
-    start = [f"`{row['variant']}`", str(row["layers"]), str(row["tokens"]), str(row["bottleneck"]), error]
+    start = [f"`{row['variant']}`", str(row["layers"]), size_of(row), str(row["bottleneck"]), error]
     if row["time"] is None:
         return [*start, row["reason"] or "–", *["–"] * (len(COLUMNS) - len(start) - 1)]
     return [
@@ -57,7 +62,7 @@ def _c2c(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in sorted((r for r in rows if r["kind"] == "other" and r["time"]), key=lambda r: r["tokens"]):
         covers = "one layer alone" if row["layers"] == 1 else f"{row['layers']} layers"
         how = AS_RELEASED if AS_RELEASED in row["variant"] else ""
-        found.append(f"{number(row['time']['median_ms'])} ms for {covers} at N = {row['tokens']}{how}")
+        found.append(f"{number(row['time']['median_ms'])} ms for {covers} at N = {size_of(row)}{how}")
     return [f"C2C's fuser at the same shapes, another method: {'; '.join(found)}."] if found else []
 
 
@@ -76,7 +81,7 @@ def section(results: dict[str, Any]) -> str:
     commit = (about["commit"] or "unknown")[:12]
     ours = [row for row in results["rows"] if row["kind"] == "ours"]
     groups = list(dict.fromkeys(row["group"] for row in results["rows"]))
-    ours.sort(key=lambda row: (groups.index(row["group"]), row["bottleneck"], row["tokens"]))
+    ours.sort(key=lambda row: (groups.index(row["group"]), row["bottleneck"], row.get("batch", 1), row["tokens"]))
     lines = [COLUMNS, ["---"] * len(COLUMNS), *(_line(row, results["rows"]) for row in ours)]
     context = f"LCF-X pools {given['context_tokens']} tokens in {plural(given['spans'], 'span')}"
     copy = number(results["copy_gb_s"])
@@ -87,6 +92,8 @@ def section(results: dict[str, Any]) -> str:
     )
     if disturbed(results):
         head += f" **{disturbed(results)}**"
+    if results["settings"].get("sweep"):
+        return f"{head}\n\n{sweep_table.markdown(results)}"
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     targets = [
         f"Target {t['target']}× over the reference, `{t['op']}`, {t['tokens']} tokens, {t['layers']} layers:"
@@ -100,7 +107,12 @@ def section(results: dict[str, Any]) -> str:
 
 def table(files: Sequence[Path]) -> str:
     """Everything between the markers, for these results, by file name."""
-    parts = [section(json.loads(file.read_text(encoding="utf-8"))) for file in sorted(files, key=lambda f: f.name)]
+    parts = []
+    for file in sorted(files, key=lambda file: file.name):
+        results = json.loads(file.read_text(encoding="utf-8"))
+        parts.append(section(results))
+        if file.with_suffix(".svg").exists():
+            parts.append(f"![{results['about']['device']}: times](bench/results/{file.stem}.svg)")
     note = (
         "error: relative RMS against float64. % of copy: of the memory traffic that the computation needs at the least,"
         " over that of copying memory. speed-up: over the fastest other way to the same result; below 1 is a loss."

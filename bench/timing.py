@@ -97,6 +97,14 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * size / timing.low_ms / 1e6
 
 
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large product of random matrices: what arithmetic costs here, at best."""
+    size = 8192 if device.type == "cuda" else 1024
+    one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    timing = measure({"product": [lambda: one @ other]}, device, 0.5)["product"]
+    return 2 * size**3 / timing.low_ms / 1e9
+
+
 def l2_bytes(device: torch.device) -> int:
     """Size of a GPU's L2 cache."""
     return int(torch.cuda.get_device_properties(device).L2_cache_size)

@@ -21,6 +21,7 @@ from . import slots
 from .c2c import fuse, fuse_as_released, make_fuser
 from .cases import AS_RELEASED
 from .inputs import Operands
+from .training import Training
 
 Run = Callable[[Operands], Any]
 Pair = tuple[Tensor, Tensor]
@@ -90,50 +91,13 @@ def _summarize_and_inject(o: Operands) -> Any:
     return o.adapter.inject(o.receiver_cache, o.adapter.summarize(o.sharer_cache, o.spans))
 
 
-#: The parameters whose gradients are long vectors; the others' are judged as one.
-_MATRICES = ("down_weight", "ffn_in_weight", "ffn_out_weight", "up_weight")
-_VECTORS = ("down_bias", "norm_weight", "up_bias", "head_gate_weight", "head_gate_bias")
-
-
-def _train(fuse: Callable[..., Sequence[Pair]], o: Operands) -> list[Tensor]:
-    """Gradients of the adapter's parameters; the result's own gradient is the receiver's cache, numbers of order 1."""
-    with torch.enable_grad():
-        weights = {name: tensor.detach().requires_grad_(name != "gate_logit") for name, tensor in o.weights.items()}
-        fused = [tensor for pair in fuse(o.sharer, o.receiver, weights) for tensor in pair]
-        given = [tensor for pair in o.receiver for tensor in pair]
-        found = torch.autograd.grad(fused, [weights[name] for name in _MATRICES + _VECTORS], given)
-    matrices, vectors = found[: len(_MATRICES)], found[len(_MATRICES) :]
-    return [*matrices, torch.cat([vector.flatten() for vector in vectors])]
-
-
-def saved_mb(run: Run, o: Operands) -> float:
-    """What autograd keeps from the forward to the backward pass, beside the operands, in MB of 1e6 bytes."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in _tensors(o)}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run(o)
-    return sum(kept.values()) / 1e6
-
-
-def _tensors(o: Operands) -> list[Tensor]:
-    caches = [tensor for pair in (*o.sharer_layers, *o.receiver_layers) for tensor in pair]
-    return [*caches, *o.weights.values()]
-
-
 #: By case name.
 OURS: dict[str, Run] = {
     "joint_projection": lambda o: _projection(ops, o),
     "gated_injection": lambda o: _injection(ops, o),
     "attention_pool": lambda o: _pool_with(ops.attention_pool, o, o.spans),
     "fuse_layers": lambda o: ops.fuse_layers(o.sharer, o.receiver, o.weights, live=_live(o)),
-    "fuse_layers (train)": lambda o: _train(partial(ops.fuse_layers, live=_live(o)), o),
+    "fuse_layers (train)": Training(lambda o: partial(ops.fuse_layers, live=_live(o))),
     "fuse_layers(message)": lambda o: ops.fuse_layers(None, o.receiver, o.weights, live=_live(o), message=o.message),
     "summarize_layers": lambda o: ops.summarize_layers(o.sharer, o.weights, o.spans),
     "summarize_layers (windows)": lambda o: ops.summarize_layers(o.sharer, o.weights, o.spans),
@@ -166,7 +130,7 @@ REFERENCE: dict[str, Run] = {
     "injection": lambda o: _injection(reference, o),
     "pool": lambda o: _pool_with(reference.attention_pool, o, o.spans_host),
     "lcf": lambda o: reference.fuse_layers(o.sharer, o.receiver, o.weights),
-    "train": lambda o: _train(reference.fuse_layers, o),
+    "train": Training(lambda o: reference.fuse_layers),
     "lcf_pruned": lambda o: reference.fuse_layers(o.sharer, o.receiver, o.weights),
     "inject": lambda o: reference.fuse_layers(None, o.receiver, o.weights, message=o.message),
     "summarize": _reference_summary,
@@ -236,16 +200,13 @@ def compiled(group: str, mode: str | None) -> Run:
         layers = zip(o.receiver, o.layer_weights, latents)
         return [edit(None, None, *receiver, weights, latent) for receiver, weights, latent in layers]
 
-    def train(o: Operands) -> list[Tensor]:
-        def fuse_sliced(sharer: list[Pair], receiver: list[Pair], weights: dict[str, Tensor]) -> list[Pair]:
-            rows = [{name: tensor[row] for name, tensor in weights.items()} for row in range(len(receiver))]
-            return [edit(*s, *r, one, None) for s, r, one in zip(sharer, receiver, rows)]
-
-        return _train(fuse_sliced, o)
+    def fuse_sliced(sharer: list[Pair], receiver: list[Pair], weights: dict[str, Tensor]) -> list[Pair]:
+        rows = [{name: tensor[row] for name, tensor in weights.items()} for row in range(len(receiver))]
+        return [edit(*s, *r, one, None) for s, r, one in zip(sharer, receiver, rows)]
 
     runs: dict[str, Run] = {
         "lcf": fuse,
-        "train": train,
+        "train": Training(lambda o: fuse_sliced),
         "lcf_pruned": fuse,
         "inject": inject,
         **dict.fromkeys(("summarize", "windows", "merge"), summarize),
@@ -283,7 +244,7 @@ def _across_spans(key: Tensor, value: Tensor, query: Tensor) -> Pair:
 def sdpa_pool(key: Tensor, value: Tensor, span_query: Tensor, global_query: Tensor, mask: Tensor) -> Pair:
     """Spans by ``scaled_dot_product_attention``: a query a span under a mask ``(P, N)``; once for V, once for K."""
     heads, dim = span_query.shape
-    query = span_query.to(key.dtype)[None, :, None].expand(1, heads, mask.shape[0], dim)
+    query = span_query.to(key.dtype)[None, :, None].expand(len(key), heads, mask.shape[0], dim)
     span_key = F.scaled_dot_product_attention(query, key, key, attn_mask=mask)
     span_value = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return _across_spans(span_key, span_value, global_query.to(key.dtype))
@@ -340,17 +301,23 @@ def _pooling(group: str, pool: Callable[..., Pair], *rest: Any) -> Run:
 # --- the list -----------------------------------------------------------------------------------------------------
 
 
-def baselines(group: str, o: Operands) -> list[Variant]:
-    """The reference, other ways to the same result, and C2C; ``torch.compile`` and CUDA graphs come on top of these."""
+def baselines(group: str, o: Operands, *, eager_only: bool = False) -> list[Variant]:
+    """The reference, other ways to the same result, and C2C; ``torch.compile`` and CUDA graphs come on top of these.
+
+    Args:
+        eager_only: the reference and its folded form alone.
+    """
     again = "pooling again: " if group == "merge" else ""
     found = [Variant(f"{again}reference (eager)", "reference", PAPER.get(group, REFERENCE[group]))]
     if group in PAPER:
         found.append(Variant("reference, folded", "baseline", REFERENCE[group]))
+    if eager_only:
+        return found
     on_gpu = o.spans.device.type == "cuda"
     if group in ("pool", "summarize", "windows", "merge"):
         found.append(Variant(f"{again}SDPA", "baseline", _pooling(group, sdpa_pool, _span_mask(o))))
-        # flash-attn has no float32, and no sequences that overlap.
-        can_flash = group != "windows" and o.sharer[0][0].dtype != torch.float32
+        # flash-attn has no float32, and no sequences that overlap; `flash_pool` has no batch.
+        can_flash = group != "windows" and o.sharer[0][0].dtype != torch.float32 and len(o.spans) == 1
         if can_flash and on_gpu and find_spec("flash_attn") is not None:
             offsets = _offsets(o)
             flash = _pooling(group, flash_pool, offsets.to(o.spans.device), int(offsets.diff().max()))

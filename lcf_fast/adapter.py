@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .caches import Pair, cache_layers, check_pairs, rebuild_cache
+from .capture import Captures
 from .config import CacheGeometry, LCFConfig
 from .errors import DTypeError, GeometryError, IndexRangeError, LCFError, ShapeError
 from .fingerprint import Origin, receiver_digest, sharer_digest
@@ -49,7 +50,7 @@ def parameter_shapes(config: LCFConfig, layers: int) -> dict[str, tuple[int, ...
     return shapes
 
 
-class LatentCacheFlow(Summarizes, nn.Module):
+class LatentCacheFlow(Summarizes, Captures, nn.Module):
     """An LCF or LCF-X adapter (arXiv 2605.22863; spec, sections 2 to 4): one projector a kept receiver layer.
 
     LCF (``cross_context=False``): :meth:`fuse` edits the receiver's cache with the sharer's, position by
@@ -76,6 +77,8 @@ class LatentCacheFlow(Summarizes, nn.Module):
     them closed, of temperature ``gate_temperature`` (:class:`lcf_fast.noise.TrainingNoise`); each call draws a seed
     from torch's default CPU generator. :meth:`fuse_` and :meth:`inject_` are inference in either mode.
 
+    :meth:`capture` records a call as a CUDA graph, for loops whose sizes do not change.
+
     Attributes:
         gate_temperature: of the training gates, above 0; a trainer anneals it. Not saved.
 
@@ -85,6 +88,7 @@ class LatentCacheFlow(Summarizes, nn.Module):
         device, dtype: of the parameters, as in ``nn.Linear``.
     """
 
+    _captured = ("fuse", "fuse_", "inject", "inject_", "summarize")
     receiver_layers: Tensor
     sharer_layers: Tensor
     gate_temperature: float

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import ops_slots as ops
 from .caches import Pair, cache_layers, check_growth, count_filled, extend_cache, free_room
+from .capture import Captures
 from .config import CacheGeometry, LCFConfig
 from .errors import DTypeError, GeometryError, MessageError, ShapeError
 from .fingerprint import SHARER_OF_SLOTS, Origin, is_digest, slots_receiver_digest, slots_sharer_digest
@@ -46,7 +47,7 @@ def slot_parameter_shapes(config: LCFConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-class LatentSlots(SummarizesSlots, nn.Module):
+class LatentSlots(SummarizesSlots, Captures, nn.Module):
     """A slots adapter: :meth:`summarize` on the sharer's side, :meth:`append` or :meth:`prefix` on the receiver's.
 
     Parameters are stacked over all receiver layers on axis 0 (a cache has as many positions in each layer, so none can
@@ -66,6 +67,7 @@ class LatentSlots(SummarizesSlots, nn.Module):
             the adapter.
     """
 
+    _captured = ("summarize", "expand", "place")
     receiver_layers: Tensor
     sharer_layers: Tensor
     #: What a trainer anneals in other adapters; there are no gates here.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,23 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("LCF_FAST_TEST_DEVICE=cuda, but torch sees no CUDA device")
 
 
+def _lacks_hypothesis(path: Path) -> bool:
+    """Whether a test file needs hypothesis where there is none: on a GPU's machine the others are run all the same."""
+    if DEVICE == "cpu" or find_spec("hypothesis") is not None or not path.name.startswith("test_"):
+        return False
+    return "from hypothesis import" in path.read_text(encoding="utf-8")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if DEVICE == "cpu" or find_spec("hypothesis") is not None:
+        return None
+    left_out = [path.name for path in sorted((ROOT / "tests").glob("**/test_*.py")) if _lacks_hypothesis(path)]
+    return f"LEFT OUT, hypothesis is not installed: {', '.join(left_out)}"
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if _lacks_hypothesis(collection_path):
+        return True
     if not INTERPRETED or collection_path != ROOT / "tests" / "compile":
         return None
     named = [Path(argument.split("::")[0]).resolve() for argument in config.args]

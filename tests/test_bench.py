@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_jobs import BY_NAME, CPU, LCF, LCFX, ROW, AsOnGpu, small_job
+from bench_jobs import BY_NAME, CPU, LCF, LCFX, ROW, AsOnGpu, small_job, two_models
 
 from bench import c2c, cases, errors, models, report, table, timing, variants
 from bench import interpreted as interpreted_check
@@ -331,17 +331,8 @@ def test_cuda_is_refused_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Folders of two tiny models, without tokenizers."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("models")
-    size = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
-    size["num_key_value_heads"] = 2
-    torch.manual_seed(0)
-    sharer = transformers.Qwen2Config(num_hidden_layers=2, **size)
-    receiver = transformers.Qwen3Config(num_hidden_layers=3, head_dim=32, **size)
-    for name, config in (("sharer", sharer), ("receiver", receiver)):
-        transformers.AutoModel.from_config(config).save_pretrained(folder / name)
-    return str(folder / "sharer"), str(folder / "receiver")
+    pytest.importorskip("transformers")
+    return two_models(tmp_path_factory.mktemp("models"))
 
 
 def arguments(tiny: tuple[str, str], out: Path, *more: str) -> list[str]:

@@ -1,18 +1,31 @@
-"""`make gpu` without a GPU says so and fails; its runner tells passed, failed, stopped and absent steps apart."""
+"""`make gpu` without a GPU says so and fails; its runner tells passed, failed, stopped and absent steps apart; and each
+step's command is one that starts, and writes where its results are read.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from bench_jobs import two_models
+
+from bench.__main__ import parser as bench_parser
+from bench.settings import SWEEPS, default_settings, sweep_settings
+from lcf_fast import cli
+from lcf_fast.evaluation import latency, latency_command
 
 FOLDER = Path(__file__).resolve().parent / "gpu"
+ROOT = FOLDER.parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -64,5 +77,166 @@ def test_steps_leave_few_files(runner: ModuleType, tmp_path: Path) -> None:
     """Four logs, the summary, and the benchmark's two JSON files and plot: eight files."""
     steps = runner.steps(tmp_path)
     assert len({step.name for step in steps}) == len(steps)
-    assert len({step.log or step.name for step in steps}) <= 4
-    assert all(step.limit < runner.BUDGET < 600 for step in steps)
+    for chosen in (runner.FIRST, ("sweep", "latency")):
+        logs = {step.log or step.name for step in steps if step.name in chosen}
+        results = {"bench": 3, "sweep": 3, "latency": 2}
+        assert len(logs) + 1 + sum(results.get(name, 0) for name in chosen) <= 8  # one is the summary
+
+
+def test_both_runs_end_in_time(runner: ModuleType, tmp_path: Path) -> None:
+    steps = runner.steps(tmp_path)
+    assert {step.name for step in steps} == {*runner.FIRST, "sweep", "latency"}
+    for chosen in (runner.FIRST, ("sweep", "latency")):
+        some = [step for step in steps if step.name in chosen]
+        phases = list(runner.phases(some))
+        assert sum(max(step.limit for step in phase) for phase in phases) <= runner.BUDGET
+        assert runner.BUDGET + len(phases) * runner.GRACE <= 590
+    timed = {step.name: step.phase for step in steps if step.name in runner.RESULTS}
+    assert all(sum(step.phase == phase for step in steps) == 1 for phase in timed.values()), "times beside other work"
+    sizes = default_settings(torch.device("cuda"), quick=True), sweep_settings(torch.device("cuda"), SWEEPS["cuda"])
+    for name, settings in zip(("bench", "sweep"), sizes):
+        (step,) = (step for step in steps if step.name == name)
+        assert settings.stop_after <= step.limit - 40, "the last size that is begun must end, too"
+
+
+def test_steps_of_a_phase_run_side_by_side_and_share_a_log(runner: ModuleType, tmp_path: Path) -> None:
+    wait = "import pathlib, sys, time\nmine, other = map(pathlib.Path, sys.argv[1:])\nmine.touch()\n"
+    wait += "while not other.exists(): time.sleep(0.05)\nprint('met', mine.name)"
+    files = [str(tmp_path / name) for name in ("first", "second")]
+    pair = [
+        runner.Step(f"step {i}", [sys.executable, "-c", wait, *order], 30, log="both")
+        for i, order in enumerate((files, files[::-1]))
+    ]
+    last = runner.Step("last", [sys.executable, "-c", "print('after')"], 30, phase=1)
+    done = runner.run_all([*pair, last], tmp_path)
+    assert [(one.step, one.status) for one in done] == [("step 0", "passed"), ("step 1", "passed"), ("last", "passed")]
+    assert sorted((tmp_path / "both.log").read_text().split("\n"))[1:] == ["met first", "met second"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["both.log", "first", "last.log", "second"]
+
+
+def test_a_step_at_its_limit_is_told_first(runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "import signal, time\nsignal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+    told += "try:\n    print('up', flush=True)\n    time.sleep(60)\n"
+    told += "except KeyboardInterrupt:\n    print('written', flush=True)\n"
+    deaf = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    deaf += "print('deaf', flush=True)\ntime.sleep(60)\n"
+    monkeypatch.setattr(runner, "GRACE", 1.0)
+    steps = [runner.Step(name, [sys.executable, "-c", code], 5) for name, code in (("told", told), ("deaf", deaf))]
+    started = time.monotonic()
+    results = runner.run_all(steps, tmp_path)
+    assert [result.status for result in results] == ["timeout", "timeout"] and time.monotonic() - started < 30
+    assert (tmp_path / "told.log").read_text() == "up\nwritten\n" and (tmp_path / "deaf.log").read_text() == "deaf\n"
+
+
+def test_a_second_run_adds_to_the_summary(runner: ModuleType, tmp_path: Path) -> None:
+    def steps(about: dict[str, str], *names: str) -> list[str]:
+        runner.write_summary(tmp_path, about, [runner.Result(name, "passed", 1.0, "") for name in names])
+        found = json.loads((tmp_path / "summary.json").read_text())
+        assert found["about"] == about
+        return [step["step"] for step in found["steps"]]
+
+    assert steps({"commit": "a"}, "gpu", "bench") == ["gpu", "bench"]
+    assert steps({"commit": "a"}, "sweep", "bench") == ["gpu", "sweep", "bench"]
+    assert steps({"commit": "b"}, "gpu") == ["gpu"]
+
+
+# --- the commands
+
+
+def step_of(runner: ModuleType, name: str, out: Path) -> Any:
+    return next(step for step in runner.steps(out) if step.name == name)
+
+
+def test_benchmarks_are_asked_for_what_they_know_and_write_where_they_are_read(
+    runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("bench", "sweep"):
+        step = step_of(runner, name, tmp_path)
+        assert step.command[:3] == [sys.executable, "-m", "bench"] and step.cwd == runner.ROOT
+        given = bench_parser().parse_args(step.command[3:])
+        assert given.out / "results.json" == tmp_path / runner.RESULTS[name]
+        assert (given.sweep, given.quick, given.device) == (name == "sweep", name == "bench", "cuda")
+    step = step_of(runner, "latency", tmp_path)
+    seen: list[Any] = []
+    assert step.command[:3] == [sys.executable, "-m", "lcf_fast.cli"] and step.cwd != runner.ROOT
+    monkeypatch.setattr(latency_command, "_run", seen.append)
+    assert cli.main(step.command[3:]) == 0
+    assert seen[0].out / latency.RESULTS == tmp_path / runner.RESULTS["latency"] and seen[0].batch == [1]
+
+
+@pytest.mark.parametrize("name", ["bench", "sweep", "latency"])
+def test_benchmarks_start(runner: ModuleType, tmp_path: Path, name: str) -> None:
+    step = step_of(runner, name, tmp_path)
+    done = subprocess.run([*step.command, "--help"], cwd=step.cwd, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "examples:" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("name", "least"), [("gpu", 60), ("numerics", 150)])
+def test_tests_are_found(runner: ModuleType, tmp_path: Path, name: str, least: int) -> None:
+    step = step_of(runner, name, tmp_path)
+    command = list(step.command)
+    if "-n" in command:  # workers would each collect them
+        del command[command.index("-n") : command.index("-n") + 2]
+    done = subprocess.run(
+        [*command, "--collect-only"],
+        cwd=step.cwd,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert done.stdout.count("::") >= least
+
+
+def test_every_test_of_a_device_is_run_on_it(runner: ModuleType) -> None:
+    """The files are found by how the fixture is annotated, so that is how it must be."""
+    tests = runner.ROOT / "tests"
+    chosen = {path.relative_to(tests).as_posix() for path in runner.on_device()}
+    assert {"kernels/test_fusion.py", "kernels/test_pooling.py", "test_adapter.py", "test_ops.py"} <= chosen
+    for path in tests.glob("**/test_*.py"):
+        for signature in re.findall(r"^def test_\w+\(([^)]*)\)", path.read_text(encoding="utf-8"), re.MULTILINE):
+            taken = [one.strip() for one in signature.split(",") if re.match(r"\s*device\b", one)]
+            assert taken in ([], ["device: torch.device"]), (path, signature)
+
+
+def test_the_sanitizers_script_imports_everything_before_it_needs_a_gpu() -> None:
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "sanitize.py")],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (1, "a CUDA GPU is needed")
+
+
+#: What a bare machine may lack.
+HIDE = "import sys\nfor name in ('hypothesis', 'xdist', 'rich', 'matplotlib', 'scipy', 'datasets'):\n"
+HIDE += "    sys.modules[name] = None\n"
+
+
+def test_nothing_needs_what_a_bare_machine_lacks(tmp_path: Path) -> None:
+    """The benchmark runs, without a plot; the latency protocol and the tests on a GPU are imported."""
+    pytest.importorskip("transformers")
+    sharer, receiver = two_models(tmp_path)
+    given = ["--sweep", "--device", "cpu", "--tokens", "4", "--batch", "1", "--context", "6", "--bottleneck", "64"]
+    given += ["--only", "summarize", "--sharer", sharer, "--receiver", receiver, "--out", str(tmp_path / "out")]
+    code = f"{HIDE}sys.path.append({str(ROOT)!r})\nfrom bench.__main__ import main\n"
+    code += f"assert main({given!r}) == 0\nfrom bench import targets\ntargets.main([])\n"
+    code += "import lcf_fast.evaluation.latency, lcf_fast.evaluation.latency_models as models\n"
+    code += "import lcf_fast.evaluation.latency_report, lcf_fast.evaluation.latency_command, torch\n"
+    code += "[group.open() for group in models.random_groups([50], device=torch.device('cpu'), dtype=torch.float32)]\n"
+    code += "import pytest\n"
+    code += f"raise SystemExit(pytest.main(['-q', '--collect-only', '-m', 'gpu', {str(FOLDER)!r}]))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT / "tests",
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},  # pytest would look at what is hidden
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "bench: no plot" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cpu-sweep.json", "results.json"]

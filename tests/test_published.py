@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bench import published
+from bench import published, targets
 from bench.cases import QWEN3
 from lcf_fast import LCFConfig
 
@@ -26,7 +29,8 @@ def test_a_table_is_that_of_its_results(region: published.Region) -> None:
 
 def test_every_result_is_published() -> None:
     folder = published.ROOT / "bench" / "results" / "evaluation"
-    assert {f"evaluation/{path.name}" for path in folder.iterdir()} == {region.result for region in published.REGIONS}
+    shown = [path for region in published.REGIONS for path in region.files(published.RESULTS)]
+    assert sorted(folder.iterdir()) == sorted(shown)
 
 
 def test_the_first_table_has_the_figures_of_the_study() -> None:
@@ -45,3 +49,100 @@ def test_the_first_table_has_the_figures_of_the_study() -> None:
     assert f"| {means('lcf')}%, out of place | {means('lcf_x')}% | {slots} |" in row
     parameters = {LCFConfig(QWEN3, QWEN3).parameter_count(), LCFConfig(QWEN3, QWEN3, slots=8).parameter_count()}
     assert all(f"{count:,}" in readme for count in parameters)
+
+
+# --- what make gpu leaves
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the pages and results."""
+    root = tmp_path / "repository"
+    for page in {"README.md", "bench/NOTES.md", *(region.page for region in published.REGIONS)}:
+        (root / page).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(published.ROOT / page, root / page)
+    shutil.copytree(published.RESULTS, root / "bench" / "results")
+    monkeypatch.setattr(published, "ROOT", root)
+    monkeypatch.setattr(published, "RESULTS", root / "bench" / "results")
+    monkeypatch.setattr(published, "NOTES", root / "bench" / "NOTES.md")
+    return root
+
+
+def as_of_a_gpu(source: Path, **more: Any) -> dict[str, Any]:
+    """Committed results of the CPU as if a GPU had given them: made up, and never written to the repository."""
+    data: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+    for about in [data["about"]] if "about" in data else [cell["about"] for cell in data["cells"]]:
+        about |= {"device": "Made-up GPU", "device_type": "cuda", "driver": "1"}
+    return data | more
+
+
+def left_by_make_gpu(out: Path, results: Path) -> None:
+    rates = {"matmul_tflop_s": 9.0, "left_out": []}
+    main = as_of_a_gpu(results / "cpu.json", **rates)
+    main["rows"] = [row for row in main["rows"] if row["group"] in ("lcf", "pool")]
+    sweep = as_of_a_gpu(results / "cpu.json", **rates)
+    sweep["rows"] = [row for row in sweep["rows"] if row["group"] in ("lcf", "inject")]
+    sweep["settings"]["sweep"] = True
+    latency = as_of_a_gpu(results / "evaluation" / "latency-cpu.json")
+    steps = [{"step": "gpu", "status": "passed", "seconds": 9.5, "note": "at /somewhere/tests: 60 passed"}]
+    summary = {"about": {"gpu": "Made-up GPU", "commit": "a"}, "steps": steps}
+    parts = {"bench/results": main, "sweep/results": sweep, "latency/latency": latency, "summary": summary}
+    for name, data in parts.items():
+        file = out / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(data), encoding="utf-8")
+
+
+def contents(root: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in root.rglob("*") if file.is_file()}
+
+
+def test_one_command_takes_what_make_gpu_left(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    out, results = tmp_path / "gpu", repository / "bench" / "results"
+    left_by_make_gpu(out, results)
+    assert published.main([str(out)]) == 0
+    printed = capsys.readouterr().out
+    names = ("made-up-gpu.json", "made-up-gpu.svg", "made-up-gpu-sweep.json", "made-up-gpu-sweep.svg")
+    assert all((results / name).exists() and name in printed for name in names)
+    assert (results / "evaluation" / "latency-made-up-gpu.json").exists()
+    checks = json.loads((results / "checks" / "made-up-gpu.json").read_text(encoding="utf-8"))
+    assert checks["steps"] == [{"step": "gpu", "status": "passed", "seconds": 9.5}]
+    pages = ("README.md", "bench/NOTES.md", "docs/evaluation.md")
+    readme, notes, evaluation = ((repository / page).read_text(encoding="utf-8") for page in pages)
+    assert "**Made-up GPU**, float32" in readme and "| dtype | d | batch |" in readme
+    assert "![Made-up GPU: times](bench/results/made-up-gpu.svg)" in readme and "made-up-gpu-sweep.svg)" in readme
+    assert evaluation.count("### Cross context, batch 1\n") == 2 and "Measured on Made-up GPU" in evaluation
+    assert "**Made-up GPU**" in notes and "not measured" in notes and "at 9 TFLOP/s" in notes
+    assert "open    LCF, 2,048 tokens: time over its floor" in printed  # the rows are float32
+    drawn = (results / "made-up-gpu.svg").read_text(encoding="utf-8")
+    assert "<svg" in drawn and "<dc:date>" not in drawn and "adapter.fuse" in drawn
+    once = contents(repository)
+    assert published.main([str(out)]) == 0
+    assert contents(repository) == once
+
+
+def test_a_second_folder_adds_its_steps_and_an_empty_one_is_refused(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, step, commit in (("one", "gpu", "a"), ("two", "sweep", "a"), ("three", "bench", "b")):
+        (tmp_path / folder).mkdir()
+        about = {"gpu": "Made-up GPU", "commit": commit}
+        summary = {"about": about, "steps": [{"step": step, "status": "passed", "seconds": 1.0}]}
+        (tmp_path / folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    checks = repository / "bench" / "results" / "checks" / "made-up-gpu.json"
+    assert published.main([str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    assert [step["step"] for step in json.loads(checks.read_text(encoding="utf-8"))["steps"]] == ["gpu", "sweep"]
+    assert published.main([str(tmp_path / "three")]) == 0
+    assert [step["step"] for step in json.loads(checks.read_text(encoding="utf-8"))["steps"]] == ["bench"]
+    (tmp_path / "empty").mkdir()
+    assert published.main([str(tmp_path / "empty")]) == 2
+    assert "expected what make gpu leaves" in capsys.readouterr().err
+
+
+def test_without_a_folder_nothing_changes(repository: Path) -> None:
+    once = contents(repository)
+    assert published.main([]) == 0
+    assert contents(repository) == once and targets.committed(published.RESULTS)

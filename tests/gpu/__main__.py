@@ -1,8 +1,10 @@
-"""Everything that needs a CUDA GPU, in under ten minutes: ``make gpu`` or ``python tests/gpu --out DIR``.
+"""Everything that needs a CUDA GPU: ``make gpu`` or ``python tests/gpu --out DIR``.
 
-Uses the Python it runs in and installs nothing; ``pip install --no-deps --no-build-isolation -e .`` must have
-gone before. DIR gets the steps' logs, the benchmark's results and ``summary.json``. Exit status: 0 all steps
-passed, 1 one failed, 2 there is nothing to run on.
+Two runs, each in under ten minutes: the checks and the benchmark; then, with ``--only sweep latency``, what takes
+longer to measure. Uses the Python it runs in and installs nothing; ``pip install --no-deps --no-build-isolation -e .``
+must have gone before. DIR gets the steps' logs, the results of the benchmark, and ``summary.json``; at the end stand
+the targets that they meet and miss (``python -m bench.targets``). Exit status: 0 all steps passed, 1 one failed, 2
+there is nothing to run on.
 """
 
 from __future__ import annotations
@@ -12,19 +14,34 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-BUDGET = 590.0  # seconds for all steps together
+BUDGET = 575.0  # seconds for all steps of a run together
+GRACE = 5.0  # seconds that a step at its limit has to write what it has; those of three phases make it 590
 LOG_LIMIT = 8 << 20  # bytes kept of a step's log, its end
+#: Where results go within the folder; `bench.targets` and `bench.published` read them there.
+RESULTS = {"bench": "bench/results.json", "sweep": "sweep/results.json", "latency": "latency/latency.json"}
+#: What is run where no step is named.
+FIRST = ("gpu", "numerics", "bench", "memcheck", "racecheck")
+EXAMPLES = """examples:
+  make gpu OUT=out/gpu                                  checks and benchmark
+  make gpu OUT=out/gpu ARGS="--only sweep latency"      what takes longer: every size, and two models end to end
+  make gpu OUT=out/gpu ARGS="--only bench"
+"""
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,7 @@ class Step:
 
     Attributes:
         limit: its time limit in seconds.
+        phase: steps of one phase run side by side; what is timed has one of its own.
         log: name of its log file, where that is not its own; steps that share one append.
         absent: why it cannot be run here.
     """
@@ -40,7 +58,9 @@ class Step:
     name: str
     command: Sequence[str]
     limit: float
+    phase: int = 0
     env: Mapping[str, str] = field(default_factory=dict)
+    cwd: Path = ROOT
     log: str = ""
     absent: str = ""
 
@@ -54,9 +74,12 @@ class Result:
 
 
 def steps(out: Path) -> list[Step]:
+    """All steps, phase after phase."""
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "--maxfail=20"]
-    workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    # Most of their time is the compiler's, so workers are worth more than the one device that they share.
+    workers = min(6, max(1, (os.cpu_count() or 2) // 2 - 1))
+    beside = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
     on_gpu = {"LCF_FAST_TEST_DEVICE": "cuda"}
     sanitizer = shutil.which("compute-sanitizer") or ""
     absent = "" if sanitizer else "compute-sanitizer is not on PATH"
@@ -64,30 +87,46 @@ def steps(out: Path) -> list[Step]:
     bare = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     sanitize = [sanitizer, "--error-exitcode", "9", "--target-processes", "all"]
     script = [python, str(HERE / "sanitize.py")]
-    # The trainer's loop, data and demo have nothing of a device about them, and take minutes.
-    elsewhere = [f"--ignore={ROOT / 'tests' / name}" for name in ("training", "demo", "test_guide.py")]
     chosen = "not gpu and not slow"
+    bench = [python, "-m", "bench", "--device", "cuda"]
+    latency = [python, "-m", "lcf_fast.cli", "latency", "--device", "cuda", "--batch", "1", "--rounds", "5"]
     return [
-        Step("gpu", [*pytest, str(HERE), "-m", "gpu"], 150, on_gpu),
-        Step("bench", [python, "-m", "bench", "--quick", "--out", str(out / "bench")], 150),
-        Step("memcheck", [*sanitize, "--tool", "memcheck", *script], 60, bare, "sanitizer", absent),
-        Step("racecheck", [*sanitize, "--tool", "racecheck", *script], 60, bare, "sanitizer", absent),
-        Step("numerics", [*pytest, *workers, *elsewhere, str(ROOT / "tests"), "-m", chosen], 240, on_gpu),
+        Step("gpu", [*pytest, *beside, str(HERE), "-m", "gpu"], 250, 0, on_gpu),
+        Step("numerics", [*pytest, *beside, *map(str, on_device()), "-m", chosen], 250, 0, on_gpu),
+        Step("bench", [*bench, "--quick", "--out", str(out / "bench")], 215, 1),
+        Step("memcheck", [*sanitize, "--tool", "memcheck", *script], 110, 2, bare, log="sanitizer", absent=absent),
+        Step("racecheck", [*sanitize, "--tool", "racecheck", *script], 110, 2, bare, log="sanitizer", absent=absent),
+        Step("sweep", [*bench, "--sweep", "--out", str(out / "sweep")], 330, 3),
+        # Not from the root, where ./kernels would answer transformers' `import kernels`.
+        Step("latency", [*latency, "--warmup", "1", "--out", str(out / "latency")], 245, 4, cwd=HERE),
     ]
 
 
+def on_device() -> list[Path]:
+    """Test files whose tests run on the device that is asked for; the others do the same on every machine."""
+    files = sorted((ROOT / "tests").glob("**/test_*.py"))
+    found = [file for file in files if re.search(r"\bdevice: torch\.device\b", file.read_text(encoding="utf-8"))]
+    return [file for file in found if HERE not in file.parents]
+
+
+def phases(chosen: Sequence[Step]) -> Iterator[list[Step]]:
+    for _, some in groupby(chosen, key=lambda step: step.phase):
+        yield list(some)
+
+
 def run(step: Step, out: Path, seconds: float) -> Result:
-    """Run one step, its output to its log in ``out``; past its time the whole process group is ended."""
+    """Run one step, its output to its log in ``out``; past its time its whole process group is ended."""
     if step.absent:
         return Result(step.name, "absent", 0.0, step.absent)
     if seconds < 5:
         return Result(step.name, "timeout", 0.0, "no time left for it")
     log = out / f"{step.log or step.name}.log"
+    own = out / f".{step.name}.part"  # steps side by side may share a log
     started = time.monotonic()
-    with log.open("ab") as sink:
+    with own.open("wb") as sink:
         process = subprocess.Popen(
             list(step.command),
-            cwd=ROOT,
+            cwd=step.cwd,
             env={**os.environ, **step.env, "PYTHONUNBUFFERED": "1"},
             stdout=sink,
             stderr=subprocess.STDOUT,
@@ -96,15 +135,44 @@ def run(step: Step, out: Path, seconds: float) -> Result:
         try:
             status = "passed" if process.wait(seconds) == 0 else "failed"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             status = "timeout"
-    text = log.read_bytes()
-    if len(text) > LOG_LIMIT:
-        log.write_bytes(text[-LOG_LIMIT:])
+            _end(process)
+    text = own.read_bytes()[-LOG_LIMIT:]
+    own.unlink()
+    with log.open("ab") as sink:
+        sink.write(text)
     lines = text[-4000:].decode(errors="replace").strip().splitlines() or ["no output"]
     note = lines[-1].strip("= ") if status != "timeout" else f"stopped after {seconds:.0f} s: {lines[-1]}"
+    if status in ("failed", "timeout"):
+        print(f"   {step.name}: {status}; the end of {log.name}:", *lines[-25:], sep="\n     ", flush=True)
     return Result(step.name, status, time.monotonic() - started, note)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End its group: with a word before, so that a benchmark writes what it has measured."""
+    os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run_all(chosen: Sequence[Step], out: Path) -> list[Result]:
+    """Phase after phase, until the time is up."""
+    end = time.monotonic() + BUDGET
+    results: list[Result] = []
+    for some in phases(chosen):
+        names = ", ".join(step.name for step in some)
+        print(f"-- {names} (at most {max(step.limit for step in some):.0f} s)", flush=True)
+        left = end - time.monotonic()
+        limits = [min(step.limit, left) for step in some]
+        with ThreadPoolExecutor(len(some)) as pool:
+            done = list(pool.map(run, some, [out] * len(some), limits))
+        for result in done:
+            print(f"   {result.step} {result.status} after {result.seconds:.0f} s: {result.note}", flush=True)
+        results += done
+    return results
 
 
 def describe() -> dict[str, str]:
@@ -147,33 +215,56 @@ def missing() -> str:
     return ""
 
 
+def write_summary(out: Path, about: Mapping[str, Any], results: Sequence[Result]) -> None:
+    """``summary.json``; what an earlier run of other steps left there stays, if it was of the same commit and GPU."""
+    file = out / "summary.json"
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"about": None, "steps": []}
+    done = {result.step for result in results}
+    kept = [step for step in earlier["steps"] if step["step"] not in done and earlier["about"] == about]
+    summary = {"about": about, "steps": kept + [asdict(result) for result in results]}
+    file.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+def targets(out: Path) -> str:
+    """Which targets the results in a folder meet."""
+    files = [out / name for name in (*RESULTS.values(), "summary.json") if (out / name).exists()]
+    command = [sys.executable, "-m", "bench.targets", *map(str, files)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return done.stdout + done.stderr
+
+
+def parser() -> argparse.ArgumentParser:
+    description, _, rest = (__doc__ or "").partition("\n\n")
+    result = argparse.ArgumentParser(
+        prog="python tests/gpu",
+        description=f"{description}\n\n{rest}",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = [step.name for step in steps(Path())]
+    result.add_argument("--out", type=Path, required=True, help="folder for logs and results")
+    result.add_argument(
+        "--only", nargs="+", choices=names, default=FIRST, metavar="STEP", help=f"of {', '.join(names)}"
+    )
+    return result
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
-    parser.add_argument("--only", nargs="*", metavar="STEP", help="these steps only")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     reason = missing()
     if reason:
         print(f"make gpu: {reason}", file=sys.stderr)
         return 2
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("*.log"):
-        old.unlink()
+    chosen = [step for step in steps(out) if step.name in arguments.only]
+    for step in chosen:
+        (out / f"{step.log or step.name}.log").unlink(missing_ok=True)
     about = describe()
     print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
-    end = time.monotonic() + BUDGET
-    results = []
-    for step in steps(out):
-        if arguments.only and step.name not in arguments.only:
-            continue
-        print(f"-- {step.name} (at most {step.limit:.0f} s)", flush=True)
-        result = run(step, out, min(step.limit, end - time.monotonic()))
-        results.append(result)
-        print(f"   {result.status} after {result.seconds:.0f} s: {result.note}", flush=True)
-    summary = {"about": about, "steps": [asdict(result) for result in results]}
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{'step':<11}{'status':<9}{'s':>5}  note")
+    results = run_all(chosen, out)
+    write_summary(out, about, results)
+    print(f"\n{targets(out)}\n{'step':<11}{'status':<9}{'s':>5}  note")
     for result in results:
         print(f"{result.step:<11}{result.status:<9}{result.seconds:>5.0f}  {result.note[:120]}")
     return int(any(result.status in ("failed", "timeout") for result in results))

@@ -96,5 +96,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        sys.exit("a CUDA GPU is needed")
     with torch.no_grad(), lcf_fast.use_backend("triton"):
         main()

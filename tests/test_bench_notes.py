@@ -1,0 +1,93 @@
+"""bench/NOTES.md: its targets are those of the committed results, its predictions are what `bench.cases` counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from bench import cases, published, targets
+from bench.measures import floors
+from bench.published import NOTES
+from bench.targets import COPY_GB_S, FEW, LCF, MATMUL_TFLOP_S, POOL, TRAIN
+
+TEXT = NOTES.read_text(encoding="utf-8")
+EXPERIMENTS = TEXT.partition("## First experiments")[2]
+PROCESSORS, TILE, CHUNK = 132, 128, 64
+
+
+def row(begins: str) -> str:
+    (found,) = (line for line in EXPERIMENTS.splitlines() if line.startswith(f"| {begins}"))
+    return found
+
+
+def us(work: cases.Work) -> tuple[float, float]:
+    moved, done = floors(work, COPY_GB_S, MATMUL_TFLOP_S)
+    return 1e3 * moved, 1e3 * done
+
+
+def test_the_table_is_that_of_the_committed_results() -> None:
+    table = "\n\n".join(map(targets.table, targets.read(targets.committed())))
+    assert targets.replaced(TEXT, table, targets.BEGIN, targets.END) == TEXT, f"run: {published.COMMAND}"
+    counts = targets.table(targets.Evidence()).count("| not measured |")
+    assert counts == len(targets.TARGETS)
+
+
+def test_tokens_and_weights_of_lcf() -> None:
+    whole = cases.fuse_layers(LCF.shape()).bytes
+    weights = cases.fuse_layers(replace(LCF.shape(), tokens=0)).bytes
+    said = f"{(whole - weights) / 1e6:.0f} MB for the tokens ({us(cases.Work(whole - weights, 0))[0]:.0f} µs)"
+    assert f"{said} and {weights / 1e6:.1f} MB for the weights" in TEXT
+
+
+def test_few_tokens() -> None:
+    weights = cases.fuse_layers(replace(FEW[0].shape(), tokens=0))
+    one, four = (us(weights)[0] * PROCESSORS / (28 * programs) for programs in (1, 4))
+    text = row("LCF, 1 to 16 tokens")
+    assert f"{weights.bytes / 1e6:.1f} MB of weights through 28 multiprocessors" in text
+    assert f": {one:.0f} µs; through 112: {four:.0f} µs" in text
+
+
+def test_bytes_beside_products() -> None:
+    moved, done = us(cases.fuse_layers(LCF.shape()))
+    text = row("LCF, 2,048 tokens: two programs")
+    assert f"{moved:.0f} µs of bytes and {done:.0f} µs of products: {moved + done:.0f} µs" in text
+    bound = next(target.bound for target in targets.TARGETS if target.floor and target.floor.pick is LCF)
+    assert f"{moved:.0f} µs at best, {bound * moved:.0f} µs are enough" in text
+
+
+def test_latents_of_training() -> None:
+    shape = TRAIN.shape()
+    rows, layers = shape.batch * shape.tokens, shape.layers
+    again = cases.joint_projection(shape).flops * layers
+    size = rows * layers * shape.config.bottleneck * cases.LATENT_BYTES
+    made, kept = us(cases.Work(0, again))[1], us(cases.Work(2 * size, 0))[0]
+    whole = us(cases.train(shape))[1] + made
+    text = row("LCF, forward and backward")
+    assert f"{again / 1e9:.0f} GFLOP, {made:.0f} µs; kept, {size / 1e6:.0f} MB written and read, {kept:.0f} µs" in text
+    assert f"{made - kept:.0f} µs less of {whole:,.0f}" in text
+
+
+def test_rounds() -> None:
+    tiles = 28 * 2048 // TILE
+    rounds = tiles / PROCESSORS
+    said = f"{tiles} tiles of {TILE} tokens are {rounds:.2f} rounds, run as 4: {100 * (1 - rounds / 4):.0f}% less"
+    assert said in row("LCF, 2,048 tokens: programs that stay")
+
+
+def test_states_of_chunks() -> None:
+    """A part of a state is 8 D bytes, for keys and values of 2 D elements a token."""
+    head, item = POOL.shape().config.sharer.head_dim, POOL.shape().itemsize
+    more = 2 * 8 * head / (CHUNK * 2 * head * item)
+    text = row("LCF-X, 32,768 tokens pooled")
+    assert f"{8 * head // 1024} KB is written and read for every chunk of {CHUNK * 2 * head * item // 1024} KB" in text
+    for share in (more, more / 2):
+        assert f"{100 * share:.1f}%" in text and f": {100 / (1 + share):.0f}%" in text
+
+
+def test_nothing_is_passed_off_as_measured() -> None:
+    """As long as no results of a GPU are committed."""
+    if targets.read(targets.committed())[0].machine:
+        pytest.skip("there are some")
+    lines = [line for line in EXPERIMENTS.splitlines() if line.startswith("| ")][2:]
+    assert lines and all(line.endswith("| not measured |") for line in lines)
