@@ -1,4 +1,7 @@
-"""Every kernel once, small, for compute-sanitizer. Odd sizes, so that every mask is at work."""
+"""Every kernel, small, for compute-sanitizer. Odd sizes, so that every mask is at work.
+
+`main` takes a device, for `tests/launching`, which has none.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 import torch
 
 import lcf_fast
-from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig
+from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig, ops
 from lcf_fast.kernels.slot_pooling import finish_slot_states, merge_slot_states, pool_slot_states, pool_slots
 from lcf_fast.kernels.slot_pooling_backward import pool_slots_backward
 from lcf_fast.kernels.slot_projection import expand_slots, fold_slots
@@ -19,12 +22,17 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from slot_formulas import EPS, EXPANSION, make_slot_weights
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+_device = "cuda"
+
+
+def device() -> torch.device:
+    return torch.device(_device)
 
 
 def make_cache(geometry: CacheGeometry, batch: int, tokens: int, dtype: torch.dtype) -> list[Pair]:
     shape = (batch, geometry.kv_heads, tokens, geometry.head_dim)
     return [
-        (torch.randn(shape, dtype=dtype, device="cuda"), torch.randn(shape, dtype=dtype, device="cuda"))
+        (torch.randn(shape, dtype=dtype, device=device()), torch.randn(shape, dtype=dtype, device=device()))
         for _ in range(geometry.layers)
     ]
 
@@ -33,7 +41,7 @@ def make_adapter(
     sharer: CacheGeometry, receiver: CacheGeometry, width: int, dtype: torch.dtype, *, crossing: bool
 ) -> LatentCacheFlow:
     config = LCFConfig(sharer, receiver, bottleneck=width, cross_context=crossing, gate_init=1.0)
-    return LatentCacheFlow(config).to("cuda", dtype).eval().requires_grad_(False)
+    return LatentCacheFlow(config).to(device(), dtype).eval().requires_grad_(False)
 
 
 @torch.enable_grad()
@@ -48,15 +56,15 @@ def train(adapter: LatentCacheFlow, sharer: list[Pair], receiver: list[Pair]) ->
 def slots(sharer: list[Pair], receiver: CacheGeometry, width: int, dtype: torch.dtype) -> None:
     """Pool in chunks and in pieces, forward and backward, fold, write into a slice of a cache, and back from there."""
     layers, count, (batch, heads, tokens, head_dim) = len(sharer), 5, sharer[0][0].shape
-    query = torch.randn(layers, count, heads, head_dim, dtype=dtype, device="cuda")
-    mask = torch.rand(batch, tokens, device="cuda") < 0.9
+    query = torch.randn(layers, count, heads, head_dim, dtype=dtype, device=device())
+    mask = torch.rand(batch, tokens, device=device()) < 0.9
     states, stats = pool_slot_states(sharer, query, attention_mask=mask)
     finish_slot_states(*merge_slot_states(states.unsqueeze(3), stats.unsqueeze(3)))
     pooled = pool_slots(sharer, query, attention_mask=mask)
     pool_slots_backward(sharer, query, pooled, stats, pooled, attention_mask=mask)
     generator = torch.Generator().manual_seed(0)
     channels = heads * head_dim, receiver.channels
-    weights = make_slot_weights(layers, count, width, *channels, generator, dtype=dtype, device="cuda")
+    weights = make_slot_weights(layers, count, width, *channels, generator, dtype=dtype, device=device())
     destinations = [
         (key[:, :, 3 : 3 + count], value[:, :, 3 : 3 + count])
         for key, value in make_cache(receiver, batch, 3 + count, dtype)
@@ -68,15 +76,33 @@ def slots(sharer: list[Pair], receiver: CacheGeometry, width: int, dtype: torch.
 
 
 @torch.enable_grad()
+def train_crossing(adapter: LatentCacheFlow, sharer: list[Pair], receiver: list[Pair], spans: torch.Tensor) -> None:
+    """LCF-X forward and backward, the gradients of both caches with it."""
+    adapter.train().requires_grad_(True)
+    leaves = [(key.clone().requires_grad_(), value.clone().requires_grad_()) for key, value in sharer]
+    edited = adapter.inject(receiver, adapter.summarize(leaves, spans))
+    torch.stack([tensor.float().square().sum() for pair in edited for tensor in pair]).sum().backward()
+
+
+def single_ops(sharer: list[Pair], receiver: list[Pair], adapter: LatentCacheFlow) -> None:
+    """Projection and injection of one layer, as ops of their own."""
+    weights = {name: parameter[0] for name, parameter in adapter.named_parameters()}
+    latent = ops.joint_projection(*sharer[0], *receiver[0], weights)
+    ops.gated_injection(*receiver[0], latent, weights)
+
+
+@torch.enable_grad()
 def train_slots(cache: list[Pair], sharer: CacheGeometry, receiver: CacheGeometry, width: int) -> None:
     """Forward and backward with dropout and padding; parameters in float32."""
-    adapter = LatentSlots(LCFConfig(sharer, receiver, bottleneck=width, slots=5), device="cuda").train()
-    mask = torch.arange(cache[0][0].shape[2], device="cuda") >= torch.tensor([[3], [40]], device="cuda")
+    adapter = LatentSlots(LCFConfig(sharer, receiver, bottleneck=width, slots=5), device=device()).train()
+    mask = torch.arange(cache[0][0].shape[2], device=device()) >= torch.tensor([[3], [40]], device=device())
     made = adapter.expand(adapter.summarize(cache, attention_mask=mask))
     torch.stack([side.square().sum() for pair in made for side in pair]).sum().backward()
 
 
-def main() -> None:
+def main(on: str = "cuda") -> None:
+    global _device
+    _device = on
     sharer, receiver = CacheGeometry(2, 2, 64), CacheGeometry(2, 3, 80)
     for width, dtype in ((64, torch.bfloat16), (128, torch.float32)):
         fuser = make_adapter(sharer, receiver, width, dtype, crossing=False)
@@ -88,10 +114,11 @@ def main() -> None:
         spans = torch.tensor([[0, 100, 100, 333], [5, 6, 300, 330]], dtype=torch.int32)
         message = crosser.summarize(make_cache(sharer, 2, 333, dtype), spans)
         crosser.inject_(prompt, message)
+        single_ops(make_cache(sharer, 2, 67, dtype), prompt, fuser)
         slots(make_cache(sharer, 2, 333, dtype), receiver, width, dtype)
         train_slots(make_cache(sharer, 2, 333, dtype), sharer, receiver, width)
         train(fuser, make_cache(sharer, 2, 67, dtype), prompt)
-    torch.cuda.synchronize()
+        train_crossing(crosser, make_cache(sharer, 2, 333, dtype), prompt, spans)
     print("every kernel ran")
 
 
@@ -100,3 +127,4 @@ if __name__ == "__main__":
         sys.exit("a CUDA GPU is needed")
     with torch.no_grad(), lcf_fast.use_backend("triton"):
         main()
+        torch.cuda.synchronize()
