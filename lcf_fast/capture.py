@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .caches import cache_layers
+from .caches import cache_layers, is_cache
 from .errors import BackendError, GeometryError, LCFError, SpanError
 from .identity import HasOrigin
+from .message import Message
 from .spans import Spans
 
 __all__ = ["Captured", "Captures"]
@@ -31,8 +32,9 @@ class Captured:
     others. Gates, kept layers and positions are as they were; parameters may change in place.
 
     Attributes:
-        result: what the call returns, on tensors that each replay writes anew (clone what must outlast the next one);
-            of an operation in place the cache that it edits. Undefined until the first replay.
+        result: what the call returns, on tensors that each replay writes anew; of an operation in place the cache that
+            it edits. Undefined until the first replay. Clone what must outlast the next one, and let a model go on
+            from a copy: a DynamicCache that grows holds other tensors from then on.
     """
 
     def __init__(self, replay: Callable[[], None], result: Any, kept: Sequence[Any]) -> None:
@@ -73,7 +75,8 @@ class Captures(HasOrigin):
             here = [_on_device(value, device) for value in args]
             named = {name: _on_device(value, device, name) for name, value in kwargs.items()}
             replay, result = _recorded(lambda: call(*here, **named), device)
-        return Captured(replay, result, [self, here, named, list(self._weights().values())])
+        kept = [*_tensors(here), *_tensors(named), *self._weights().values()]
+        return Captured(replay, result, [self, here, named, kept])
 
     def _check_capture(self, operation: str) -> torch.device:
         if operation not in self._captured:
@@ -160,6 +163,20 @@ def _on_device(value: Any, device: torch.device, name: str = "") -> Any:
         widest = max(map(len, value))
         return torch.tensor([[*row, *[row[-1]] * (widest - len(row))] for row in value], device=device)
     return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those of arguments. Of a cache what it holds now: one that grows lets go of it."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Message):
+        yield from value.tensors.values()
+    elif is_cache(value):
+        for layer in value.layers:
+            yield from (layer.keys, layer.values)
+    elif isinstance(value, (list, tuple, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)
 
 
 def _are_offsets(row: Any) -> bool:

@@ -230,24 +230,30 @@ def test_what_lies_on_the_host_goes_to_the_device_once(monkeypatch: pytest.Monke
 
 
 def test_every_tensor_is_held(recorder: list[Any]) -> None:
-    """A graph reads by address: what it reads must not be freed under it."""
-    adapter = make_adapter()
+    """A graph reads by address: what it reads must not be freed under it, though a cache grows and lets go of it."""
+    transformers = pytest.importorskip("transformers")
+    adapter, crossing = make_adapter(), make_adapter(True)
     sharer, receiver = make_caches()
-    captured = adapter.capture("fuse", sharer, receiver_cache=receiver)
-    flat: list[int] = []
+    growing = transformers.DynamicCache()
+    for layer, (key, value) in enumerate(receiver):
+        growing.update(key, value, layer)
+    own = [tensor for layer in growing.layers for tensor in (layer.keys, layer.values)]
+    message = crossing.summarize(make_caches(sharer_length=9)[0], None)
+    spans = torch.tensor([[0, 4, 9], [0, 9, 9]])
+    heard = make_caches(sharer_length=9)[0]
+    for captured, wanted in (
+        (adapter.capture("fuse_", sharer, receiver_cache=growing), [*flat(sharer), *own, *adapter.parameters()]),
+        (crossing.capture("inject", receiver, message), [*flat(receiver), latent_of(message), *crossing.parameters()]),
+        (crossing.capture("summarize", heard, spans=spans), [*flat(heard), spans, *crossing.parameters()]),
+    ):
+        held = {tensor.data_ptr() for tensor in captured._kept[-1]}
+        assert {tensor.data_ptr() for tensor in wanted} <= held
+    growing.update(receiver[0][0], receiver[0][1], 0)
+    assert growing.layers[0].keys.data_ptr() != own[0].data_ptr()
 
-    def walk(value: Any) -> None:
-        if isinstance(value, Tensor):
-            flat.append(value.data_ptr())
-        elif isinstance(value, dict):
-            walk(list(value.values()))
-        elif isinstance(value, (list, tuple)):
-            for one in value:
-                walk(one)
 
-    walk(captured._kept)
-    wanted = [tensor for cache in (sharer, receiver) for pair in cache for tensor in pair] + list(adapter.parameters())
-    assert {tensor.data_ptr() for tensor in wanted} <= set(flat)
+def flat(cache: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    return [tensor for pair in cache for tensor in pair]
 
 
 def test_slots_are_made_and_placed(recorder: list[Any]) -> None:
