@@ -175,8 +175,10 @@ def test_a_message_stands_in_for_the_sharer(
     weights = make_weights(sharer, receiver, 64, dtype=dtype, device=device, generator=generator)
     own = make_cache(receiver, 2, 10, dtype=dtype, device=device, generator=generator)
     message = torch.randn(1, 2, 64, generator=generator).to(device)
+    mask = torch.ones(2, 10, dtype=torch.bool, device=device)
+    mask[1, :4] = False
     splits(4)
-    check_fuse(None, own, weights, message=message, positions=(1, 9))
+    check_fuse(None, own, weights, message=message, positions=(1, 9), edit_mask=mask)
 
 
 def test_in_place_and_again_is_the_same_to_the_bit(
