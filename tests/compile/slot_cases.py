@@ -36,6 +36,12 @@ _SMALL = ("ffn-weights-noise", "columns")
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
+def mask_types(unread: str, has_mask: bool, has_groups: bool) -> dict[str, str]:
+    """Of a mask, of groups with the tokens before and after each; of none, ``unread`` in their place."""
+    mask = "*i32" if has_mask else unread
+    return {"mask": mask, "first": "*i64" if has_groups else mask, "after": "*i64" if has_groups else mask}
+
+
 def pool_case(
     chip: str,
     head_dim: int,
@@ -43,15 +49,19 @@ def pool_case(
     slots: int,
     *,
     has_mask: bool = False,
+    has_groups: bool = False,
     aligned: bool = True,
     exact_query: bool = False,
     whole: bool = False,
 ) -> Case:
     """A chunk of tokens to a state a slot. 16-bit dtypes must use tensor instructions."""
-    config = slot_pool_config(head_dim, BYTES[dtype], slots, chip)
+    has_mask = has_mask or has_groups
+    most = slot_pooling.GROUPED_SLOTS if has_groups else slots
+    config = slot_pool_config(head_dim, BYTES[dtype], min(slots, most), chip)
     tables = ("keys", "values")
     types: dict[str, Any] = dict.fromkeys(tables, ("i64",) * LAYERS)
-    types |= {"query": "*fp32" if exact_query else f"*{dtype}", "mask": "*i32" if has_mask else f"*{dtype}"}
+    types["query"] = "*fp32" if exact_query else f"*{dtype}"
+    types |= mask_types(types["query"], has_mask, has_groups)
     types |= dict.fromkeys(("states", "stats", "out_key", "out_value"), "*fp32")
     constexprs = {
         "LAYERS": LAYERS,
@@ -62,6 +72,7 @@ def pool_case(
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "SCALE": head_dim**-0.5,
         "HAS_MASK": has_mask,
+        "HAS_GROUPS": has_groups,
         "IS_ALIGNED": aligned,
         "IS_WIDE": False,
         "IS_QUERY_EXACT": exact_query,
@@ -71,7 +82,8 @@ def pool_case(
     }
     if has_mask:
         constexprs["stride_mask_token"] = 1  # what stride 1 is specialised to
-    marks = (("-mask", has_mask), ("-odd", not aligned), ("-exact", exact_query), ("-whole", whole))
+    mask_mark = "-groups" if has_groups else "-mask"
+    marks = ((mask_mark, has_mask), ("-odd", not aligned), ("-exact", exact_query), ("-whole", whole))
     name = f"slots-{head_dim}-{dtype}-{slots}{''.join(mark for mark, on in marks if on)}"
     return make(
         name,
@@ -100,10 +112,11 @@ def merge_case(chip: str, head_dim: int, *, is_last: bool) -> Case:
     return make(name, slot_pooling.merge_slots_kernel, dict.fromkeys(names, "*fp32"), constexprs, config.merge_warps)
 
 
-def backward_case(chip: str, head_dim: int, dtype: str, slots: int) -> Case:
+def backward_case(chip: str, head_dim: int, dtype: str, slots: int, *, has_groups: bool = False) -> Case:
     """A chunk's part of the queries' gradient, with a mask."""
     config = slot_backward_config(head_dim, BYTES[dtype], slots, chip)
-    types: dict[str, Any] = dict.fromkeys(("keys", "values"), ("i64",) * LAYERS) | {"mask": "*i32"}
+    types: dict[str, Any] = dict.fromkeys(("keys", "values"), ("i64",) * LAYERS)
+    types |= mask_types("", True, has_groups)
     names = ("query", "stats", "centers", "grad_key", "grad_value", "partials", "residuals")
     types |= dict.fromkeys(names, "*fp32")
     constexprs = {
@@ -116,13 +129,14 @@ def backward_case(chip: str, head_dim: int, dtype: str, slots: int) -> Case:
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "SCALE": head_dim**-0.5,
         "HAS_MASK": True,
+        "HAS_GROUPS": has_groups,
         "IS_ALIGNED": True,
         "IS_WIDE": False,
         "DTYPE": FLOATS[dtype],
         "PRECISION": "ieee",
     }
     return make(
-        f"slots-backward-{head_dim}-{dtype}-{slots}",
+        f"slots-backward-{head_dim}-{dtype}-{slots}{'-groups' if has_groups else ''}",
         slot_pooling_backward.pool_slots_backward_kernel,
         types,
         constexprs,
@@ -255,6 +269,8 @@ def cases(chip: str) -> list[Case]:
     """
     built = [pool_case(chip, 128, "bf16", slots) for slots in (8, 64)]
     built.append(pool_case(chip, 128, "bf16", 8, has_mask=True))
+    built.append(pool_case(chip, 128, "bf16", 8, has_groups=True))
+    built.append(backward_case(chip, 128, "bf16", 8, has_groups=True))
     built.append(merge_case(chip, 128, is_last=True))
     built += [backward_case(chip, 128, "bf16", slots) for slots in (8, 64)]
     built += [fold_case(chip, "bf16", rows) for rows in (8, 64)]
@@ -276,6 +292,10 @@ def cases(chip: str) -> list[Case]:
     built.append(pool_case(chip, 96, "fp16", 8, whole=True))
     built.append(pool_case(chip, 128, "bf16", 8, aligned=False))
     built += [pool_case(chip, 128, "bf16", slots, exact_query=True) for slots in (8, 64)]
+    built.append(pool_case(chip, 128, "bf16", 1, has_groups=True, exact_query=True, whole=True))
+    built.append(pool_case(chip, 128, "bf16", 64, has_groups=True))
+    built.append(pool_case(chip, 128, "fp32", 8, has_groups=True))
+    built.append(backward_case(chip, 128, "bf16", 64, has_groups=True))
     built.append(backward_case(chip, 256, "bf16", 64))
     built.append(backward_case(chip, 128, "fp32", 64))
     built += [fold_case(chip, "fp16", 8), fold_case(chip, "fp32", 8)]

@@ -99,6 +99,41 @@ def test_pool_of_the_published_sharer_keeps_the_error_budget(slots: int, tokens:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("slots", [1, 8, 64])
+def test_groups_of_tokens_keep_the_error_budget(slots: int, dtype: torch.dtype) -> None:
+    """Spans that overlap, one of a token, and NaN between them; the gradient of the queries; no wait, the same bits."""
+    sharer, query, _ = published(2000, 2, slots, dtype)
+    sharer, query = sharer[:4], query[:4].float()
+    bounds = torch.tensor([[[0, 700], [600, 1500], [1600, 1601]], [[1999, 2000], [3, 1999], [400, 410]]])
+    at = torch.arange(2000)
+    mask = ((at >= bounds[..., :1]) & (at < bounds[..., 1:])).to("cuda")
+    for key, value in sharer:
+        key.masked_fill_(~mask.any(1)[:, None, :, None], torch.nan)
+        value.masked_fill_(~mask.any(1)[:, None, :, None], torch.inf)
+    rows = [(key.repeat_interleave(3, 0), value.repeat_interleave(3, 0)) for key, value in sharer]
+    grad_key, grad_value = torch.randn(2, 4, 6, slots, 8, 128, device="cuda") * 1e-4
+
+    def run() -> list[Tensor]:
+        *pooled, stats = pool_slots_with_stats(sharer, query, attention_mask=mask)
+        pair = pooled[0], pooled[1]
+        found = pool_slots_backward(sharer, query, pair, stats, (grad_key, grad_value), attention_mask=mask)
+        return [*pooled, found]
+
+    def formula(dtype: torch.dtype) -> list[Tensor]:
+        leaf = query.to(dtype).requires_grad_()
+        pooled = pool_formula(rows, leaf, mask.flatten(0, 1), dtype)
+        grads = grad_key.to(dtype), grad_value.to(dtype)
+        return [*pooled, *torch.autograd.grad(pooled, leaf, grads)]
+
+    got = run()
+    for ours, exact, same, budget in zip(got, formula(torch.float64), formula(F32), (BUDGET, BUDGET, 6.0), strict=True):
+        assert_within_budget(ours, exact.detach(), same.detach(), budget)
+    with no_sync():
+        again = run()
+    assert all(torch.equal(a, b) for a, b in zip(got, again))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("batch", "slots"), [(1, 8), (3, 17), (32, 64)])
 @pytest.mark.parametrize("width", [64, 128, 256, 512])
 def test_fold_and_expansion_keep_the_error_budget(width: int, batch: int, slots: int, dtype: torch.dtype) -> None:

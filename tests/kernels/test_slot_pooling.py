@@ -142,6 +142,117 @@ def test_mask_layout(dtype: torch.dtype, device: torch.device, generator: torch.
     check(sharer, queries(sharer, 3, generator), mask)
 
 
+def grouped(batch: int, groups: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """``(B, P, N)``: ranges that overlap and have holes, the last group of one token; a row's end is of no group."""
+    start = torch.randint(0, tokens - 12, (batch, groups, 1), generator=generator)
+    stop = start + torch.randint(1, tokens, (batch, groups, 1), generator=generator)
+    at = torch.arange(tokens)
+    mask = (at >= start) & (at < stop) & (at < tokens - 11)
+    mask &= torch.rand(mask.shape, generator=generator) < 0.8
+    mask |= at == start
+    mask[:, -1] = at == start[:, -1]
+    return mask
+
+
+def spoil(sharer: Sequence[Pair], mask: Tensor) -> None:
+    """NaN and infinities where no group has a token."""
+    outside = ~mask.any(1)[:, None, :, None]
+    for key, value in sharer:
+        key.masked_fill_(outside, torch.nan)
+        value.masked_fill_(outside, torch.inf)
+
+
+def item_a_row(sharer: Sequence[Pair], groups: int) -> list[Pair]:
+    """A copy of the cache for every group."""
+    return [(key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)) for key, value in sharer]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("many", "groups", "slots"), [(True, 1, 3), (True, 2, 17), (False, 5, 1), (True, 9, 3)])
+def test_groups(
+    many: bool,
+    groups: int,
+    slots: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Each as a row of its own with the group for its mask, to the bit; chunks before, in and after it."""
+    if many:
+        request.getfixturevalue("small_chunks")
+    batch = 1 if groups == 9 else 2
+    sharer = cache(1, 100, 64, generator, batch=batch, device=device, dtype=dtype)
+    query, mask = queries(sharer, slots, generator), grouped(batch, groups, 100, generator).to(device)
+    spoil(sharer, mask)
+    got = pool_slots_with_stats(sharer, query, attention_mask=mask)
+    rows = item_a_row(sharer, groups)
+    truth, plain = (pool_formula(rows, query, mask.flatten(0, 1), kind) for kind in (torch.float64, torch.float32))
+    for ours, exact, same in zip(got, truth, plain):
+        assert_within_budget(ours, exact, same, BUDGET)
+    if many and dtype == torch.float16:
+        alone = pool_slots_with_stats(rows, query, attention_mask=mask.flatten(0, 1))
+        assert all(torch.equal(a, b) for a, b in zip(got, alone))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_groups_of_layers_and_heads_by_any_integer(device: torch.device, generator: torch.Generator) -> None:
+    """The largest of a mask's integers is not its first; layers lie differently; states are the pooled ones'."""
+    sharer = cache(2, 70, 64, generator, layers=2, batch=2, device=device)
+    sharer[1] = (with_layout(sharer[1][0], "token_major"), sharer[1][1])
+    query, mask = queries(sharer, 3, generator), grouped(2, 2, 70, generator).to(device)
+    numbers = (mask * torch.arange(1, 71, device=device)).transpose(1, 2).contiguous().transpose(1, 2)
+    straight = pool_slots(sharer, query, attention_mask=mask)
+    assert all(torch.equal(a, b) for a, b in zip(straight, pool_slots(sharer, query, attention_mask=numbers)))
+    truth = pool_formula(item_a_row(sharer, 2), query, mask.flatten(0, 1), torch.float64)
+    for ours, exact in zip(straight, truth):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
+    states = finish_slot_states(*pool_slot_states(sharer, query, attention_mask=mask))
+    for ours, other in zip(states, straight):
+        torch.testing.assert_close(ours, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_group_without_a_token_is_nan_and_only_there(
+    many: bool, device: torch.device, generator: torch.Generator, request: pytest.FixtureRequest
+) -> None:
+    if many:
+        request.getfixturevalue("small_chunks")
+    sharer = cache(1, 100, 64, generator, batch=2, device=device)
+    query, mask = queries(sharer, 3, generator), grouped(2, 3, 100, generator).to(device)
+    whole = pool_slots(sharer, query, attention_mask=mask)
+    mask[1, 0] = False
+    for ours, others in zip(pool_slots(sharer, query, attention_mask=mask), whole):
+        assert torch.isnan(ours[:, 3]).all()
+        rest = [0, 1, 2, 4, 5]
+        assert torch.equal(ours[:, rest], others[:, rest])
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_steps_without_a_token_of_the_group_are_left_out(device: torch.device, generator: torch.Generator) -> None:
+    """What is loaded is of the steps from a group's first token to its last: the bounds are what the loop runs by."""
+    mask = grouped(2, 3, 100, generator).to(device)
+    found = slot_pooling.loadable_mask(mask)
+    assert found is not None
+    assert found.first is not None
+    assert found.after is not None
+    for row, own in enumerate(mask.flatten(0, 1)):
+        at = own.nonzero().flatten()
+        assert (int(found.first[row]), int(found.after[row])) == (int(at[0]), 99 - int(at[-1]))
+    sharer, wrong = cache(1, 100, 64, generator, batch=2, device=device), mask.clone()
+    query = queries(sharer, 3, generator)
+    narrow = slot_pooling.TokenMask(
+        torch.ones(6, 100, dtype=torch.int32, device=device), 3, found.first * 0 + 37, found.after * 0 + 40
+    )
+    states = slot_pooling._launch_pool(*([side] for side in sharer[0]), query, narrow, SMALL, None)
+    assert states is not None
+    # The step of 16 in which token 37 lies begins at 32; token 59 is the last.
+    wrong[:] = (torch.arange(100, device=device) >= 32) & (torch.arange(100, device=device) < 60)
+    expected = pool_slots(sharer, query, attention_mask=wrong)
+    for ours, other in zip(finish_slot_states(*merge_slot_states(*states)), expected):
+        torch.testing.assert_close(ours, other, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("many", [False, True])
 def test_no_token_is_nan_and_only_there(
     many: bool, device: torch.device, generator: torch.Generator, request: pytest.FixtureRequest

@@ -122,6 +122,28 @@ def test_layers_batch_heads_and_masks(device: torch.device, generator: torch.Gen
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_groups(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+    """Overlapping, of one token, of none, which has no part; what is of no group may hold anything."""
+    sharer, query = case(3, 90, 64, generator, device, dtype, batch=2)
+    at = torch.arange(90)
+    mask = torch.stack([(at >= 70) & (at < 85), at % 3 == 1, at == 40, (at > 30) & (at < 84)])
+    mask = torch.stack([mask, mask.roll(-3, -1)]).to(device)
+    mask[1, 1] = False
+    for key, value in sharer:
+        key.masked_fill_(~mask.any(1)[:, None, :, None], torch.nan)
+        value.masked_fill_(~mask.any(1)[:, None, :, None], torch.inf)
+    states, stats = pool_slot_states(sharer, query, attention_mask=mask)
+    pooled = finish_slot_states(states, stats)
+    grad_key, grad_value = (torch.randn(x.shape, generator=generator).to(x) for x in pooled)
+    got = pool_slots_backward(sharer, query, pooled, stats, (grad_key, grad_value), attention_mask=mask)
+    kept = [0, 1, 2, 3, 4, 6, 7]
+    rows = [(key.repeat_interleave(4, 0)[kept], value.repeat_interleave(4, 0)[kept]) for key, value in sharer]
+    grad, alone = (grad_key[:, kept], grad_value[:, kept]), mask.flatten(0, 1)[kept]
+    truth, plain = (autograd(rows, query, alone, grad, kind) for kind in (torch.float64, torch.float32))
+    assert_within_budget(got, truth, plain, BUDGET)
+
+
 @pytest.mark.parametrize("adversary", [a for a in ADVERSARIES if a not in ("zeros", "all_equal")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_adversary(adversary: Adversary, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
