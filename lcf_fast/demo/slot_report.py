@@ -101,14 +101,15 @@ def _greatest(study: dict[str, Any], what: str) -> float:
 def _draw(study: dict[str, Any], path: str | os.PathLike[str]) -> None:
     figure = new_figure((8.0, 5.0))
     panel = figure.subplots()
-    plain: dict[str, list[list[dict[str, Any]]]] = {"o-": [], "s": [], "^": []}
+    shown: dict[str, list[list[dict[str, Any]]]] = {"o-": [], "s": [], "^": [], "D": []}
     for cells in _methods(study):
         method = method_of(cells[0]["method"])
-        if not method.variant:
-            plain["o-" if method.slots else {"lcf_x": "s", "lcf": "^"}[method.key]].append(cells)
+        if method.variant in ("", "per_span"):
+            style = {"lcf_x": "s", "lcf": "^"}.get(method.key, "D" if method.variant else "o-")
+            shown[style].append(cells)
     for number, facts in enumerate(study["plan"]["facts"]):
         label: str | None = f"{facts} fact{'s' if facts > 1 else ''}"
-        for style, methods in plain.items():
+        for style, methods in shown.items():
             if not methods:
                 continue
             shares = [[100 * share for share in _shares(cells, "matched", facts)] for cells in methods]
@@ -121,7 +122,7 @@ def _draw(study: dict[str, Any], path: str | os.PathLike[str]) -> None:
     panel.axhline(100 * CHANCE, color="grey", linestyle=":", linewidth=1)
     panel.set_xscale("log", base=2)
     panel.set(xlabel="bytes of a message, header and all", ylabel="right answers, %", ylim=(0, 105))
-    title = "circles: 1, 2, 4 ... slots; squares: LCF-X; triangles: LCF; bars: least and greatest of the seeds"
+    title = "circles: 1, 2, 4 ... slots; diamonds: slots a fact; squares: LCF-X; triangles: LCF; bars: all seeds"
     panel.set_title(title, fontsize=9)
     panel.legend(fontsize=8, frameon=False)
     with whole_file(Path(path)) as file:
