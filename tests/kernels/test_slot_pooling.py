@@ -417,13 +417,13 @@ def test_reads_and_writes_nothing_beyond(
     for tensor, _ in made:
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
     (key, value, query), outs = [t for t, _ in made], [guarded((1, 2, 3, 1, 80), torch.float32, device) for _ in "kv"]
+    outs.append(guarded((1, 2, 1, 3, 2), torch.float32, device))
     config = SMALL if many else slot_pool_config(80, 2, 3, "sm_90")
-    out = outs[0][0], outs[1][0]
+    out = outs[0][0], outs[1][0], outs[2][0]
     launched = slot_pooling._launch_pool([key], [value], query, None, config, out)
-    if many:
+    assert (launched is None) == (not many)
+    if launched is not None:
         slot_pooling._launch_merge(*launched, config, out)
-    else:
-        assert launched is out
     truth = pool_formula([(key, value)], query, None, torch.float64)
     for got, exact, plain in zip(out, truth, pool_formula([(key, value)], query, None, torch.float32)):
         assert_within_budget(got, exact, plain, BUDGET)
