@@ -12,6 +12,7 @@ int stub_kernel, stub_grid[3], stub_block, stub_shared;
 static int kernels;
 
 CUresult cuGetErrorString(CUresult error, const char **text) { *text = "no such device"; return CUDA_SUCCESS; }
+CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = ordinal; return CUDA_SUCCESS; }
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
   switch (attribute) {
