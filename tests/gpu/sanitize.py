@@ -12,7 +12,13 @@ import torch
 
 import lcf_fast
 from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig, ops
-from lcf_fast.kernels.slot_pooling import finish_slot_states, merge_slot_states, pool_slot_states, pool_slots
+from lcf_fast.kernels.slot_pooling import (
+    finish_slot_states,
+    merge_slot_states,
+    pool_slot_states,
+    pool_slots,
+    pool_slots_with_stats,
+)
 from lcf_fast.kernels.slot_pooling_backward import pool_slots_backward
 from lcf_fast.kernels.slot_projection import expand_slots, fold_slots
 from lcf_fast.kernels.slot_projection_backward import expand_slots_backward
@@ -62,6 +68,9 @@ def slots(sharer: list[Pair], receiver: CacheGeometry, width: int, dtype: torch.
     finish_slot_states(*merge_slot_states(states.unsqueeze(3), stats.unsqueeze(3)))
     pooled = pool_slots(sharer, query, attention_mask=mask)
     pool_slots_backward(sharer, query, pooled, stats, pooled, attention_mask=mask)
+    groups = torch.stack([mask, torch.arange(tokens, device=device()).expand(batch, -1) < 40], 1)
+    of_groups = pool_slots_with_stats(sharer, query, attention_mask=groups)
+    pool_slots_backward(sharer, query, of_groups[:2], of_groups[2], of_groups[:2], attention_mask=groups)
     generator = torch.Generator().manual_seed(0)
     channels = heads * head_dim, receiver.channels
     weights = make_slot_weights(layers, count, width, *channels, generator, dtype=dtype, device=device())
