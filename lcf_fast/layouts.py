@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 Found = TypeVar("Found")
-_guards: Any = torch._C._dynamo.guards
+#: Torch's own, without a promise: where a version lacks it nothing is remembered, and each call looks anew.
+_TensorGuards: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
 _adding = Lock()
 
 
@@ -110,13 +111,13 @@ class KnownLayouts(Generic[Found]):
 
         Of subclasses of Tensor, and where a tensor is in the list twice, which the guards do not take, nothing is kept.
         """
-        if not all(map(is_ordinary, tensors)) or len({*map(id, tensors)}) < len(tensors):
+        if _TensorGuards is None or not all(map(is_ordinary, tensors)) or len({*map(id, tensors)}) < len(tensors):
             return
         key = _key(tensors, context)
         if self.only_again and key not in self._once:
             _add(self._once, key, None, 4 * self.most)
             return
-        guard = _guards.TensorGuards(
+        guard = _TensorGuards(
             *tensors,
             dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
             dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lcf_fast import layouts
 from lcf_fast.layouts import KnownLayouts, Layers, Layout
 
 SHAPE = (1, 2, 5, 8)
@@ -107,3 +108,11 @@ def test_a_layout_says_what_a_launch_needs() -> None:
     assert Layout.of([plain, strided]).first_unwritable == 1
     assert Layout.of([plain[:1].expand(3, -1, -1, -1), plain]).first_unwritable == 0
     assert Layers.of([plain, strided]).addresses == [plain.data_ptr(), strided.data_ptr()]
+
+
+def test_a_torch_without_the_guards_looks_anew_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "_TensorGuards", None)
+    known: KnownLayouts[str] = KnownLayouts()
+    tensors = [torch.zeros(2)]
+    known.remember("seen", tensors)
+    assert known.find(tensors) is None
