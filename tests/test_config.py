@@ -218,6 +218,7 @@ def test_defaults_are_those_of_the_contract() -> None:
         "dropout": 0.1,
         "gate_init": 0.0,
         "slots": 0,
+        "per_span": False,
     }
     assert LCFConfig(QWEN25, QWEN3, cross_context=True).gate_init == 1.0
     assert LCFConfig(QWEN25, QWEN3, cross_context=True, gate_init=-2).gate_init == -2.0
