@@ -30,7 +30,7 @@ test: lint ## everything that needs no GPU: lint, types, numerics in the interpr
 	@echo "-- tests (Triton kernels compiled for other chips)"
 	@TRITON_INTERPRET=0 $(PYTEST) tests/compile
 
-test-slow: $(READY) ## the long tests: fuzzing, kills at every moment, whole training runs, the demo, speed (7 minutes)
+test-slow: $(READY) ## the long tests: fuzzing, kills at every moment, whole training runs, the demo, every launch, speed (12 minutes)
 	@TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 -m "slow and not gpu" --ignore tests/test_eager_speed.py tests
 	@echo "-- speed, by itself"
 	@$(BIN)/pytest -q -m slow tests/test_eager_speed.py
