@@ -76,10 +76,10 @@ def make_adapter(sharer: Any, receiver: Any, *, cross_context: bool, seed: int) 
         return LatentCacheFlow(config)
 
 
-def make_slots_adapter(sharer: Any, receiver: Any, *, slots: int, seed: int) -> LatentSlots:
-    """As `make_adapter`, of slots."""
+def make_slots_adapter(sharer: Any, receiver: Any, *, slots: int, seed: int, **changes: Any) -> LatentSlots:
+    """As `make_adapter`, of slots; ``changes``: further fields of its configuration."""
     sides = CacheGeometry.of(sharer), CacheGeometry.of(receiver)
-    config = LCFConfig(*sides, bottleneck=BOTTLENECK, slots=slots, dropout=0.0)
+    config = LCFConfig(*sides, bottleneck=BOTTLENECK, slots=slots, dropout=0.0, **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LatentSlots(config)

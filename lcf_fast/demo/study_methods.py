@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..adapter import LatentCacheFlow
 from ..caches import Pair
-from ..config import CacheGeometry, LCFConfig
 from ..errors import GeometryError
 from ..message import Message
 from ..reading.prefill import positions_of
@@ -25,7 +24,7 @@ from ..slots import LatentSlots
 from ..training.batches import Batch
 from .channels import CrossChannels, SlotsChannels, go_on, read
 from .jobs import Watch
-from .lessons import BOTTLENECK, Stage, make_adapter, train_adapter
+from .lessons import Stage, make_adapter, make_slots_adapter, train_adapter
 from .tasks import OWN_FACTS, CrossItems, cross_items
 
 __all__ = ["METHODS", "VARIANTS", "Method", "method_of"]
@@ -41,6 +40,8 @@ VARIANTS = {
     "prefix": "as a prefix",
     "guard": "guard loss",
 }
+#: Of those that are another configuration, what it has changed.
+_CONFIG_OF: dict[str, dict[str, Any]] = {"one_block": {"ffn_blocks": 1}, "per_span": {"per_span": True}}
 GUARD_WEIGHT = 0.5
 #: Tokens of a fact: a key and its value.
 FACT = 2
@@ -74,15 +75,8 @@ class Method:
         """A fresh adapter between a model and itself."""
         if not self.slots:
             return make_adapter(model, model, cross_context=self.key == "lcf_x", seed=seed)
-        side = CacheGeometry.of(model)
-        config = LCFConfig(side, side, bottleneck=BOTTLENECK, slots=self.slots, dropout=0.0)
-        if self.variant == "one_block":
-            config = replace(config, ffn_blocks=1)
-        if self.variant == "per_span":
-            config = replace(config, per_span=True)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            adapter = LatentSlots(config)
+        changes = _CONFIG_OF.get(self.variant, {})
+        adapter = make_slots_adapter(model, model, slots=self.slots, seed=seed, **changes)
         if self.variant == "shared":
             _share_queries(adapter)
         return adapter

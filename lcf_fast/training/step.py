@@ -160,10 +160,9 @@ class TrainingStep(nn.Module):
     def _guarded(self, batch: Batch, caches: Prefill) -> Tensor:
         """The loss and, of each item, the hinge on what its own message is worth above its neighbour's."""
         with self.stopwatch.of("adapter"):
-            message = self._message(batch, caches)
+            message, there = self._message(batch, caches)
             assert message.latent is not None
             other = replace(message, latent=message.latent.roll(1, 1), summary=None)
-            there = self._there(batch, message.slots)
             sent = [(message, there), (other, None if there is None else there.roll(1, 0))]
             edited = [self._informed(batch, caches, one, slots) for one, slots in sent]
             self._watch([pair for one in edited for pair in one])
@@ -184,8 +183,7 @@ class TrainingStep(nn.Module):
     def edit(self, batch: Batch, caches: Prefill) -> Sequence[Pair]:
         """The receiver's cache of the prompt but its last token, edited by the adapter, or with its slots."""
         if self.adapter.config.cross_context:
-            message = self._message(batch, caches)
-            edited = self._informed(batch, caches, message, self._there(batch, message.slots))
+            edited = self._informed(batch, caches, *self._message(batch, caches))
         else:
             device, adapter = caches.receiver[0][0].device, cast("LatentCacheFlow", self.adapter)
             index = None if batch.sharer_index is None else batch.sharer_index[:, :-1].to(device)
@@ -199,21 +197,20 @@ class TrainingStep(nn.Module):
         self._watch(edited)
         return edited
 
-    def _message(self, batch: Batch, caches: Prefill) -> Message:
-        """What the sharer sends."""
+    def _message(self, batch: Batch, caches: Prefill) -> tuple[Message, Tensor | None]:
+        """What the sharer sends, and which of its slots each row has, ``(B, k)``; None without slots."""
         mask = sharer_tokens(batch)[1].to(caches.sharer[0][0].device)
         adapter: Any = self.adapter
         if not adapter.config.slots:
-            message: Message = adapter.summarize(caches.sharer, batch.spans, attention_mask=mask)
-            return message
+            return adapter.summarize(caches.sharer, batch.spans, attention_mask=mask), None
         most = count = adapter.config.slots
         if self.slot_dropout and adapter.training:
             # From torch's generator, as all noise is: a trainer seeds it by the micro-batch's place in the run.
             count = int(torch.randint(1, most + 1, ()))
         if self._spans(batch) is not None:
-            return summarize_spans(adapter, caches.sharer, batch.spans, attention_mask=mask, slots=count)[0]
-        message = adapter.summarize(caches.sharer, attention_mask=mask, slots=count)
-        return message
+            return summarize_spans(adapter, caches.sharer, batch.spans, attention_mask=mask, slots=count)
+        message: Message = adapter.summarize(caches.sharer, attention_mask=mask, slots=count)
+        return message, self._there(batch, message.slots)
 
     def _spans(self, batch: Batch) -> Spans | None:
         """The spans that are pooled to slots each."""
