@@ -133,11 +133,12 @@ class SlotsChannel(Channel):
         agent = sharer.agent
         read = [self._read(sharer, paragraphs) for paragraphs in contexts]
         ids, mask = padded_left([tokens for tokens, _ in read], agent.padding(), agent.device)
-        spans = shifted_spans([bounds for _, bounds in read], [ids.shape[1] - len(tokens) for tokens, _ in read])
         with clock.of("sharer"):
             cache = agent.read(ids, mask)
         with clock.of("communication"):
             if sharer.adapter.per_span:
+                starts = [ids.shape[1] - len(tokens) for tokens, _ in read]
+                spans = shifted_spans([bounds for _, bounds in read], starts)
                 made, there = summarize_spans(sharer.adapter, cache, spans, attention_mask=mask, slots=self.slots)
                 counts = there.sum(1).tolist()
             else:
