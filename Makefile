@@ -5,16 +5,17 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out/gpu
+CHIP ?= sm_90
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 PYTEST := $(BIN)/pytest -q -n 2 --durations=12 -m "not gpu and not slow"
 
-.PHONY: help test test-slow bench demo gpu lint clean
+.PHONY: help test test-slow emulated bench demo gpu lint clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)$$/make \1\t\2/p' Makefile
-	@echo "variables: PYTHON=$(PYTHON) (makes the environment; for gpu: runs it), VENV=$(VENV), OUT=$(OUT), ARGS"
+	@echo "variables: PYTHON=$(PYTHON) (makes the environment; for gpu: runs it), VENV=$(VENV), OUT=$(OUT), CHIP=$(CHIP), ARGS"
 
 # Torch goes first and alone, so that nothing can pull in another build of it.
 $(READY): setup.py constraints.txt
@@ -28,12 +29,15 @@ test: lint ## everything that needs no GPU: lint, types, numerics in the interpr
 	@echo "-- tests (Triton kernels interpreted)"
 	@TRITON_INTERPRET=1 $(PYTEST) tests
 	@echo "-- tests (Triton kernels compiled for other chips)"
-	@TRITON_INTERPRET=0 $(PYTEST) tests/compile
+	@TRITON_INTERPRET=0 $(PYTEST) tests/compile tests/emulator
 
 test-slow: $(READY) ## the long tests: fuzzing, kills at every moment, whole training runs, the demo, every launch, speed (12 minutes)
 	@TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 -m "slow and not gpu" --ignore tests/test_eager_speed.py tests
 	@echo "-- speed, by itself"
 	@$(BIN)/pytest -q -m slow tests/test_eager_speed.py
+
+emulated: $(READY) ## the kernels' tests on what Triton compiles for CHIP, run on a CPU with every access checked (an hour)
+	@LCF_FAST_TEST_DEVICE=$(CHIP) $(BIN)/pytest -q -n 2 -m "not gpu" $(or $(ARGS),tests/kernels)
 
 bench: $(READY) ## the main job: errors and times of every op on real caches (ARGS=--quick ends within two minutes)
 	@$(BIN)/python -m bench $(ARGS)

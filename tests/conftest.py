@@ -1,6 +1,7 @@
 """What every test runs under: the Triton interpreter unless on a GPU, poisoned memory, a fixed seed.
 
-Environment: ``LCF_FAST_TEST_DEVICE=cuda`` runs the kernels for real, on a GPU (``make gpu``);
+Environment: ``LCF_FAST_TEST_DEVICE=cuda`` runs the kernels for real, on a GPU (``make gpu``); ``sm_80`` or ``sm_90``
+compiles them for that chip and runs what comes out on the CPU (``tests/emulator``, ``make emulated``);
 ``TRITON_INTERPRET=0`` leaves them to the compiler, which is what ``tests/compile`` needs.
 """
 
@@ -14,7 +15,11 @@ from pathlib import Path
 from typing import Any
 
 DEVICE = os.environ.get("LCF_FAST_TEST_DEVICE", "cpu")
-if DEVICE == "cpu":
+CHIP = DEVICE if DEVICE.startswith("sm_") else None
+if CHIP is not None:
+    DEVICE = "cpu"
+    os.environ.pop("TRITON_INTERPRET", None)
+elif DEVICE == "cpu":
     # Triton reads it when a kernel is defined, so before the first import of anything that imports a kernel.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 else:
@@ -58,11 +63,11 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     if _lacks_hypothesis(collection_path):
         return True
-    if not INTERPRETED or collection_path != ROOT / "tests" / "compile":
+    if not INTERPRETED or collection_path not in (ROOT / "tests" / "compile", ROOT / "tests" / "emulator"):
         return None
     named = [Path(argument.split("::")[0]).resolve() for argument in config.args]
     if any(path.is_relative_to(collection_path) for path in named):
-        raise pytest.UsageError("the interpreter compiles nothing: TRITON_INTERPRET=0 pytest tests/compile")
+        raise pytest.UsageError(f"the interpreter compiles nothing: TRITON_INTERPRET=0 pytest {collection_path}")
     return True
 
 
@@ -102,6 +107,26 @@ def seed() -> int:
     torch.manual_seed(value)
     np.random.seed(value)
     return value
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Iterator[Any]:
+    """What runs the kernels where ``LCF_FAST_TEST_DEVICE`` names a chip; else None."""
+    if CHIP is None:
+        yield None
+        return
+    from emulator.driver import Emulator
+
+    with Emulator(int(CHIP.removeprefix("sm_"))).active() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def nothing_found(emulator: Any) -> Iterator[None]:
+    """No race, and no read of what nobody wrote."""
+    yield
+    if emulator is not None:
+        emulator.check()
 
 
 @pytest.fixture

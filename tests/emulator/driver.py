@@ -1,0 +1,160 @@
+"""A driver for Triton that compiles for an NVIDIA chip and runs what comes out on the CPU, over CPU tensors."""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from lcf_fast import backends
+from lcf_fast.kernels import common
+
+from .machine import run
+from .memory import EmulationError, Findings, GlobalMemory
+from .ptx import parse
+from .translator import Translator
+
+#: Bytes of shared memory that a program may have.
+SHARED = {80: 166_912, 90: 232_448}
+
+
+def _given(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
+    """A launch's arguments that the kernel has parameters for, tuples flattened."""
+    if isinstance(kind, tuple):
+        for one, part in zip(kind, value, strict=True):
+            yield from _given(one, part)
+    elif kind != "constexpr":
+        yield kind, value
+
+
+def _bits(kind: str, value: Any) -> int:
+    if kind.startswith("*"):
+        return 0 if value is None else int(value.data_ptr())
+    if kind in ("fp32", "fp64"):
+        return int.from_bytes(struct.pack("<f" if kind == "fp32" else "<d", value), "little")
+    return int(value) & (1 << 64) - 1
+
+
+class _Utilities:
+    def __init__(self, chip: int) -> None:
+        self._chip = chip
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED[self._chip], "multiprocessor_count": 132, "warpSize": 32}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        """Module, function, registers, spills, the most threads: nothing of it is used."""
+        return name, name, 0, 0, 1024
+
+
+class _Launcher:
+    """What Triton calls to launch one compiled kernel."""
+
+    #: Where the kernel's PTX lies; known once Triton loads it.
+    path = Path()
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self._kinds, self._shared = list(source.signature.values()), metadata.shared
+
+    def __call__(self, x: int, y: int, z: int, stream: Any, function: Any, packed: Any, *rest: Any) -> None:
+        # Triton keeps a kernel that it loaded before: it goes to whoever stands in now.
+        driver.active.emulator.launch(self.path, self._kinds, self._shared, (x, y, z), rest[3:])
+
+
+class _Driver:
+    """What Triton asks of a device."""
+
+    def __init__(self, emulator: Emulator) -> None:
+        self.emulator, self.utils = emulator, _Utilities(emulator.chip)
+        self._newest: _Launcher | None = None
+
+    def launcher_cls(self, source: Any, metadata: Any) -> _Launcher:
+        self._newest = _Launcher(source, metadata)
+        return self._newest
+
+    def loading(self, module: Any, function: Any, name: str, files: dict[str, Any], key: str) -> None:
+        """Triton's hook, called right after it made a kernel's launcher."""
+        assert self._newest is not None
+        self._newest.path = next(Path(path) for file, path in files.items() if file.endswith(".ptx"))
+
+    def get_current_device(self) -> int:
+        return self.emulator.chip  # what Triton compiled for one chip is not for another
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_capability(self, device: int = 0) -> tuple[int, int]:
+        return divmod(self.emulator.chip, 10)
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.emulator.chip, 32)
+
+
+class Emulator:
+    """Stands in for a GPU of compute capability ``chip`` (80 or 90) and one launch after another runs at once.
+
+    Attributes:
+        findings: races and the like, of all launches.
+        launches: how often each kernel ran.
+        executed: instructions that groups of programs ran.
+    """
+
+    def __init__(self, chip: int) -> None:
+        self.chip = chip
+        self.findings = Findings()
+        self.launches: dict[str, int] = {}
+        self.executed = 0
+        self._parsed: dict[Path, Any] = {}
+        #: Whether races in global memory are looked for.
+        self.watches_global = True
+
+    def launch(self, path: Path, kinds: list[Any], shared: int, grid: tuple[int, int, int], arguments: Any) -> None:
+        if path not in self._parsed:
+            self._parsed[path] = parse(path.read_text(encoding="utf-8"))
+        kernel = self._parsed[path]
+        values = [
+            _bits(*pair) for kind, value in zip(kinds, arguments, strict=True) for pair in _given(kind, value)
+        ]  # fmt: skip
+        values += [0] * (len(kernel.parameters) - len(values))  # scratch memory, of which there is none
+        self.findings.kernel = kernel.name
+        self.launches[kernel.name] = self.launches.get(kernel.name, 0) + 1
+        memory = GlobalMemory(self.findings)
+        memory.is_watching = self.watches_global
+        with np.errstate(all="ignore"):
+            steps = Translator(kernel, dict(zip(kernel.parameters, values, strict=True))).steps
+            self.executed += run(kernel, steps, grid, shared, memory, self.findings)
+
+    def check(self) -> None:
+        """Raise if anything was found.
+
+        Raises:
+            EmulationError: what was found, a line each.
+        """
+        counts, self.findings.counts = self.findings.counts, Counter()
+        if counts:
+            lines = [f"{name}, {source}: {kind} ({n} times)" for (name, source, kind), n in counts.items()]
+            raise EmulationError("\n".join(lines))
+
+    @contextmanager
+    def active(self) -> Iterator[Emulator]:
+        """Triton launches its kernels here, and lcf_fast takes this chip's policy for CPU tensors."""
+        hook, before = knobs.runtime.kernel_load_start_hook, driver._active
+        serves, target = backends.interpreting, common._target
+        standing_in: Any = _Driver(self)
+        driver.set_active(standing_in)
+        knobs.runtime.kernel_load_start_hook = standing_in.loading
+        backends.interpreting, common._target = (lambda: True), (lambda device: f"sm_{self.chip}")  # type: ignore
+        try:
+            yield self
+        finally:
+            knobs.runtime.kernel_load_start_hook = hook
+            driver._active = before
+            backends.interpreting, common._target = serves, target
