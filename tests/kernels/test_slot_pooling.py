@@ -421,8 +421,9 @@ def test_reads_and_writes_nothing_beyond(
     config = SMALL if many else slot_pool_config(80, 2, 3, "sm_90")
     out = outs[0][0], outs[1][0], outs[2][0]
     launched = slot_pooling._launch_pool([key], [value], query, None, config, out)
-    assert (launched is not None) == many
-    if launched is not None:
+    if many:
+        assert launched is not None, "several chunks leave states to merge"
+    if launched is not None:  # a chip's own policy may cut so few tokens, too
         slot_pooling._launch_merge(*launched, config, out)
     truth = pool_formula([(key, value)], query, None, torch.float64)
     for got, exact, plain in zip(out, truth, pool_formula([(key, value)], query, None, torch.float32)):
