@@ -67,17 +67,17 @@ def compile_case(case: Case, chip: str) -> Resources:
         narrow = len(re.findall(r"\b(?:global|buffer)_(?:load_(?:ushort|short_d16\w*)|store_short\w*)", text))
         loops = _amd_loops(text)
     else:
-        registers, text = _disassemble(compiled.asm["cubin"])
+        registers, text = disassemble(compiled.asm["cubin"])
         spilled = [m.start() for m in re.finditer(r"\b(?:LDL|STL)\b", text)]
         wide = len(re.findall(r"\b(?:LDG|LDGSTS)\.E[\w.]*\.128", text))
         narrow = len(re.findall(r"\b(?:LDG|STG)\.E[\w.]*\.[US]16", text))
-        loops = _nvidia_loops(text)
+        loops = nvidia_loops(text)
     inside = sum(any(first <= at <= last for first, last in loops) for at in spilled)
     mma = tuple(sorted(set(re.findall(MMA[chip], text))))
     return Resources(registers, len(spilled), inside, shared, mma, wide, narrow)
 
 
-def _nvidia_loops(sass: str) -> list[tuple[int, int]]:
+def nvidia_loops(sass: str) -> list[tuple[int, int]]:
     """Backward branches: where in the text a loop's first and last instruction stand."""
     at = {int(m.group(1), 16): m.start() for m in re.finditer(r"^\s*/\*([0-9a-f]{4,6})\*/", sass, re.MULTILINE)}
     loops = []
@@ -95,7 +95,7 @@ def _amd_loops(text: str) -> list[tuple[int, int]]:
     return [(labels[m.group(1)], m.start()) for m in branches if labels.get(m.group(1), m.start()) < m.start()]
 
 
-def _disassemble(cubin: bytes) -> tuple[int, str]:
+def disassemble(cubin: bytes) -> tuple[int, str]:
     """Registers and SASS, by the tool that Triton ships."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
