@@ -10,6 +10,7 @@ from pathlib import Path
 
 import triton
 from case import Case
+from hazards import register_hazards
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -42,6 +43,7 @@ class Resources:
         mma: names of the tensor instructions used.
         wide_loads: global loads of 16 bytes.
         narrow: global loads and stores of 2 bytes, one element of half precision at a time.
+        hazards: instructions that touch registers of a product that still runs.
     """
 
     registers: int
@@ -51,6 +53,7 @@ class Resources:
     mma: tuple[str, ...]
     wide_loads: int
     narrow: int
+    hazards: tuple[str, ...]
 
 
 def compile_case(case: Case, chip: str) -> Resources:
@@ -65,16 +68,16 @@ def compile_case(case: Case, chip: str) -> Resources:
         spilled = [m.start() for m in re.finditer(r"\bscratch_(?:load|store)", text)]
         wide = len(re.findall(r"\b(?:global|buffer)_load_dwordx4", text))
         narrow = len(re.findall(r"\b(?:global|buffer)_(?:load_(?:ushort|short_d16\w*)|store_short\w*)", text))
-        loops = _amd_loops(text)
+        loops, hazards = _amd_loops(text), []
     else:
         registers, text = disassemble(compiled.asm["cubin"])
         spilled = [m.start() for m in re.finditer(r"\b(?:LDL|STL)\b", text)]
         wide = len(re.findall(r"\b(?:LDG|LDGSTS)\.E[\w.]*\.128", text))
         narrow = len(re.findall(r"\b(?:LDG|STG)\.E[\w.]*\.[US]16", text))
-        loops = nvidia_loops(text)
+        loops, hazards = nvidia_loops(text), register_hazards(text)
     inside = sum(any(first <= at <= last for first, last in loops) for at in spilled)
     mma = tuple(sorted(set(re.findall(MMA[chip], text))))
-    return Resources(registers, len(spilled), inside, shared, mma, wide, narrow)
+    return Resources(registers, len(spilled), inside, shared, mma, wide, narrow, tuple(hazards))
 
 
 def nvidia_loops(sass: str) -> list[tuple[int, int]]:

@@ -39,6 +39,7 @@ def test_resources(chip: str, case: Case) -> None:
     """Fits in shared memory, does not spill in a loop, uses tensor instructions, loads 16 bytes at a time."""
     used = compile_case(case, chip)
     assert used.shared <= SHARED_LIMIT[chip], used
+    assert not used.hazards, used.hazards
     is_aligned = not any(word in case.name for word in ("odd", "unaligned"))
     # Element by element, addresses crowd the registers: a slow path for odd addresses, which need only be right.
     if is_aligned:
