@@ -199,18 +199,19 @@ def fuse_kernel(
         )  # fmt: skip
         n_k = cast(z_k, DTYPE)
         n_v = cast(z_v, DTYPE)
-        if ((code >> 36) & 1) != 0:
-            edit_heads(
-                0, n_k, n_k, n_v, p_key, o_key, stride_receiver_key_head, p_out_key, o_out_key, stride_out_key,
-                m_edit, m_write,
-                row, up_weight, up_bias, head_gate_weight, head_gate_bias,
-                gate_logit, seed, inverse_temperature, o_token, i_batch, 0, RECEIVER_HEADS,
-                HAS_NOISE, RECEIVER_HEADS, RECEIVER_DIM, WIDTH, BLOCK_T, BLOCK_H, BLOCK_CR, DTYPE, PRECISION,
-            )  # fmt: skip
+        # The value first: its rows were read last, and are the likelier ones to be in L2 still.
         if ((code >> 37) & 1) != 0:
             edit_heads(
                 1, n_v, n_k, n_v, p_value, o_value, stride_receiver_value_head, p_out_value, o_out_value,
                 stride_out_value, m_edit, m_write,
+                row, up_weight, up_bias, head_gate_weight, head_gate_bias,
+                gate_logit, seed, inverse_temperature, o_token, i_batch, 0, RECEIVER_HEADS,
+                HAS_NOISE, RECEIVER_HEADS, RECEIVER_DIM, WIDTH, BLOCK_T, BLOCK_H, BLOCK_CR, DTYPE, PRECISION,
+            )  # fmt: skip
+        if ((code >> 36) & 1) != 0:
+            edit_heads(
+                0, n_k, n_k, n_v, p_key, o_key, stride_receiver_key_head, p_out_key, o_out_key, stride_out_key,
+                m_edit, m_write,
                 row, up_weight, up_bias, head_gate_weight, head_gate_bias,
                 gate_logit, seed, inverse_temperature, o_token, i_batch, 0, RECEIVER_HEADS,
                 HAS_NOISE, RECEIVER_HEADS, RECEIVER_DIM, WIDTH, BLOCK_T, BLOCK_H, BLOCK_CR, DTYPE, PRECISION,

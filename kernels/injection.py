@@ -23,6 +23,7 @@ from .common import (
     dot_precision,
     head_chunk,
     heads_block,
+    inlined,
     needs_wide_offsets,
     row_offsets,
     target_of,
@@ -54,6 +55,16 @@ def gate_scores(
     score = dot(n_v, cast(tl.load(p_w + HALF, mask=m_h[None, :], other=0.0), DTYPE), score, PRECISION)
     score += tl.load(p_bias + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
     return 1.0 / (1.0 + tl.exp(-score))
+
+
+@inlined
+def load_rows(p_head, o_row, m_row, I_CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The ``I_CHUNK``-th BLOCK_C channels of a head, of a tile's rows."""
+    o_channel = I_CHUNK * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_tile = m_row[:, None]
+    if (I_CHUNK + 1) * BLOCK_C > HEAD_DIM:
+        m_tile = m_tile & (o_channel < HEAD_DIM)[None, :]
+    return tl.load(p_head + (o_row[:, None] + o_channel[None, :]), mask=m_tile, other=0.0)
 
 
 @triton.jit
@@ -89,29 +100,37 @@ def inject_tile(
     o_z = tl.arange(0, HALF)
     o_c = tl.arange(0, BLOCK_C)
     o_h = tl.arange(0, BLOCK_H)
-    for i in range(i_first * CHUNKS, i_last * CHUNKS):
-        i_head = i // CHUNKS
-        o_channel = (i % CHUNKS) * BLOCK_C + o_c
-        o_column = i_head * HEAD_DIM + o_channel
-        m_tile = m_write[:, None]
-        p_w = p_up + o_column[None, :] * HALF + o_z[:, None]
-        if HEAD_DIM % BLOCK_C == 0:
-            b_w = tl.load(p_w)
-            b_bias = tl.load(p_bias + o_column)
-        else:
-            m_channel = o_channel < HEAD_DIM
-            m_tile = m_tile & m_channel[None, :]
-            b_w = tl.load(p_w, mask=m_channel[None, :], other=0.0)
-            b_bias = tl.load(p_bias + o_column, mask=m_channel, other=0.0)
-        o_head = i_head.to(tl.int64)
-        p_row = (p_base + o_head * stride_head) + (o_row[:, None] + o_channel[None, :])
-        b_row = tl.load(p_row, mask=m_tile, other=0.0)
-        delta = tl.zeros([n_half.shape[0], BLOCK_C], dtype=tl.float32)
-        delta = dot(n_half, cast(b_w, DTYPE), delta, PRECISION) + b_bias.to(tl.float32)[None, :]
+    m_keep = m_write & ~m_edit
+    p_head = p_base + tl.cast(i_first, tl.int64) * stride_head
+    b_next = load_rows(p_head, o_row, m_write, 0, HEAD_DIM, BLOCK_C)
+    for i_head in range(i_first, i_last):
         b_alpha = tl.sum(tl.where(o_h[None, :] == i_head, alpha, 0.0), 1)
-        edited = cast(b_row.to(tl.float32) + b_alpha[:, None] * delta, DTYPE)
-        b_row = tl.where(m_edit[:, None], edited, b_row)
-        tl.store((p_out + o_head * stride_out_head) + (o_out[:, None] + o_channel[None, :]), b_row, mask=m_tile)
+        p_out_head = p_out + tl.cast(i_head, tl.int64) * stride_out_head
+        for i in tl.static_range(CHUNKS):
+            # Rows are asked for a step ahead: Triton pipelines only what it multiplies.
+            b_row = b_next
+            if i + 1 < CHUNKS:
+                b_next = load_rows(p_head, o_row, m_write, i + 1, HEAD_DIM, BLOCK_C)
+            else:
+                p_head += stride_head
+                b_next = load_rows(p_head, o_row, m_write & (i_head + 1 < i_last), 0, HEAD_DIM, BLOCK_C)
+            o_channel = i * BLOCK_C + o_c
+            m_channel = o_channel < HEAD_DIM
+            o_column = i_head * HEAD_DIM + o_channel
+            p_w = p_up + o_column[None, :] * HALF + o_z[:, None]
+            if (i + 1) * BLOCK_C <= HEAD_DIM:
+                b_w = tl.load(p_w)
+                b_bias = tl.load(p_bias + o_column)
+            else:
+                b_w = tl.load(p_w, mask=m_channel[None, :], other=0.0)
+                b_bias = tl.load(p_bias + o_column, mask=m_channel, other=0.0)
+            delta = tl.zeros([n_half.shape[0], BLOCK_C], dtype=tl.float32)
+            delta = dot(n_half, cast(b_w, DTYPE), delta, PRECISION)
+            edited = b_row.to(tl.float32) + b_alpha[:, None] * b_bias.to(tl.float32)[None, :]
+            edited = cast(edited + b_alpha[:, None] * delta, DTYPE)
+            p_row = p_out_head + (o_out[:, None] + o_channel[None, :])
+            tl.store(p_row, b_row, mask=m_keep[:, None] & m_channel[None, :])
+            tl.store(p_row, edited, mask=m_edit[:, None] & m_channel[None, :])
 
 
 @triton.jit

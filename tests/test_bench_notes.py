@@ -91,3 +91,25 @@ def test_nothing_is_passed_off_as_measured() -> None:
         pytest.skip("there are some")
     lines = [line for line in EXPERIMENTS.splitlines() if line.startswith("| ")][2:]
     assert lines and all(line.endswith("| not measured |") for line in lines)
+
+
+def test_what_l2_moves() -> None:
+    """448 tiles; every one reads its layer's weights, its rows, and the receiver's rows once more."""
+    shape = LCF.shape()
+    weights = cases.fuse_layers(replace(shape, tokens=0)).bytes / 28
+    rows = cases.fuse_layers(shape).bytes - 28 * weights
+    tiles = 28 * shape.tokens // TILE
+    receiver = 28 * shape.tokens * 2 * 1024 * 2
+    sharer = rows - 2 * receiver
+    total = tiles * weights + sharer + 2 * receiver
+    assert (
+        f"each of {tiles} tiles reads a layer's {weights / 1e6:.2f} MB of weights, {tiles * weights / 1e6:.0f} MB"
+        in TEXT
+    )
+    assert (
+        f"its rows {(sharer + receiver) / 1e6:.0f} MB, and the receiver's again for the edit, {receiver / 1e6:.0f} MB"
+        in TEXT
+    )
+    assert f"{total / 1e6:,.0f} MB at 2,048 tokens" in TEXT
+    assert f"hold {PROCESSORS * TILE * (sharer + receiver) / 28 / shape.tokens / 1e6:.0f} MB of rows" in TEXT
+    assert f"up to {receiver / 1e6:.0f} MB or {1e-3 * receiver / COPY_GB_S:.0f} µs more" in TEXT
