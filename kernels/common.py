@@ -37,20 +37,25 @@ def inlined(function: Callable[..., Any]) -> Any:
 
 @inlined
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a @ b`` in float32. The interpreter multiplies the bits of bfloat16 as integers: upcast there.
-
-    Float32 products are multiply-adds one after the other. They start from zero and are added to ``acc`` as a whole, or
-    rounding would grow with all that was ever added: over 2,048 hidden units to several times that of blocked sums.
-    By `tl.fma`, since Triton makes of a plain sum the one long chain again.
-    """
+    """``acc + a @ b`` in float32. The interpreter multiplies the bits of bfloat16 as integers: upcast there."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    elif a.dtype == tl.float32 and PRECISION == "ieee":
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@inlined
+def long_dot(a, b, acc, PRECISION: tl.constexpr):
+    """`dot` for an ``acc`` that many steps add to.
+
+    Float32 products are multiply-adds one after the other. Here a step's start from zero and are added as a whole, or
+    rounding would grow with all that was ever added: over 2,048 hidden units to several times that of blocked sums.
+    By `tl.fma`, since Triton makes of a plain sum the one long chain again.
+    """
+    if a.dtype == tl.float32 and PRECISION == "ieee" and not INTERPRETED:
         acc = tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, acc)
     else:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = dot(a, b, acc, PRECISION)
     return acc
 
 

@@ -23,6 +23,7 @@ from .common import (
     dot_precision,
     head_chunk,
     heads_block,
+    long_dot,
     odd,
     padded,
     table_entry,
@@ -150,7 +151,7 @@ def injection_gradients_kernel(
                 is_head = (o_h == i_head)[None, :]
                 along += tl.where(is_head, tl.sum(b_grad * delta, 1)[:, None], 0.0)
                 b_scale = tl.sum(tl.where(is_head, alpha * gate, 0.0), 1)
-                d_half = dot(cast(b_scale[:, None] * b_grad, DTYPE), tl.trans(b_w), d_half, PRECISION)
+                d_half = long_dot(cast(b_scale[:, None] * b_grad, DTYPE), tl.trans(b_w), d_half, PRECISION)
         d_score = along * gate * alpha * (1.0 - alpha)
         o_head = (i_state + o_t)[:, None] * (2 * HEADS) + i_kv * HEADS + o_h[None, :]
         m_head = m_store[:, None] & m_h[None, :]

@@ -26,6 +26,7 @@ from .common import (
     gelu,
     head_chunk,
     hidden_chunk,
+    long_dot,
     needs_wide_offsets,
     row_offsets,
     target_of,
@@ -77,8 +78,8 @@ def add_source(
             b_wk = tl.load(p_w, mask=m_channel[:, None], other=0.0)
             b_wv = tl.load(p_w + HALF * stride_down, mask=m_channel[:, None], other=0.0)
         b_x = cast(b_x, DTYPE)
-        z_k = dot(b_x, cast(b_wk, DTYPE), z_k, PRECISION)
-        z_v = dot(b_x, cast(b_wv, DTYPE), z_v, PRECISION)
+        z_k = long_dot(b_x, cast(b_wk, DTYPE), z_k, PRECISION)
+        z_v = long_dot(b_x, cast(b_wv, DTYPE), z_v, PRECISION)
     return z_k, z_v
 
 
@@ -138,8 +139,8 @@ def ffn_block(
         hidden = dot(n_v, cast(tl.load(p_w + HALF), DTYPE), hidden, PRECISION)
         hidden = cast(gelu(hidden, DTYPE), DTYPE)
         p_w = p_out + o_z[None, :] * HIDDEN + o_hidden[:, None]
-        out_k = dot(hidden, cast(tl.load(p_w), DTYPE), out_k, PRECISION)
-        out_v = dot(hidden, cast(tl.load(p_w + HALF * HIDDEN), DTYPE), out_v, PRECISION)
+        out_k = long_dot(hidden, cast(tl.load(p_w), DTYPE), out_k, PRECISION)
+        out_v = long_dot(hidden, cast(tl.load(p_w + HALF * HIDDEN), DTYPE), out_v, PRECISION)
     if HAS_NOISE:
         keep = keep_tile(seed, threshold, o_z, o_token, i_item, row, i_block)
         out_k = z_k + tl.where(keep, out_k * keep_scale, 0.0)

@@ -28,6 +28,7 @@ from .common import (
     gelu_slope,
     head_chunk,
     hidden_chunk,
+    long_dot,
     needs_wide_offsets,
     pointer_of,
     row_offsets,
@@ -320,8 +321,8 @@ def gradients_kernel(
             d_hidden = dot(u_k, cast(tl.load(p_w), DTYPE), d_hidden, PRECISION)
             d_hidden = dot(u_v, cast(tl.load(p_w + HALF * HIDDEN), DTYPE), d_hidden, PRECISION)
             d_hidden = cast(d_hidden * gelu_slope(hidden, DTYPE), DTYPE)
-            e_k = dot(d_hidden, tl.trans(w_k), e_k, PRECISION)
-            e_v = dot(d_hidden, tl.trans(w_v), e_v, PRECISION)
+            e_k = long_dot(d_hidden, tl.trans(w_k), e_k, PRECISION)
+            e_v = long_dot(d_hidden, tl.trans(w_v), e_v, PRECISION)
         y_k = tl.load(p_state, mask=m_row, other=0.0) * scale[:, None]
         y_v = tl.load(p_state + HALF, mask=m_row, other=0.0) * scale[:, None]
         p_dnorm = dnorm + (((i_layer * batch + i_batch) * tiles + i_tile) * BLOCKS + i_block) * WIDTH + o_z

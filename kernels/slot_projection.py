@@ -35,6 +35,7 @@ from .common import (
     exact_dot,
     head_chunk,
     hidden_chunk,
+    long_dot,
     pointer_of,
     row_scale,
     target_of,
@@ -70,7 +71,7 @@ def add_slots(
             b_slot = tl.load(p_slot + o_channel[None, :], mask=m_r[:, None] & m_c[None, :], other=0.0)
             b_down = tl.load(p_down + o_channel[:, None], mask=m_c[:, None], other=0.0)
         if DTYPE == tl.float32:  # noqa: SIM300
-            z = dot(b_slot, b_down, z, PRECISION)
+            z = long_dot(b_slot, b_down, z, PRECISION)
         elif DTYPE == tl.bfloat16:  # noqa: SIM300
             z = exact_dot(b_slot, b_down, z, DTYPE)
         else:

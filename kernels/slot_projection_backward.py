@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import TRITON_DTYPE, cast, device_guard, dot, dot_precision, head_chunk, target_of
+from .common import TRITON_DTYPE, cast, device_guard, dot_precision, head_chunk, long_dot, target_of
 from .noise import NoiseArguments, drawn_for
 from .policy import backward_config
 from .projection_backward import block_launch, project_gradients, states_tile
@@ -125,8 +125,8 @@ def up_slots_backward_kernel(
             b_grad = tl.load(p_g, mask=m_r & m_channel[None, :], other=0.0)
             b_w_k = tl.load(p_w, mask=m_channel[:, None], other=0.0)
             b_w_v = tl.load(p_w + HALF, mask=m_channel[:, None], other=0.0)
-        d_k = dot(b_grad, cast(b_w_k, DTYPE), d_k, PRECISION)
-        d_v = dot(b_grad, cast(b_w_v, DTYPE), d_v, PRECISION)
+        d_k = long_dot(b_grad, cast(b_w_k, DTYPE), d_k, PRECISION)
+        d_v = long_dot(b_grad, cast(b_w_v, DTYPE), d_v, PRECISION)
     p_z = dlatent + (i_layer * rows + i_start) * WIDTH + (o_r[:, None] * WIDTH + o_z[None, :])
     tl.store(p_z, d_k, mask=m_r)
     tl.store(p_z + HALF, d_v, mask=m_r)
