@@ -481,6 +481,31 @@ def test_the_origin_is_of_the_weights_that_made_it() -> None:
     assert moved.to(torch.float16).origin == before
 
 
+def test_a_cast_half_is_the_same_half(tmp_path: Path) -> None:
+    """Casting and moving give a module new buffers: whose messages they are stays, and a change is still seen."""
+    adapter, (cache, receiver) = make_adapter(True), make_caches()
+    adapter.sharer_side().save_pretrained(tmp_path)
+    read = SharerSide.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert read.origin == adapter.origin
+    adapter.inject(receiver, Message.from_bytes(read.summarize(cache).to_bytes()))
+
+    side = adapter.sharer_side()
+    early, growing = side.summarize(cache), side.begin().extend(cache)
+    outer = torch.nn.ModuleDict({"side": side}).to(torch.float16)
+    outer.double()
+    assert side.down_bias.dtype == torch.float64
+    assert side.origin == early.origin == growing.finish().origin == adapter.origin
+    with torch.no_grad():
+        side.down_weight[0, 0, 0] += 0.5
+    side.float()
+    assert side.origin != adapter.origin
+    stale = side.summarize(cache)
+    with torch.no_grad():
+        side.down_bias.add_(1.0)
+    with pytest.raises(MessageError, match="have changed since"):
+        side.double() and stale.origin
+
+
 def test_geometry_of_the_message_is_checked() -> None:
     adapter, (cache, receiver) = make_adapter(True), make_caches()
     message = adapter.summarize(cache)
