@@ -516,19 +516,6 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
 
         return load(cls, directory, device=device, dtype=dtype, sharer=sharer, receiver=receiver)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # The kept layers live twice, as buffers and on the host; a state dict may bring others.
-        kept, reads = self._kept, self._reads
-        found = [state_dict.get(prefix + name) for name in ("receiver_layers", "sharer_layers")]
-        if all(isinstance(part, Tensor) and part.shape == (len(kept),) for part in found):
-            kept, reads = (tuple(int(i) for i in cast(Tensor, part).tolist()) for part in found)
-            geometries = self.config.receiver, self.config.sharer
-            for name, layers, geometry in zip(("receiver_layers", "sharer_layers"), (kept, reads), geometries):
-                if any(not 0 <= t < geometry.layers for t in layers):
-                    raise IndexRangeError(prefix + name, expected=f"layers in [0, {geometry.layers})", got=f"{layers}")
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._kept, self._reads, self._gates = kept, reads, None
-
     def extra_repr(self) -> str:
         c, kept = self.config, self._kept
         sides = (f"{g.layers}x{g.kv_heads}x{g.head_dim}" for g in (c.sharer, c.receiver))

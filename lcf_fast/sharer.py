@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from . import ops_pooling as ops
 from .caches import Pair, cache_layers, check_pairs
-from .config import CacheGeometry, layer_map
+from .config import CacheGeometry, check_routing, layer_map
 from .eager_pooling import span_weights as weights_of_spans
 from .errors import DTypeError, LCFError
 from .fingerprint import Origin, sharer_digest
@@ -76,6 +76,22 @@ class ReadsSharer(HasOrigin):
 
     def _check_device(self, name: str, key: Tensor) -> None:
         check_device(name, key, next(iter(self._weights().values())), "the adapter")
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Which layer reads which is there twice, in buffers and on the host; a state dict may bring another routing.
+        def brought(name: str, held: tuple[int, ...]) -> tuple[int, ...]:
+            found = state_dict.get(prefix + name)
+            if not isinstance(found, Tensor) or found.shape != (len(held),):
+                return held  # for torch to find missing, or of another size
+            return tuple(int(layer) for layer in found.tolist())
+
+        kept, reads = brought("receiver_layers", self._kept), brought("sharer_layers", self._reads)
+        self._check_routing(kept, reads, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._kept, self._reads = kept, reads
+
+    def _check_routing(self, kept: tuple[int, ...], reads: tuple[int, ...], prefix: str) -> None:
+        check_routing(kept, reads, self.receiver_geometry, self.sharer_geometry, prefix)
 
 
 class Summarizes(ReadsSharer):

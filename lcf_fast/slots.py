@@ -374,6 +374,13 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
             sharer=slots_sharer_digest(config.sharer, self._reads, weights),
         )
 
+    def _check_routing(self, kept: tuple[int, ...], reads: tuple[int, ...], prefix: str) -> None:
+        super()._check_routing(kept, reads, prefix)
+        wanted = self.config.sharer_layers
+        if reads != wanted:
+            expected = f"{wanted}, by the configuration's layer map"
+            raise GeometryError(f"{prefix}sharer_layers", expected=expected, got=str(reads))
+
     def parameter_count(self) -> int:
         """Number of parameters held."""
         return sum(parameter.numel() for parameter in self.parameters())

@@ -394,6 +394,25 @@ def test_for_receiver_maps_layers() -> None:
     assert "3x2x16 -> 5x3x8" in repr(adapter.sharer_side())
 
 
+def test_a_state_dict_brings_its_routing(tmp_path: Path) -> None:
+    """Loading, and saving what was loaded, changes no message."""
+    adapter, cache = make_adapter(True), sharer_cache(2, 9, OTHER)
+    side, other = (SharerSide.for_receiver(adapter, OTHER, layers=layers) for layers in ([1, 0, 1, 0, 1], [0] * 5))
+    message = side.summarize(cache)
+    torch.nn.ModuleDict({"side": other}).load_state_dict({f"side.{k}": v for k, v in side.state_dict().items()})
+    other.save_pretrained(tmp_path)
+    for loaded in (other, SharerSide.from_pretrained(tmp_path)):
+        assert torch.equal(loaded.summarize(cache).tensors["latent"], message.tensors["latent"])
+        assert loaded.origin == message.origin
+    for name, layers, error in (
+        ("sharer_layers", [0, 0, 0, 0, OTHER.layers], IndexRangeError),
+        ("receiver_layers", [0, 1, 2, 4, 4], GeometryError),
+    ):
+        with pytest.raises(error, match=name):
+            other.load_state_dict({**side.state_dict(), name: torch.tensor(layers)})
+    assert torch.equal(other.summarize(cache).tensors["latent"], message.tensors["latent"])
+
+
 # --- who may write to whom ----------------------------------------------------------------------------------------
 
 

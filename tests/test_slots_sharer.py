@@ -220,6 +220,15 @@ def test_the_half_of_an_adapter_for_another_sharer(adapter: LatentSlots) -> None
     adapter.expand(Message.from_bytes(side.summarize(others_cache()).to_bytes()))
 
 
+def test_a_state_dict_brings_its_routing_to_a_half(adapter: LatentSlots) -> None:
+    layers = adapter.receiver_geometry.layers
+    side = SlotsSharerSide.for_receiver(adapter, OTHER, layers=[1] * layers)
+    other = SlotsSharerSide.for_receiver(adapter, OTHER, layers=[0] * layers)
+    other.load_state_dict(side.state_dict())
+    assert torch.equal(latent(other.summarize(others_cache())), latent(side.summarize(others_cache())))
+    assert other.origin == side.origin
+
+
 def test_what_makes_no_half(adapter: LatentSlots) -> None:
     for options in ({"slots": 0}, {"slots": 2.0}, {"slots": True}, {"layers": [0, 1]}, {"layers": [0, 1, 9]}):
         with pytest.raises((GeometryError, IndexRangeError)):
