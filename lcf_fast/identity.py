@@ -80,12 +80,16 @@ class HasOrigin(nn.Module):
         all weights then.
         """
         self._check_cross_context("tell the origin of messages")
-        if any(weight.is_inference() for weight in self._weights().values()):  # whose changes nobody counts
+        if self._goes_uncounted():
             return self._make_origin()
         state = self._state()
         if state.origin is None:
             state.origin = self._make_origin()
         return state.origin
+
+    def _goes_uncounted(self) -> bool:
+        """Whether a weight was made in inference mode: its changes are not counted."""
+        return any(weight.is_inference() for weight in self._weights().values())
 
     def _stamp(self) -> Stamp:
         weights = self._weights().values()
@@ -112,6 +116,14 @@ class HasOrigin(nn.Module):
         super()._apply(*args, **kwargs)
         self._see(state)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        origin = None if self._goes_uncounted() else self._state().origin
+        return {**self.__dict__, "_seen": ((), [], State(origin))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._see(state["_seen"][2])  # a copy has tensors of its own
 
     def _pending(self) -> Pending | None:
         return None if torch.compiler.is_compiling() else Pending(self, self._state())

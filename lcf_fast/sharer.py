@@ -14,6 +14,7 @@ it was trained for by its digest, and holds a copy of that half's ``b``, so that
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -270,6 +271,15 @@ class SideOf(ReadsSharer, nn.Module):
 
     def _receiver(self) -> Any:
         return None if self._adapter is None else self._adapter()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Elsewhere it knows the adapter that it writes to by the digest alone.
+        return {**super().__getstate__(), "_adapter": None, "_digest": self.adapter_digest}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SideOf:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy({**self.__getstate__(), "_adapter": self._adapter}, memo))
+        return made
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write ``config.json`` and ``sharer.safetensors`` to a folder, each whole or not at all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from adapters import RECEIVER, SHARER, assert_close, cloned, expected_of, make_adapter, make_caches
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import assert_same
 from torch import Tensor
 
 from helpers import Pair, assert_within_budget, make_cache, to_double
@@ -523,6 +525,29 @@ def test_a_cast_half_is_the_same_half(tmp_path: Path) -> None:
         side.down_bias.add_(1.0)
     with pytest.raises(MessageError, match="have changed since"):
         side.double() and stale.origin
+
+
+def test_a_copied_half_is_the_same_half() -> None:
+    """In another process it knows its adapter by the digest, as it was; in this one by the adapter, whatever becomes of
+    it."""
+    adapter, (cache, receiver) = make_adapter(True), make_caches()
+    for side in (adapter.sharer_side(), SharerSide.for_receiver(adapter, SHARER)):
+        origin = side.origin
+        side.half()  # which a copy cannot see
+        sent = pickle.loads(pickle.dumps(side))
+        assert sent.origin == origin and sent.adapter_digest == adapter.origin.adapter
+        assert pickle.loads(pickle.dumps(sent)).origin == origin
+        copied = copy.deepcopy(side)
+        assert copied.origin == origin
+        adapter.inject(receiver, copied.summarize(cache))
+        for made in (sent, copied):
+            assert_same(made.summarize(cache), side.summarize(cache))
+            with torch.no_grad():
+                made.down_weight.add_(1.0)
+            assert made.origin.sharer != origin.sharer
+    with torch.no_grad():
+        adapter.gate_logit.add_(1.0)
+    assert copied.adapter_digest == side.adapter_digest == adapter.origin.adapter != sent.adapter_digest
 
 
 def test_geometry_of_the_message_is_checked() -> None:
