@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import without_autocast
 from .noise import TrainingNoise
 
 Pair = tuple[Tensor, Tensor]
@@ -50,6 +51,7 @@ def edited_rows(sharer_index: Tensor | None, edit_mask: Tensor | None) -> Tensor
     return edit_mask != 0 if aligned is None else aligned & (edit_mask != 0)
 
 
+@without_autocast
 def joint_projection(
     sharer_key: Tensor | None,
     sharer_value: Tensor | None,
@@ -113,6 +115,7 @@ def joint_projection(
     return z
 
 
+@without_autocast
 def attention_pool(
     key: Tensor,
     value: Tensor,
@@ -172,6 +175,7 @@ def attention_pool(
     return torch.stack(pooled_keys).to(key.dtype), torch.stack(pooled_values).to(key.dtype)
 
 
+@without_autocast
 def gated_injection(
     receiver_key: Tensor,
     receiver_value: Tensor,
@@ -275,6 +279,7 @@ def fuse_layers(
     return fused
 
 
+@without_autocast
 def summarize_layers(
     sharer: Sequence[Pair],
     weights: Mapping[str, Tensor],
@@ -311,6 +316,7 @@ def summarize_layers(
 # ---------------------------------------------------------------------
 
 
+@without_autocast
 def slot_pool(
     key: Tensor,
     value: Tensor,
@@ -355,6 +361,7 @@ def slot_pool(
     return (*pooled, weights) if return_weights else pooled
 
 
+@without_autocast
 def fold_slots(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     """The message of one layer's slots: ``c_j = W_down·[K~_j; V~_j] + b_down + slot_embedding_j``.
 
@@ -372,6 +379,7 @@ def fold_slots(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str, Tenso
     return latent + weights["slot_embedding"][: slot_key.shape[1]].to(accumulate)
 
 
+@without_autocast
 def expand_slots(
     latent: Tensor,
     weights: Mapping[str, Tensor],
