@@ -18,7 +18,7 @@ from .errors import DTypeError, GeometryError, IndexRangeError, LCFError, ShapeE
 from .fingerprint import Origin, receiver_digest, sharer_digest
 from .inputs import check_device, hide_padding, known_length, real_tokens
 from .message import Message
-from .noise import TrainingNoise
+from .noise import TrainingNoise, draw_seed
 from .receiving import accepted_digest, combine, readable_latent
 from .sharer import SharerSide, Summarizes
 
@@ -418,8 +418,7 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
             return ops.fuse_layers_(sharer, receiver, weights, live=self._live(), norm_eps=norm_eps, **options)
         if not self.training:
             return ops.fuse_layers(sharer, receiver, weights, live=self._live(), norm_eps=norm_eps, **options)
-        seed = int(torch.randint(1 << 31, (), dtype=torch.int64))
-        noise = TrainingNoise(seed, self.gate_temperature, self.config.dropout)
+        noise = TrainingNoise(draw_seed(), self.gate_temperature, self.config.dropout)
         return ops.fuse_layers(sharer, receiver, weights, norm_eps=norm_eps, noise=noise, **options)
 
     def _weights(self) -> Mapping[str, Tensor]:
@@ -515,19 +514,6 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
         from .checkpoint import load
 
         return load(cls, directory, device=device, dtype=dtype, sharer=sharer, receiver=receiver)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # The kept layers live twice, as buffers and on the host; a state dict may bring others.
-        kept, reads = self._kept, self._reads
-        found = [state_dict.get(prefix + name) for name in ("receiver_layers", "sharer_layers")]
-        if all(isinstance(part, Tensor) and part.shape == (len(kept),) for part in found):
-            kept, reads = (tuple(int(i) for i in cast(Tensor, part).tolist()) for part in found)
-            geometries = self.config.receiver, self.config.sharer
-            for name, layers, geometry in zip(("receiver_layers", "sharer_layers"), (kept, reads), geometries):
-                if any(not 0 <= t < geometry.layers for t in layers):
-                    raise IndexRangeError(prefix + name, expected=f"layers in [0, {geometry.layers})", got=f"{layers}")
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._kept, self._reads, self._gates = kept, reads, None
 
     def extra_repr(self) -> str:
         c, kept = self.config, self._kept

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .config import CacheGeometry, LCFConfig
+from .config import CacheGeometry, LCFConfig, check_routing
 from .errors import CheckpointError, GeometryError, LCFError
 from .files import write_whole
 from .fingerprint import Origin, is_digest
@@ -319,17 +319,12 @@ def _description(path: Path, form: str, fields: dict[str, type]) -> dict[str, An
 def _routing(
     path: Path, description: dict[str, Any], sharer: CacheGeometry, receiver: CacheGeometry
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    layers = []
-    for name, geometry in (("receiver_layers", receiver), ("sharer_layers", sharer)):
-        layers.append(tuple(description[name]))
-        if not all(type(t) is int and 0 <= t < geometry.layers for t in layers[-1]):
-            expected = f"layers in [0, {geometry.layers})"
-            raise CheckpointError(f"{path}: {name}", expected=expected, got=str(layers[-1]))
-    kept, reads = layers
-    if not kept or list(kept) != sorted(set(kept)):
-        raise CheckpointError(f"{path}: receiver_layers", expected="ascending layers", got=str(kept))
-    if len(reads) != len(kept):
-        raise CheckpointError(f"{path}: sharer_layers", expected=f"{len(kept)} layers", got=str(reads))
+    kept, reads = tuple(description["receiver_layers"]), tuple(description["sharer_layers"])
+    for name, layers in (("receiver_layers", kept), ("sharer_layers", reads)):
+        if not all(type(t) is int for t in layers):
+            raise CheckpointError(f"{path}: {name}", expected="ints", got=str(layers))
+    with _named(path):
+        check_routing(kept, reads, receiver, sharer)
     return kept, reads
 
 

@@ -127,6 +127,23 @@ def layer_map(spec: str | Iterable[int], sharer_layers: int, receiver_layers: in
     return entries
 
 
+def check_routing(
+    kept: Sequence[int], reads: Sequence[int], receiver: CacheGeometry, sharer: CacheGeometry, prefix: str = ""
+) -> None:
+    """Kept receiver layers, and the sharer layer that each reads, as buffers and files have them.
+
+    Raises:
+        IndexRangeError, GeometryError: naming ``receiver_layers`` or ``sharer_layers``, behind ``prefix``.
+    """
+    for name, layers, geometry in (("receiver_layers", kept, receiver), ("sharer_layers", reads, sharer)):
+        if not all(0 <= t < geometry.layers for t in layers):
+            raise IndexRangeError(prefix + name, expected=f"layers in [0, {geometry.layers})", got=str(layers))
+    if not kept or list(kept) != sorted(set(kept)):
+        raise GeometryError(f"{prefix}receiver_layers", expected="ascending layers", got=str(kept))
+    if len(reads) != len(kept):
+        raise GeometryError(f"{prefix}sharer_layers", expected=f"{len(kept)} layers", got=str(reads))
+
+
 @dataclass(frozen=True)
 class LCFConfig:
     """Everything that fixes an adapter's parameters and arithmetic (spec, sections 2 to 4).

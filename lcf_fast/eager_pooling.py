@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .eager_tiles import TILE_ROWS, Workspace, cut_tiles
 from .reference import Pair, accumulation_dtype
 
@@ -122,6 +123,7 @@ def _pool(
     return pooled.masked_fill_(~inside.any(1)[:, None, None], torch.nan)
 
 
+@without_autocast
 @torch.no_grad()
 def attention_pool(
     key: Tensor,
@@ -138,6 +140,7 @@ def attention_pool(
     return pooled_key, pooled_value.clone()  # memory of its own
 
 
+@without_autocast
 @torch.no_grad()
 def summarize_layers(
     sharer: Sequence[Pair],
@@ -153,6 +156,7 @@ def summarize_layers(
     return torch.baddbmm(weights["down_bias"].to(flat.dtype)[:, None], flat, down.mT), summary
 
 
+@without_autocast
 @torch.no_grad()
 def pool_backward(
     caches: Sequence[Pair],
@@ -223,6 +227,7 @@ def pool_backward(
     return torch.stack(span_grads), torch.stack(global_grads), cache_grads
 
 
+@without_autocast
 @torch.no_grad()
 def span_weights(
     caches: Sequence[Pair],

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .eager_pooling import span_of_token, with_tracks
 from .reference import Pair, accumulation_dtype
 
@@ -70,6 +71,7 @@ def _packed(left: Part, right: Part, inner: Part, through: Tensor) -> Pair:
     return torch.stack([part.sums for part in parts], -3), stats
 
 
+@without_autocast
 @torch.no_grad()
 def pool_range(
     caches: Sequence[Pair],

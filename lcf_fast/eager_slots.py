@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import without_autocast
 from .noise import TrainingNoise
 from .reference import Pair, accumulation_dtype, rms_norm
 
@@ -26,6 +27,7 @@ __all__ = ["expand_slots", "finish_states", "fold_slots", "merge_states", "pool_
 _STACK_ELEMENTS = 1 << 16
 
 
+@without_autocast
 def pool_slots(sharer: Sequence[Pair], slot_query: Tensor, attention_mask: Tensor | None) -> Pair:
     """``K~, V~ (L, R, k, Hs, Ds)`` in float32 (float64 for float64 caches).
 
@@ -39,6 +41,7 @@ def pool_slots(sharer: Sequence[Pair], slot_query: Tensor, attention_mask: Tenso
     return keys, values
 
 
+@without_autocast
 def pool_states(sharer: Sequence[Pair], slot_query: Tensor, attention_mask: Tensor | None) -> Pair:
     """``states (L, R, Hs, k, 2, Ds)`` and ``stats (L, R, Hs, k, 2)`` of a piece of a context; no token: 0, -inf and 0.
 
@@ -78,6 +81,7 @@ def _finite(greatest: Tensor) -> Tensor:
     return greatest.masked_fill(greatest == -torch.inf, 0.0)
 
 
+@without_autocast
 def slot_weights(sharer: Sequence[Pair], slot_query: Tensor, attention_mask: Tensor | None) -> Tensor:
     """What each token weighs in each slot: ``(L, R, Hs, k, N)`` in float32 (or float64), 0 at padding."""
     parts = []
@@ -138,6 +142,7 @@ def _pool(key: Tensor, value: Tensor, query: Tensor, mask: Tensor | None) -> Pai
     return slot_key, slot_value
 
 
+@without_autocast
 def fold_slots(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     """``(L, B, k, Hs, Ds)`` twice to the latent ``(L, B, k, d)``; ``k`` may be fewer than ``slot_embedding`` has."""
     layers, batch, slots = slot_key.shape[:3]
@@ -149,6 +154,7 @@ def fold_slots(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str, Tenso
     return latent.view(layers, batch, slots, down.shape[1]) + embedding
 
 
+@without_autocast
 def expand_slots(
     latent: Tensor,
     weights: Mapping[str, Tensor],

@@ -109,7 +109,7 @@ class _Growing(Generic[Half, Pool]):
 
     def __init__(self, half: Half) -> None:
         self._half: Half = half
-        self._stamp = half._stamp()
+        self._state = half._state()
         self._pool: Pool | None = None
         self._tokens = 0
 
@@ -130,7 +130,7 @@ class _Growing(Generic[Half, Pool]):
         return self._pool
 
     def _check_weights(self) -> None:
-        if self._half._stamp() != self._stamp:
+        if self._half._state() is not self._state:
             raise MessageError("message", expected="the weights that it was begun with", got="weights changed since")
 
     def _check_batch(self, key: Tensor) -> None:

@@ -5,20 +5,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import MessageError
 from .fingerprint import Origin
 
 __all__ = ["HasOrigin", "Pending"]
 
-#: Parameters with their numbers of changes: equal stamps, equal weights.
+#: Weights with their numbers of changes: equal stamps, equal weights.
 Stamp = tuple[tuple[int, int], ...]
+
+
+class State:
+    """The weights of a module as they are until one of them changes, which casting or moving them does not.
+
+    Attributes:
+        origin: None until it is first asked for.
+    """
+
+    def __init__(self, origin: Origin | None = None) -> None:
+        self.origin = origin
 
 
 @dataclass(frozen=True)
@@ -26,10 +37,10 @@ class Pending:
     """The origin of a message, not looked up yet: a digest reads all weights, which most messages never need."""
 
     maker: HasOrigin
-    stamp: Stamp
+    state: State
 
     def __call__(self) -> Origin:
-        if self.maker._stamp() != self.stamp:
+        if self.maker._state() is not self.state:
             raise MessageError(
                 "message.origin",
                 expected="the weights that made the message (read `message.origin` before they change)",
@@ -42,10 +53,11 @@ class Pending:
         return self.maker is adapter or self.maker._receiver() is adapter
 
 
-class HasOrigin:
+class HasOrigin(nn.Module):
     """A module whose weights make messages, or read them."""
 
-    _known_origin: tuple[Stamp, list[Tensor], Origin] | None = None
+    #: The weights as they were last seen, held so that no other tensors can be taken for them.
+    _seen: tuple[Stamp, list[Tensor], State] | None = None
 
     def _weights(self) -> Mapping[str, Tensor]:
         raise AttributeError("_weights")
@@ -62,29 +74,56 @@ class HasOrigin:
 
     @property
     def origin(self) -> Origin:
-        """Digests of both halves, of the weights as made or loaded: casting or moving them does not change it.
+        """Digests of both halves, of the weights as loaded, or as they were when it was first asked for.
 
-        Computed when first asked, and again when a weight changes in place; reads all weights then.
+        Casting or moving them after that does not change it. Computed again when a weight has changed in place; reads
+        all weights then.
         """
         self._check_cross_context("tell the origin of messages")
-        stamp, known = self._stamp(), self._known_origin
-        if known is None or known[0] != stamp or _is_inference(known[1]):
-            known = (stamp, list(self._weights().values()), self._make_origin())
-            self._known_origin = known
-        return known[2]
+        if self._goes_uncounted():
+            return self._make_origin()
+        state = self._state()
+        if state.origin is None:
+            state.origin = self._make_origin()
+        return state.origin
+
+    def _goes_uncounted(self) -> bool:
+        """Whether a weight was made in inference mode: its changes are not counted."""
+        return any(weight.is_inference() for weight in self._weights().values())
 
     def _stamp(self) -> Stamp:
         weights = self._weights().values()
         return tuple((id(weight), -1 if weight.is_inference() else weight._version) for weight in weights)
 
+    def _state(self) -> State:
+        """The same object as long as no weight changes."""
+        stamp, seen = self._stamp(), self._seen
+        if seen is None or seen[0] != stamp:
+            seen = self._seen = (stamp, list(self._weights().values()), State())
+        return seen[2]
+
+    def _see(self, state: State) -> None:
+        """The weights now held are those of ``state``, in whatever dtype and wherever they lie."""
+        self._seen = (self._stamp(), list(self._weights().values()), state)
+
     def _set_origin(self, origin: Origin) -> None:
         """The weights now held are those of ``origin``, in whatever dtype."""
-        self._known_origin = (self._stamp(), list(self._weights().values()), origin)
+        self._see(State(origin))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # What casts and moves a module: its buffers are new tensors afterwards.
+        state = self._state()
+        super()._apply(*args, **kwargs)
+        self._see(state)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        origin = None if self._goes_uncounted() else self._state().origin
+        return {**self.__dict__, "_seen": ((), [], State(origin))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._see(state["_seen"][2])  # a copy has tensors of its own
 
     def _pending(self) -> Pending | None:
-        return None if torch.compiler.is_compiling() else Pending(self, self._stamp())
-
-
-def _is_inference(weights: Iterable[Tensor]) -> bool:
-    """Whether changes of some weight go uncounted."""
-    return any(weight.is_inference() for weight in weights)
+        return None if torch.compiler.is_compiling() else Pending(self, self._state())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -74,8 +75,16 @@ class Message:
             object.__setattr__(self, "made_by", made_by)  # frozen to its users: the answer does not change
         return made_by
 
+    def __copy__(self) -> Message:
+        return replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Message:
+        # A function that finds the origin holds on to a whole adapter, of which no copy is wanted.
+        memo[id(self.made_by)] = self.made_by
+        return replace(self, **{name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+
     def __getstate__(self) -> dict[str, Any]:
-        # A function that finds the origin holds on to a whole adapter, which a copy must not take along.
+        # In another process there is no adapter to ask.
         return {**self.__dict__, "made_by": self.origin}
 
     @property

@@ -172,7 +172,8 @@ def gated_injection(
     if not needs_grad(*arguments[:3], *parameters):
         return undispatched(library.run_gated_injection, arguments)
     if backend == "eager":
-        return reference.gated_injection(receiver_key, receiver_value, latent, weights, edit_mask=mask)
+        key, value = reference.gated_injection(receiver_key, receiver_value, latent, weights, edit_mask=mask)
+        return key.contiguous(), value.contiguous()
     return library.gated_injection(*arguments)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import checks as check
 from . import eager_ranges
 from . import library_pooling as library
+from .autocast import without_autocast
 from .backends import resolve
 from .dispatch import is_plain, needs_grad, served_by, undispatched
 from .errors import DTypeError, GeometryError, ShapeError
@@ -235,6 +236,7 @@ def _check_states(states: Tensor, stats: Tensor, global_query: Tensor, axes: int
     _check_query("global_query", global_query, (layers, heads, states.shape[-1]), states.device)
 
 
+@without_autocast
 def fold_summary(summary: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     """The message of a summary: ``c = W_down[:, :2Cs]·[K*;V*] + b_down`` a layer and item (spec section 4).
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autocast import without_autocast
 from .noise import TrainingNoise
 
 Pair = tuple[Tensor, Tensor]
@@ -42,6 +43,15 @@ def gather_rows(cache: Tensor, sharer_index: Tensor) -> Tensor:
     return cache.gather(2, rows.expand(-1, cache.shape[1], -1, cache.shape[3]))
 
 
+def edited_rows(sharer_index: Tensor | None, edit_mask: Tensor | None) -> Tensor | None:
+    """``(B, N)``, True where a position has a sharer's row and is not masked; None: everywhere."""
+    aligned = None if sharer_index is None else sharer_index >= 0
+    if edit_mask is None:
+        return aligned
+    return edit_mask != 0 if aligned is None else aligned & (edit_mask != 0)
+
+
+@without_autocast
 def joint_projection(
     sharer_key: Tensor | None,
     sharer_value: Tensor | None,
@@ -51,6 +61,7 @@ def joint_projection(
     *,
     sharer_index: Tensor | None = None,
     message: Tensor | None = None,
+    edit_mask: Tensor | None = None,
     norm_eps: float = 1e-6,
     noise: TrainingNoise | None = None,
     layer: int = 0,
@@ -68,6 +79,7 @@ def joint_projection(
             ``ffn_in_weight (blocks, 4d, d)``, ``ffn_out_weight (blocks, d, 4d)``.
         sharer_index: ``(B, N)`` int, the sharer's row for each receiver position. -1: none; that latent row is zero.
         message: ``(B, d)``, LCF-X: the sharer's whole part ``W_down[:, :2Cs]·[K*;V*] + b_down``.
+        edit_mask: ``(B, N)``, zero where the latent is not needed; that row is zero, too.
         norm_eps: epsilon of the norm.
         noise: dropout on what each block adds, as in training; ``layer``: the row that its numbers are drawn for.
 
@@ -83,9 +95,15 @@ def joint_projection(
         if sharer_index is not None:
             sharer_key, sharer_value = gather_rows(sharer_key, sharer_index), gather_rows(sharer_value, sharer_index)
         x = torch.cat([flatten_heads(sharer_key).to(dtype), flatten_heads(sharer_value).to(dtype), x], -1)
+    edited = edited_rows(sharer_index, edit_mask)
+    if edited is not None:  # zeros from the start: padding may hold NaN, and so would the gradient, zero times NaN
+        x = x.masked_fill(~edited[..., None], 0.0)
+    if message is None:
         z = F.linear(x, down, weights["down_bias"].to(dtype)).to(accumulate)
     else:
         z = F.linear(x, down[:, down.shape[1] - x.shape[2] :]).to(accumulate) + message.to(accumulate)[:, None]
+    if edited is not None:  # the blocks have no biases: zero stays zero
+        z = z.masked_fill(~edited[..., None], 0.0)
     blocks = zip(weights["norm_weight"], weights["ffn_in_weight"], weights["ffn_out_weight"])
     for block, (scale, w_in, w_out) in enumerate(blocks):
         hidden = F.gelu(F.linear(rms_norm(z, scale.to(accumulate), norm_eps).to(dtype), w_in.to(dtype)))
@@ -94,11 +112,10 @@ def joint_projection(
             shape = (z.shape[0], z.shape[1], z.shape[2])
             added = torch.where(noise.keep(layer, block, shape, z.device), added * noise.keep_scale, 0.0)
         z = z + added
-    if sharer_index is not None:
-        z = z.masked_fill((sharer_index < 0)[..., None], 0.0)
     return z
 
 
+@without_autocast
 def attention_pool(
     key: Tensor,
     value: Tensor,
@@ -158,6 +175,7 @@ def attention_pool(
     return torch.stack(pooled_keys).to(key.dtype), torch.stack(pooled_values).to(key.dtype)
 
 
+@without_autocast
 def gated_injection(
     receiver_key: Tensor,
     receiver_value: Tensor,
@@ -184,6 +202,8 @@ def gated_injection(
     dtype = receiver_key.dtype
     accumulate = accumulation_dtype(dtype)
     z = latent.to(dtype)
+    if edit_mask is not None:
+        z = z.masked_fill((edit_mask == 0)[..., None], 0.0)
     edited = []
     for i, (cache, z_half) in enumerate(zip((receiver_key, receiver_value), z.chunk(2, -1))):
         delta = F.linear(z_half, weights["up_weight"][i].to(dtype), weights["up_bias"][i].to(dtype))
@@ -232,14 +252,11 @@ def fuse_layers(
         New ``(key, value)`` a layer.
     """
     batch, _, length, _ = receiver[0][0].shape
-    mask = torch.ones(batch, length, dtype=torch.bool, device=receiver[0][0].device)
-    if edit_mask is not None:
-        mask &= edit_mask != 0
-    if sharer_index is not None:
-        mask &= sharer_index >= 0
-    if positions is not None:
-        mask[:, : positions[0]] = False
-        mask[:, positions[1] :] = False
+    mask = edited_rows(sharer_index, edit_mask)
+    if positions is not None and positions != (0, length):
+        token = torch.arange(length, device=receiver[0][0].device)
+        inside = (token >= positions[0]) & (token < positions[1])
+        mask = inside.expand(batch, length) if mask is None else mask & inside
     fused = []
     for layer, (receiver_key, receiver_value) in enumerate(receiver):
         one = {name: stacked[layer] for name, stacked in weights.items()}
@@ -252,6 +269,7 @@ def fuse_layers(
             one,
             sharer_index=sharer_index if message is None else None,
             message=None if message is None else message[layer],
+            edit_mask=mask,
             norm_eps=norm_eps,
             noise=noise,
             layer=layer,
@@ -261,6 +279,7 @@ def fuse_layers(
     return fused
 
 
+@without_autocast
 def summarize_layers(
     sharer: Sequence[Pair],
     weights: Mapping[str, Tensor],
@@ -297,6 +316,7 @@ def summarize_layers(
 # ---------------------------------------------------------------------
 
 
+@without_autocast
 def slot_pool(
     key: Tensor,
     value: Tensor,
@@ -341,6 +361,7 @@ def slot_pool(
     return (*pooled, weights) if return_weights else pooled
 
 
+@without_autocast
 def fold_slots(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     """The message of one layer's slots: ``c_j = W_down·[K~_j; V~_j] + b_down + slot_embedding_j``.
 
@@ -358,6 +379,7 @@ def fold_slots(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str, Tenso
     return latent + weights["slot_embedding"][: slot_key.shape[1]].to(accumulate)
 
 
+@without_autocast
 def expand_slots(
     latent: Tensor,
     weights: Mapping[str, Tensor],

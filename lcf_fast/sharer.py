@@ -14,6 +14,7 @@ it was trained for by its digest, and holds a copy of that half's ``b``, so that
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from . import ops_pooling as ops
 from .caches import Pair, cache_layers, check_pairs
-from .config import CacheGeometry, layer_map
+from .config import CacheGeometry, check_routing, layer_map
 from .eager_pooling import span_weights as weights_of_spans
 from .errors import DTypeError, LCFError
 from .fingerprint import Origin, sharer_digest
@@ -76,6 +77,22 @@ class ReadsSharer(HasOrigin):
 
     def _check_device(self, name: str, key: Tensor) -> None:
         check_device(name, key, next(iter(self._weights().values())), "the adapter")
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Which layer reads which is there twice, in buffers and on the host; a state dict may bring another routing.
+        def brought(name: str, held: tuple[int, ...]) -> tuple[int, ...]:
+            found = state_dict.get(prefix + name)
+            if not isinstance(found, Tensor) or found.shape != (len(held),):
+                return held  # for torch to find missing, or of another size
+            return tuple(int(layer) for layer in found.tolist())
+
+        kept, reads = brought("receiver_layers", self._kept), brought("sharer_layers", self._reads)
+        self._check_routing(kept, reads, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._kept, self._reads = kept, reads
+
+    def _check_routing(self, kept: tuple[int, ...], reads: tuple[int, ...], prefix: str) -> None:
+        check_routing(kept, reads, self.receiver_geometry, self.sharer_geometry, prefix)
 
 
 class Summarizes(ReadsSharer):
@@ -254,6 +271,15 @@ class SideOf(ReadsSharer, nn.Module):
 
     def _receiver(self) -> Any:
         return None if self._adapter is None else self._adapter()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Elsewhere it knows the adapter that it writes to by the digest alone.
+        return {**super().__getstate__(), "_adapter": None, "_digest": self.adapter_digest}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SideOf:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy({**self.__getstate__(), "_adapter": self._adapter}, memo))
+        return made
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write ``config.json`` and ``sharer.safetensors`` to a folder, each whole or not at all."""

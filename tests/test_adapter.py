@@ -119,7 +119,16 @@ def test_a_state_dict_brings_its_layers() -> None:
     wrong["receiver_layers"] = torch.tensor([2, 5])
     with pytest.raises(IndexRangeError, match=r"receiver_layers: expected layers in \[0, 5\)"):
         adapter.load_state_dict(wrong)
+    for layers, got in (([2, 2], "2, 2"), ([4, 2], "4, 2")):
+        wrong["receiver_layers"] = torch.tensor(layers)
+        with pytest.raises(GeometryError, match=rf"receiver_layers: expected ascending layers, got \({got}\)"):
+            adapter.load_state_dict(wrong)
     assert adapter.receiver_layers.tolist() == [2, 4]
+    assert_equal(adapter.fuse(sharer, receiver), pruned.fuse(sharer, receiver))
+    rerouted = {"sharer_layers": torch.tensor([1, 0])}
+    adapter.load_state_dict(rerouted, strict=False)
+    pruned.load_state_dict({**pruned.state_dict(), **rerouted})
+    assert_equal(adapter.fuse(sharer, receiver), pruned.fuse(sharer, receiver))
 
 
 # --- fuse --------------------------------------------------------------------------------------------------------

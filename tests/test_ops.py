@@ -94,6 +94,20 @@ def gradients(call: Callable[[dict[str, Tensor]], Any], weights: dict[str, Tenso
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_an_injection_is_contiguous_and_new_whatever_the_cache(
+    with_grad: bool, backend: Backend, inputs: Inputs
+) -> None:
+    key, value = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in inputs.receiver[0])
+    latent = inputs.latent.requires_grad_(with_grad)
+    with use_backend(backend):
+        edited = ops.gated_injection(key, value, latent, inputs.one)
+    assert not key.is_contiguous() and edited[0].requires_grad == with_grad
+    for new, old in zip(edited, (key, value)):
+        assert new.is_contiguous() and new.data_ptr() != old.data_ptr()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPS)
 def test_value_and_gradient(name: str, backend: Backend, inputs: Inputs) -> None:
     with use_backend(backend):

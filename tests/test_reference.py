@@ -14,6 +14,7 @@ from torch import Tensor
 
 from helpers import Geometry, Pair, make_cache, make_weights
 from lcf_fast import reference
+from lcf_fast.noise import TrainingNoise
 
 SHARER, RECEIVER = Geometry(2, 2, 3), Geometry(2, 3, 2)
 WIDTH = 4
@@ -314,6 +315,65 @@ def test_gradcheck_of_the_injection(generator: torch.Generator, gates: str, mask
 
     inputs = leaves(*receiver, latent, *(weights[name] for name in INJECTION))
     assert torch.autograd.gradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("with_noise", [False, True])
+@pytest.mark.parametrize("case", ["mask", "positions", "index", "message"])
+def test_what_padding_holds_reaches_no_gradient(generator: torch.Generator, case: str, with_noise: bool) -> None:
+    """NaN, infinity or zeros where nothing is edited: the same gradients of weights, message and caches."""
+    weights = small_weights(generator)
+    sharer, receiver = cache(SHARER, 2, 5, generator), cache(RECEIVER, 2, 5, generator)
+    mask = torch.tensor([[0, 1, 1, 1, 0], [0, 0, 0, 0, 0]])
+    options: dict[str, Any] = {"edit_mask": mask}
+    if case == "positions":
+        mask = torch.tensor([[0, 1, 1, 0, 0]] * 2)
+        options = {"positions": (1, 3)}
+    elif case == "index":  # row 0, which an index of -1 would read, and row 4, which only a masked position names
+        options["sharer_index"] = torch.tensor([[4, 3, -1, 2, 4], [1, -1, -1, -1, 4]])
+        mask = mask & (options["sharer_index"] >= 0)
+    hidden = mask == 0
+    unread = hidden if case != "index" else torch.tensor([[1, 1, 0, 0, 1], [1, 0, 1, 1, 1]], dtype=torch.bool)
+    message = torch.randn(2, 2, WIDTH, dtype=F64, generator=generator)
+    if case == "message":
+        options["message"] = message
+    noise = TrainingNoise(3, 0.7, 0.25) if with_noise else None
+
+    def gradients(filler: float) -> list[Tensor]:
+        tensors = [tensor.clone() for pair in (*sharer, *receiver) for tensor in pair]
+        for i, tensor in enumerate(tensors):
+            tensor.transpose(1, 2)[unread if i < 4 else hidden] = filler
+        given = dict(options)
+        if case == "message":
+            given["message"] = message.clone()
+            given["message"][:, 1] = filler  # of the row that is all padding
+        inputs = [*weights.values(), *tensors, *([given["message"]] if case == "message" else [])]
+        for tensor in inputs:
+            tensor.grad = None
+            tensor.requires_grad_()
+        pairs = [(a, b) for a, b in zip(tensors[0::2], tensors[1::2])]
+        own = None if case == "message" else pairs[:2]
+        fused = reference.fuse_layers(own, pairs[2:], weights, noise=noise, **given)
+        torch.stack([x.transpose(1, 2)[~hidden].sin().sum() for pair in fused for x in pair]).sum().backward()
+        return [tensor.grad for tensor in inputs if tensor.grad is not None]
+
+    truth = gradients(0.0)
+    assert len(truth) >= len(PROJECTION) + len(INJECTION) and any(bool((grad != 0).any()) for grad in truth)
+    for filler in (torch.nan, torch.inf):
+        for got, wanted in zip(gradients(filler), truth, strict=True):
+            assert torch.equal(got, wanted)
+
+
+def test_a_masked_latent_reaches_no_gradient_of_the_injection(generator: torch.Generator) -> None:
+    weights = layer_of(small_weights(generator), 0)
+    key, value = cache(RECEIVER, 1, 2, generator)[0]
+    latent = torch.full((1, 2, WIDTH), torch.nan, dtype=F64)
+    latent[:, 1] = 0.5
+    named = dict(zip(INJECTION, leaves(*(weights[name] for name in INJECTION)))) | {"gate_logit": weights["gate_logit"]}
+    edited = reference.gated_injection(key, value, latent, named, edit_mask=torch.tensor([[0, 1]]))
+    (edited[0].sum() + edited[1].sum()).backward()
+    for name in INJECTION:
+        grad = named[name].grad
+        assert grad is not None and bool(torch.isfinite(grad).all()) and bool((grad != 0).any()), name
 
 
 def test_gradients_reach_the_message_through_all_layers(generator: torch.Generator) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from adapters import RECEIVER, SHARER, assert_close, cloned, expected_of, make_adapter, make_caches
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import assert_same
 from torch import Tensor
 
 from helpers import Pair, assert_within_budget, make_cache, to_double
@@ -394,6 +396,25 @@ def test_for_receiver_maps_layers() -> None:
     assert "3x2x16 -> 5x3x8" in repr(adapter.sharer_side())
 
 
+def test_a_state_dict_brings_its_routing(tmp_path: Path) -> None:
+    """Loading, and saving what was loaded, changes no message."""
+    adapter, cache = make_adapter(True), sharer_cache(2, 9, OTHER)
+    side, other = (SharerSide.for_receiver(adapter, OTHER, layers=layers) for layers in ([1, 0, 1, 0, 1], [0] * 5))
+    message = side.summarize(cache)
+    torch.nn.ModuleDict({"side": other}).load_state_dict({f"side.{k}": v for k, v in side.state_dict().items()})
+    other.save_pretrained(tmp_path)
+    for loaded in (other, SharerSide.from_pretrained(tmp_path)):
+        assert torch.equal(loaded.summarize(cache).tensors["latent"], message.tensors["latent"])
+        assert loaded.origin == message.origin
+    for name, layers, error in (
+        ("sharer_layers", [0, 0, 0, 0, OTHER.layers], IndexRangeError),
+        ("receiver_layers", [0, 1, 2, 4, 4], GeometryError),
+    ):
+        with pytest.raises(error, match=name):
+            other.load_state_dict({**side.state_dict(), name: torch.tensor(layers)})
+    assert torch.equal(other.summarize(cache).tensors["latent"], message.tensors["latent"])
+
+
 # --- who may write to whom ----------------------------------------------------------------------------------------
 
 
@@ -479,6 +500,54 @@ def test_the_origin_is_of_the_weights_that_made_it() -> None:
     moved = make_adapter(True)
     before = moved.origin
     assert moved.to(torch.float16).origin == before
+
+
+def test_a_cast_half_is_the_same_half(tmp_path: Path) -> None:
+    """Casting and moving give a module new buffers: whose messages they are stays, and a change is still seen."""
+    adapter, (cache, receiver) = make_adapter(True), make_caches()
+    adapter.sharer_side().save_pretrained(tmp_path)
+    read = SharerSide.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert read.origin == adapter.origin
+    adapter.inject(receiver, Message.from_bytes(read.summarize(cache).to_bytes()))
+
+    side = adapter.sharer_side()
+    early, growing = side.summarize(cache), side.begin().extend(cache)
+    outer = torch.nn.ModuleDict({"side": side}).to(torch.float16)
+    outer.double()
+    assert side.down_bias.dtype == torch.float64
+    assert side.origin == early.origin == growing.finish().origin == adapter.origin
+    with torch.no_grad():
+        side.down_weight[0, 0, 0] += 0.5
+    side.float()
+    assert side.origin != adapter.origin
+    stale = side.summarize(cache)
+    with torch.no_grad():
+        side.down_bias.add_(1.0)
+    with pytest.raises(MessageError, match="have changed since"):
+        side.double() and stale.origin
+
+
+def test_a_copied_half_is_the_same_half() -> None:
+    """In another process it knows its adapter by the digest, as it was; in this one by the adapter, whatever becomes of
+    it."""
+    adapter, (cache, receiver) = make_adapter(True), make_caches()
+    for side in (adapter.sharer_side(), SharerSide.for_receiver(adapter, SHARER)):
+        origin = side.origin
+        side.half()  # which a copy cannot see
+        sent = pickle.loads(pickle.dumps(side))
+        assert sent.origin == origin and sent.adapter_digest == adapter.origin.adapter
+        assert pickle.loads(pickle.dumps(sent)).origin == origin
+        copied = copy.deepcopy(side)
+        assert copied.origin == origin
+        adapter.inject(receiver, copied.summarize(cache))
+        for made in (sent, copied):
+            assert_same(made.summarize(cache), side.summarize(cache))
+            with torch.no_grad():
+                made.down_weight.add_(1.0)
+            assert made.origin.sharer != origin.sharer
+    with torch.no_grad():
+        adapter.gate_logit.add_(1.0)
+    assert copied.adapter_digest == side.adapter_digest == adapter.origin.adapter != sent.adapter_digest
 
 
 def test_geometry_of_the_message_is_checked() -> None:

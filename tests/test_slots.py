@@ -448,6 +448,17 @@ def test_a_folder_that_lacks_a_layer_is_refused(adapter: LatentSlots, tmp_path: 
         LatentSlots.from_pretrained(tmp_path)
 
 
+def test_a_state_dict_of_another_layer_map_is_refused(adapter: LatentSlots) -> None:
+    """It would be an adapter whose configuration contradicts it, which nobody could read back."""
+    state, held = adapter.state_dict(), adapter.sharer_layers.clone()
+    adapter.load_state_dict(state)
+    other = {"sharer_layers": torch.zeros_like(held), "down_bias": torch.full_like(state["down_bias"], 9.0)}
+    assert not torch.equal(other["sharer_layers"], held)
+    with pytest.raises(GeometryError, match=r"sharer_layers: expected \(.*the configuration's layer map"):
+        adapter.load_state_dict({**state, **other})
+    assert torch.equal(adapter.sharer_layers, held) and not bool((adapter.get_parameter("down_bias") == 9.0).any())
+
+
 # --- what is refused
 # ---------------------------------------------------------------------
 

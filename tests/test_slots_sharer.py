@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,22 @@ def test_the_half_of_an_adapter_for_another_sharer(adapter: LatentSlots) -> None
     adapter.accept_sharer(side)
     assert adapter.accepted_sharers == {trained.origin.sharer}
     adapter.expand(Message.from_bytes(side.summarize(others_cache()).to_bytes()))
+
+
+def test_a_state_dict_brings_its_routing_to_a_half(adapter: LatentSlots) -> None:
+    layers = adapter.receiver_geometry.layers
+    side = SlotsSharerSide.for_receiver(adapter, OTHER, layers=[1] * layers)
+    other = SlotsSharerSide.for_receiver(adapter, OTHER, layers=[0] * layers)
+    other.load_state_dict(side.state_dict())
+    assert torch.equal(latent(other.summarize(others_cache())), latent(side.summarize(others_cache())))
+    assert other.origin == side.origin
+
+
+def test_a_fresh_half_goes_to_another_process(adapter: LatentSlots) -> None:
+    side = SlotsSharerSide.for_receiver(adapter, OTHER)
+    sent = pickle.loads(pickle.dumps(side))
+    assert sent.origin == side.origin and sent.origin.adapter == adapter.origin.adapter
+    assert torch.equal(latent(sent.summarize(others_cache())), latent(side.summarize(others_cache())))
 
 
 def test_what_makes_no_half(adapter: LatentSlots) -> None:

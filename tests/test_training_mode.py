@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from adapters import RECEIVER, Pair, assert_close, assert_equal, cloned, make_adapter, make_caches
+import torch._dynamo.testing
+from adapters import RECEIVER, SHARER, Pair, assert_close, assert_equal, cloned, make_adapter, make_caches
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcf_fast import LatentCacheFlow, LCFConfig, reference, use_backend
+from lcf_fast import LatentCacheFlow, LatentSlots, LCFConfig, reference, use_backend
 from lcf_fast.backends import Backend
 from lcf_fast.errors import DTypeError, GeometryError
 from lcf_fast.noise import TrainingNoise, random_bits
@@ -101,6 +103,46 @@ def test_every_call_has_its_own_noise_and_the_seed_fixes_it(back_end: Backend, d
         assert_equal(edit(adapter, sharer, receiver), first)
     assert not torch.equal(first[0][0], second[0][0])
     assert_equal(receiver, before)
+
+
+def slots_adapter() -> LatentSlots:
+    torch.manual_seed(5)
+    return LatentSlots(LCFConfig(SHARER, RECEIVER, bottleneck=64, cross_context=True, slots=3, dropout=0.25))
+
+
+@pytest.mark.parametrize("method", ["lcf", "slots"])
+def test_training_compiles_whole(method: str, device: torch.device) -> None:
+    """One graph for every back end, which an op chooses when it runs. It draws anew at each call and each time it runs:
+    numbers and gradients are the eager call's."""
+    lcf = make_adapter(keep=[0, 2], dropout=0.1).train().requires_grad_()
+    adapter = (slots_adapter() if method == "slots" else lcf).to(device)
+    sharer, receiver = make_caches(device)
+
+    def call() -> list[Pair]:
+        if isinstance(adapter, LatentSlots):
+            return adapter.expand(adapter.summarize(sharer))
+        return edit(adapter, sharer, receiver)
+
+    def both() -> list[Pair]:
+        return [*call(), *call()]
+
+    def step(run: Callable[[], list[Pair]], seed: int) -> list[torch.Tensor]:
+        torch.manual_seed(seed)
+        edited = [tensor for pair in run() for tensor in pair]
+        wanted = list(adapter.parameters())
+        return edited + list(torch.autograd.grad(torch.stack([t.sin().sum() for t in edited]).sum(), wanted))
+
+    torch.compiler.reset()
+    graphs: list[int] = []
+    traced: Any = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled: Any = torch.compile(both, fullgraph=True, backend=traced)
+    for seed in (1, 2):
+        got, expected = step(compiled, seed), step(both, seed)
+        for ours, truth in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(got[0], got[2 * RECEIVER.layers]), "both calls drew one seed"
+        graphs.append(traced.frame_count)
+    assert graphs == [1, 1]
 
 
 @pytest.mark.parametrize("cross_context", [False, True])
