@@ -127,6 +127,69 @@ def test_text_is_what_the_sharer_writes(receiver: Agent) -> None:
     assert answer.sent == len(note.encode())
 
 
+@pytest.fixture
+def unpadded() -> tuple[Agent, int]:
+    """An agent whose tokenizer has no padding and a word as token 0, and a token that it says to the first request
+    alone, not at once."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # Every id of the model's is a character.
+    vocabulary = {token: i for i, token in enumerate([*map(chr, range(ord("!"), ord("!") + 638)), " ", "\n"])}
+    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="!"))
+    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made = Agent("a", tiny_model("qwen2", 2), PreTrainedTokenizerFast(tokenizer_object=characters))
+    made.model.generation_config.eos_token_id = None
+    said = [answer.ids.tolist() for answer in NoneChannel(made).answer(REQUESTS, max_new_tokens=8, do_sample=False)]
+    end = next(token for token in said[0][1:6] if token != said[0][0] and token not in said[1] + said[2])
+    return made, end
+
+
+def test_a_note_ends_where_it_ends_alone(receiver: Agent, unpadded: tuple[Agent, int]) -> None:
+    """What fills up the shorter notes of a batch is no part of them, whatever token it is."""
+    sharer, _ = unpadded
+    channel = TextChannel(receiver, [sharer], most_tokens=8)
+    rows = sharer.prompts(channel._asked(sharer, REQUESTS))
+    said = [
+        sharer.model.generate(torch.tensor([row]), max_new_tokens=8, do_sample=False)[0, len(row) :] for row in rows
+    ]
+    written = [row.tolist() for row in said]
+    sharer.model.generation_config.eos_token_id = next(t for t in written[0][1:6] if t not in written[1] + written[2])
+    alone = [channel._write(sharer, [request])[0] for request in REQUESTS]
+    assert len(alone[0]) < len(sharer.tokenizer.decode(written[0]).strip()), "it did not end early"
+    assert channel._write(sharer, REQUESTS) == alone
+
+
+def test_an_answer_ends_where_it_ends_alone(unpadded: tuple[Agent, int]) -> None:
+    """By whatever way ``generate`` is told what ends one."""
+    from transformers import GenerationConfig
+
+    made, end = unpadded
+    channel = NoneChannel(made)
+    for options in (
+        {"eos_token_id": end},
+        {"eos_token_id": [end, 3]},
+        {"generation_config": GenerationConfig(eos_token_id=end)},
+    ):
+        whole = channel.answer(REQUESTS, max_new_tokens=8, do_sample=False, **options)
+        alone = [channel.answer([request], max_new_tokens=8, do_sample=False, **options)[0] for request in REQUESTS]
+        assert len(whole[0].ids) < 8
+        assert [answer.ids.tolist() for answer in whole] == [answer.ids.tolist() for answer in alone]
+        assert [answer.text for answer in whole] == [answer.text for answer in alone]
+    made.model.generation_config.eos_token_id = end
+    (told,) = channel.answer(REQUESTS[:1], max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert len(told.ids) == 8, "cut where generate was told not to end"
+
+
+def test_padding_is_never_a_word_where_there_is_another_token(unpadded: tuple[Agent, int]) -> None:
+    made, _ = unpadded
+    assert made.padding() == 0
+    made.tokenizer.eos_token = made.tokenizer.convert_ids_to_tokens(7)
+    assert made.padding() == 7
+    made.tokenizer.pad_token = made.tokenizer.convert_ids_to_tokens(9)
+    assert made.padding() == 9
+
+
 def test_a_note_stands_in_its_template(receiver: Agent) -> None:
     """With the receiver's own question, whoever's note it is; what crosses is the note alone."""
     plain = channels_of(receiver, "text")
