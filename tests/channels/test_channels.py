@@ -24,7 +24,7 @@ from lcf_fast.channels import (
     Sharer,
     TextChannel,
 )
-from lcf_fast.channels.controls import CONTROLS, controlled_cache
+from lcf_fast.channels.controls import CONTROLS, Noise, controlled_cache
 from lcf_fast.errors import GeometryError, LCFError, MessageError, ShapeError, SpanError
 from lcf_fast.sharer import SharerSide
 
@@ -383,15 +383,47 @@ def test_controls_send_something_else(name: str, same_tokens: bool, receiver: Ag
 
 
 def test_random_numbers_have_the_moments_of_what_they_replace() -> None:
-    generator = torch.Generator().manual_seed(0)
     cache = [(3 + 2 * torch.randn(2, 1, 400, 4), torch.randn(2, 1, 400, 4) - 5)]
     mask = torch.ones(2, 400)
     mask[0, :100] = 0
     cache[0][0][0, :, :100] = 1e6  # padding counts for nothing
-    ((key, value),) = controlled_cache(cache, mask, "random", generator)
+    ((key, value),) = controlled_cache(cache, mask, "random", Noise(REQUESTS[:2], "a", 0))
     for made, mean, deviation in ((key, 3.0, 2.0), (value, -5.0, 1.0)):
         assert float((made.mean(2) - mean).abs().max()) < 0.6
         assert float((made.std(2) - deviation).abs().max()) < 0.5
+
+
+@pytest.mark.parametrize("name", ["lcf", "lcf_x"])
+def test_random_numbers_are_of_their_request(name: str, receiver: Agent) -> None:
+    """Whatever batch it is in and wherever there; and of another question, sharer or seed they are others."""
+    sharer = agent("a", "qwen2", 2, template=CHATML_SYSTEM)
+    adapter = adapter_of(sharer, receiver, cross_context=name == "lcf_x")
+
+    def logits(requests: Sequence[Request], seed: int = 0) -> Tensor:
+        one = [Sharer(sharer, adapter)]
+        told: dict[str, Any] = {"control": "random", "seed": seed}
+        channel = LCFXChannel(receiver, adapter, one, dtype="float32", **told) if name == "lcf_x" else LCFChannel(
+            receiver, one, **told)  # fmt: skip
+        return channel.next_logits(requests)[0]
+
+    whole = logits(REQUESTS)
+    torch.testing.assert_close(torch.cat([logits([one]) for one in REQUESTS]), whole, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits(REQUESTS[::-1]).flip(0), whole, rtol=1e-3, atol=1e-3)
+    assert float((logits(REQUESTS, 1) - whole).abs().amax(1).min()) > 1e-2
+
+
+def test_no_two_questions_get_the_same_random_numbers() -> None:
+    """Nor two sharers of one question, nor two that share their contexts: of 40 no pair is alike."""
+    asked = [Request(f"Who is {i}?", "One.", {"a": (f"Two {i % 4}.",)}) for i in range(40)]
+    drawn = [Noise(asked, "a", 42).generator(row) for row in range(40)]
+    drawn += [Noise(asked, "b", 42).generator(0), Noise(asked, "a", 43).generator(0)]
+    numbers = torch.stack([torch.randn(400, generator=one) for one in drawn])
+    alike = torch.corrcoef(numbers) - torch.eye(len(drawn))
+    assert float(alike.abs().max()) < 0.3
+    again = torch.randn(400, generator=Noise(asked[7:8], "a", 42).generator(0))
+    assert torch.equal(again, numbers[7])
+    # Of version and process independent: what Python's own hash is not.
+    assert Noise(asked, "a", 42).generator(0).initial_seed() == 2804217770
 
 
 def other_pair(receiver: Agent) -> Channel:
