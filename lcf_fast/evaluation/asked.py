@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..channels.request import Request
 from ..training.data import CrossExample, Example, name_broken, read_examples
+from .decoys import tells, with_decoys
 from .failures import EvaluationError
-from .run import AskedSet, Item, choice_item, with_decoys
+from .run import AskedSet, Item, choice_item
 from .sets import read_hotpotqa, read_questions
 
 __all__ = ["Source", "asked_lines", "asked_sets"]
@@ -47,12 +48,12 @@ def asked_sets(source: Source, say: Say) -> list[AskedSet]:
     if source.hotpotqa is not None:
         hotpotqa = read_hotpotqa(source.hotpotqa, **options)  # type: ignore[arg-type]
         say(hotpotqa.summary(), bool(hotpotqa.broken))
-        found.append(AskedSet("hotpotqa", with_decoys([_crossing(one) for one in hotpotqa.items])))
+        found.append(_asked("hotpotqa", [_crossing(one) for one in hotpotqa.items], say))
     for given in source.choices:
         name, _, file = given.partition("=")
         questions = read_questions(name, file or None, progress=True, **options)  # type: ignore[arg-type]
         say(questions.summary(), bool(questions.broken))
-        found.append(AskedSet(name, with_decoys([choice_item(one) for one in questions.items])))
+        found.append(_asked(name, [choice_item(one) for one in questions.items], say))
     return found
 
 
@@ -64,7 +65,22 @@ def asked_lines(path: str, source: Source, say: Say, *, name: str | None = None)
         items = [_crossing(example) for example in examples.examples]
     else:
         items = _single_turns(path, examples.examples, say)
-    return AskedSet(name or Path(path).stem, with_decoys(items))
+    return _asked(name or Path(path).stem, items, say)
+
+
+def _asked(name: str, items: Sequence[Item], say: Say) -> AskedSet:
+    """Items with their decoys; of which some are no clean control, that is noted."""
+    made = with_decoys(items)
+    telling = [item.id for item in made if tells(item)]
+    if not telling:
+        return AskedSet(name, made)
+    shown = ", ".join([*telling[:3], *(["..."] if len(telling) > 3 else [])])
+    note = (
+        f"{name}: for {len(telling):,} of {len(made):,} questions ({shown}) no other one was found whose contexts do "
+        "not hold the answer, too: there the mismatched message may tell it"
+    )
+    say(note, True)
+    return AskedSet(name, made, (note,))
 
 
 def _crossing(example: Example) -> Item:

@@ -21,7 +21,7 @@ from .report import markdown
 from .sets import Question
 from .summary import Summary, summarize, summary_json
 
-__all__ = ["AskedSet", "Entrant", "Item", "Trial", "choice_item", "evaluate", "with_decoys", "write_report"]
+__all__ = ["AskedSet", "Entrant", "Item", "Trial", "choice_item", "evaluate", "write_report"]
 
 REPORT, SUMMARY = "report.md", "summary.json"
 
@@ -43,10 +43,11 @@ class Item:
 
 @dataclass(frozen=True)
 class AskedSet:
-    """Items under a name; all of one kind."""
+    """Items under a name; all of one kind. ``notes``: what a report of them has to say."""
 
     name: str
     items: tuple[Item, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,23 +82,6 @@ def choice_item(question: Question) -> Item:
     listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(names, question.choices))
     text = f"{question.question}\n\n{listed}\n\nAnswer with the letter of the right choice."
     return Item(question.id, Request(text), names[question.answer_index], len(question.choices))
-
-
-def with_decoys(items: Sequence[Item]) -> tuple[Item, ...]:
-    """Each item with another one, of another answer, whose message is sent under the mismatched control.
-
-    Raises:
-        EvaluationError: all items have one answer.
-    """
-    found = []
-    for i, item in enumerate(items):
-        others = (items[(i + step) % len(items)] for step in range(1, len(items)))
-        other = next((other for other in others if other.answer != item.answer), None)
-        if other is None:
-            expected = "two items of different answers, for the mismatched control"
-            raise EvaluationError("items", expected=expected, got=f"{len(items)} of one answer")
-        found.append(replace(item, request=replace(item.request, decoy=other.request)))
-    return tuple(found)
 
 
 def evaluate(
@@ -145,7 +129,8 @@ def evaluate(
         label = f"cell {number} of {len(missing)}: {', '.join(cell.key)}"
         channel = entrant.make(cell.control)
         store.append(cell, _ask(channel, cell, asked.items, batch_size, max_new_tokens, label, progress))
-    return summarize(store.read(), pairs=pairs, progress=progress)
+    notes = tuple(note for trial in trials for note in trial.asked.notes)
+    return replace(summarize(store.read(), pairs=pairs, progress=progress), notes=notes)
 
 
 def write_report(summary: Summary, folder: str | os.PathLike[str], *, plots: bool = True) -> list[Path]:

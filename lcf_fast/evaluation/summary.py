@@ -89,12 +89,14 @@ class Summary:
             of the channels that were run on all of them.
         judged: how many verdicts were corrected together (Holm), each of one channel on one set.
         alpha: below which content is said to have crossed.
+        notes: what else is to be known about the sets.
     """
 
     sets: tuple[SetResult, ...]
     weighted: dict[str, Accuracy]
     judged: int
     alpha: float
+    notes: tuple[str, ...] = ()
 
 
 _Table = dict[str, dict[str, dict[str, dict[str, Prediction]]]]  # set, channel, control, id

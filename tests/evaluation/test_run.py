@@ -13,9 +13,10 @@ import torch
 from tiny_agents import adapter_of, agent
 
 from lcf_fast.channels import Channel, LCFXChannel, NoneChannel, Request, Sharer
+from lcf_fast.evaluation.decoys import with_decoys
 from lcf_fast.evaluation.failures import EvaluationError
 from lcf_fast.evaluation.predictions import PredictionStore
-from lcf_fast.evaluation.run import AskedSet, Entrant, Item, Trial, choice_item, evaluate, with_decoys, write_report
+from lcf_fast.evaluation.run import AskedSet, Entrant, Item, Trial, choice_item, evaluate, write_report
 from lcf_fast.evaluation.sets import Question
 from lcf_fast.evaluation.summary import Summary
 from lcf_fast.evaluation.verdicts import NO_CONTENT
@@ -106,11 +107,14 @@ def test_a_finished_cell_is_not_run_again(entrants: list[Entrant], tmp_path: Pat
 
 def test_what_is_written(entrants: list[Entrant], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    summary = ask(entrants, [facts(4)], tmp_path, max_new_tokens=2)
+    asked = replace(facts(4), notes=("two of them are no clean control",))
+    summary = ask(entrants, [asked], tmp_path, max_new_tokens=2)
     written = write_report(summary, tmp_path)
     assert {path.name for path in written} == {"summary.json", "report.md", "bytes.png", "first_token.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written if path.suffix == ".png")
-    assert "matched − mismatched" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "matched − mismatched" in report
+    assert report.endswith("\n\ntwo of them are no clean control.\n")
     assert json.loads((tmp_path / "summary.json").read_text())["sets"][0]["set"] == "facts"
 
 
