@@ -28,6 +28,7 @@ class Source:
         hotpotqa: a file of HotpotQA.
         choices: ``NAME`` or ``NAME=FILE`` of multiple choice.
         limit: of each set so many, drawn by the seed; None: all.
+        decoys: whether each item gets another one for the mismatched control.
     """
 
     data: tuple[str, ...] = ()
@@ -35,25 +36,26 @@ class Source:
     choices: tuple[str, ...] = ()
     limit: int | None = None
     seed: int = 42
+    decoys: bool = True
 
 
 def asked_sets(source: Source, say: Say) -> list[AskedSet]:
-    """Every set, each item with another one as its decoy; what is of no use is said.
+    """Every set, each item with another one as its decoy, if wanted; what is of no use is said.
 
     Raises:
-        DataError, EvaluationError: no such source, no question of use in it, or all of one answer.
+        DataError, EvaluationError: no such source, no question of use in it, or no decoy for one.
     """
     found = [asked_lines(name, source, say) for name in source.data]
     options = {"limit": source.limit, "seed": source.seed}
     if source.hotpotqa is not None:
         hotpotqa = read_hotpotqa(source.hotpotqa, **options)  # type: ignore[arg-type]
         say(hotpotqa.summary(), bool(hotpotqa.broken))
-        found.append(_asked("hotpotqa", [_crossing(one) for one in hotpotqa.items], say))
+        found.append(_asked("hotpotqa", [_crossing(one) for one in hotpotqa.items], source, say))
     for given in source.choices:
         name, _, file = given.partition("=")
         questions = read_questions(name, file or None, progress=True, **options)  # type: ignore[arg-type]
         say(questions.summary(), bool(questions.broken))
-        found.append(_asked(name, [choice_item(one) for one in questions.items], say))
+        found.append(_asked(name, [choice_item(one) for one in questions.items], source, say))
     return found
 
 
@@ -65,12 +67,12 @@ def asked_lines(path: str, source: Source, say: Say, *, name: str | None = None)
         items = [_crossing(example) for example in examples.examples]
     else:
         items = _single_turns(path, examples.examples, say)
-    return _asked(name or Path(path).stem, items, say)
+    return _asked(name or Path(path).stem, items, source, say)
 
 
-def _asked(name: str, items: Sequence[Item], say: Say) -> AskedSet:
-    """Items with their decoys; of which some are no clean control, that is noted."""
-    made = with_decoys(items)
+def _asked(name: str, items: Sequence[Item], source: Source, say: Say) -> AskedSet:
+    """Items with their decoys, if wanted; that some of these are no clean control is noted."""
+    made = with_decoys(items) if source.decoys else tuple(items)
     telling = [item.id for item in made if tells(item)]
     if not telling:
         return AskedSet(name, made)

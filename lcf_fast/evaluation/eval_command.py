@@ -203,7 +203,8 @@ def _source(arguments: argparse.Namespace) -> Source:
     from .asked import Source
 
     data, choices = tuple(arguments.data), tuple(arguments.set)
-    return Source(data, arguments.hotpotqa, choices, arguments.limit, arguments.seed)
+    decoys = not arguments.no_controls
+    return Source(data, arguments.hotpotqa, choices, arguments.limit, arguments.seed, decoys)
 
 
 def _trials(arguments: argparse.Namespace, wanted: Sequence[tuple[AskedSet, _Material]]) -> list[Trial]:

@@ -149,6 +149,20 @@ def test_questions_are_checked_before_the_first_cell(
         assert not (tmp_path / "out" / "predictions.jsonl").exists()
 
 
+def test_without_controls_one_question_is_enough(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"sharer_context": ["It is red."], "receiver_context": "", "question": "What is it?", "answer": "red"}
+    write_lines(tmp_path / "one.jsonl", [row])
+    more = ["--data", str(tmp_path / "one.jsonl"), "--channels", "none", "full_context", "--no-plots"]
+    assert main(arguments(world, tmp_path / "out", *more)) == 2
+    assert "two items of different answers, for the mismatched control (or --no-controls)" in capsys.readouterr().err
+    assert main(arguments(world, tmp_path / "out", *more, "--no-controls")) == 0
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["channel"] for line in lines] == ["none", "full_context"]
+    assert "whether content crossed was not measured" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
 def test_without_models_it_is_two_small_agents(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
