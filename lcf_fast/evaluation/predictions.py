@@ -18,7 +18,8 @@ from typing import Any
 from ..files import write_whole
 from .failures import EvaluationError
 
-__all__ = ["CONTROLS", "MATCHED", "MISMATCHED", "Cell", "Prediction", "PredictionStore", "paired_scores"]
+__all__ = ["CONTROLS", "MATCHED", "MISMATCHED", "RANDOM", "SELF", "ZERO"]
+__all__ += ["Cell", "Prediction", "PredictionStore", "paired_scores"]
 
 #: What the message is of: the item itself, another item, zeros, noise of the same moments, the receiver as its own
 #: sharer. Channels without a message (`none`, `full_context`) are run as `matched` alone.

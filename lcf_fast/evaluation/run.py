@@ -16,7 +16,7 @@ from ..files import write_whole
 from .choice import choice_token_ids, letters, predicted_choices
 from .extractive import score_answer
 from .failures import EvaluationError
-from .predictions import CONTROLS, Cell, Prediction, PredictionStore
+from .predictions import CONTROLS, MATCHED, RANDOM, ZERO, Cell, Prediction, PredictionStore
 from .report import markdown
 from .sets import Question
 from .summary import Summary, summarize, summary_json
@@ -97,8 +97,8 @@ def evaluate(
     """Every entrant of each set under each of its controls. A cell that ``folder`` holds already is not run again.
 
     Answers are greedy. Multiple choice is judged by the logits of the letters, extractive answers by EM and F1. Before
-    the first cell all questions are checked against the models' limits; a cell's first batch is asked once before,
-    to warm up.
+    the first cell all questions of all cells that are to be run are checked against the models' limits, with what the
+    cell's control sends; a cell's first batch is asked once before, to warm up.
 
     Args:
         pairs: channels to test against each other; None: `lcf_fast.evaluation.comparisons.default_pairs`.
@@ -122,9 +122,13 @@ def evaluate(
                 cell = Cell(asked.name, entrant.name, control, {**(settings or {}), **own})
                 if not store.is_finished(cell):
                     missing.append((asked, entrant, cell))
+    checked: set[tuple[str, str, str]] = set()
     for asked, entrant, cell in missing:
-        if cell.control == entrant.controls[0]:
-            _check_questions(entrant.make(cell.control), asked, max_new_tokens, progress)
+        # Zeros and noise are of the matching message's shape: the same is read for all three.
+        read = MATCHED if cell.control in (ZERO, RANDOM) else cell.control
+        if (key := (asked.name, entrant.name, read)) not in checked:
+            checked.add(key)
+            _check_questions(entrant.make(cell.control), asked, cell, max_new_tokens, progress)
     for number, (asked, entrant, cell) in enumerate(missing, 1):
         label = f"cell {number} of {len(missing)}: {', '.join(cell.key)}"
         channel = entrant.make(cell.control)
@@ -157,14 +161,15 @@ def _check_names(what: str, names: Sequence[str]) -> None:
         raise EvaluationError(what, expected="names of their own", got=f"{twice[0]!r} twice")
 
 
-def _check_questions(channel: Channel, asked: AskedSet, room: int, progress: bool) -> None:
+def _check_questions(channel: Channel, asked: AskedSet, cell: Cell, room: int, progress: bool) -> None:
     """Refuse questions that the channel cannot ask, before anything has run."""
-    label = f"checking {asked.name}, {channel.name}"
+    name = cell.channel if cell.control == MATCHED else f"{cell.channel} {cell.control}"
+    label = f"checking {asked.name}, {name}"
     for item in counted(asked.items, label, total=len(asked.items), shown=progress):
         try:
             channel.check([item.request], room)
         except LCFError as error:
-            where = f"{asked.name}, question {item.id}, {channel.name}: {error.argument}"
+            where = f"{asked.name}, question {item.id}, {name}: {error.argument}"
             raise type(error)(where, expected=error.expected, got=error.got) from error
 
 

@@ -149,6 +149,34 @@ def test_questions_are_checked_before_the_first_cell(
         assert not (tmp_path / "out" / "predictions.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("channels", "match"),
+    [
+        # A long prompt with its own short context, and the other way round: each fits, the two long ones do not.
+        ("full_context", "question line-2, full_context mismatched: receiver"),
+        ("kvcomm_0.5", "question line-2, kvcomm_0.5 mismatched: receiver"),
+        # Under "self" the receiver writes about what it has read, with an instruction that its own prompt has not.
+        ("text_100", "question line-2, text_100 self: sharer"),
+    ],
+)
+def test_questions_are_checked_under_every_control(
+    channels: str, match: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the matching message is asked for already: nothing is written that could not be finished."""
+    long = "one two three four " * (45 if channels == "text_100" else 50)
+    first = "It is red." if channels == "text_100" else long
+    rows = [
+        {"sharer_context": [first], "receiver_context": "", "question": "What?", "answer": "red"},
+        {"sharer_context": ["It is blue."], "receiver_context": long, "question": "What?", "answer": "blue"},
+    ]
+    write_lines(tmp_path / "limits.jsonl", rows)
+    more = ["--data", str(tmp_path / "limits.jsonl"), "--channels", "none", channels, "--no-plots"]
+    more += ["--text-tokens", "100"]
+    assert main(arguments(world, tmp_path / "out", *more)) == 2
+    assert match in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_controls_one_question_is_enough(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
