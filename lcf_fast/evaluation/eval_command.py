@@ -221,15 +221,22 @@ def _trials(arguments: argparse.Namespace, wanted: Sequence[tuple[AskedSet, _Mat
         if material not in everyone:
             together = [asked for asked, other in wanted if other == material]
             everyone[material] = _entrants(arguments, agents, device, material, together)
-    names = arguments.channels
+    names = arguments.channels or []
     known = list(dict.fromkeys(entrant.name for some in everyone.values() for entrant in some))
-    for name in names or ():
+    for name in names:
         if name not in known:
             raise EvaluationError("--channels", expected=f"some of {', '.join(known)}", got=repr(name))
-    return [
-        Trial(asked, tuple(one for one in everyone[m] if suits(one, asked) and (not names or one.name in names)))
-        for asked, m in wanted
-    ]
+    trials = []
+    for asked, material in wanted:
+        able = [one for one in everyone[material] if suits(one, asked) and (not names or one.name in names)]
+        if able:
+            trials.append(Trial(asked, tuple(able)))
+        else:
+            _say(f"{asked.name}: left out: none of {', '.join(names)} suits it", True)
+    if not trials:
+        expected = "a channel that suits the questions (of cross or of shared context)"
+        raise EvaluationError("--channels", expected=expected, got=", ".join(names))
+    return trials
 
 
 def _entrants(

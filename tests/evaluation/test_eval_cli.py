@@ -149,6 +149,20 @@ def test_questions_are_checked_before_the_first_cell(
         assert not (tmp_path / "out" / "predictions.jsonl").exists()
 
 
+def test_a_set_that_no_chosen_channel_suits_is_left_out(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--adapter", str(world / "lcf_x"), "--no-plots", "--set", f"arc-c={world / 'arc.jsonl'}"]
+    more += ["--channels", "lcf_x"]
+    assert main(arguments(world, tmp_path / "out", *more)) == 2
+    assert "--channels: expected" in capsys.readouterr().err
+    assert main(arguments(world, tmp_path / "out", *more, "--data", str(world / "facts.jsonl"))) == 0
+    said = capsys.readouterr()
+    assert "arc-c: left out: none of lcf_x suits it" in said.err
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    assert [one["set"] for one in summary["sets"]] == ["facts"]
+
+
 @pytest.mark.parametrize(
     ("channels", "match"),
     [
