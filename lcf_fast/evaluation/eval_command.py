@@ -113,12 +113,16 @@ def _run(arguments: argparse.Namespace) -> None:
     from ..reading.chat import window_size
     from ..training.models import hide_loading
     from .plots import check_plot
+    from .run import check_size
     from .statistics import check_scipy
 
     check_scipy()
     if not arguments.no_plots:
         check_plot()
     pairs = _pairs(arguments)
+    for name in ("batch_size", "max_new_tokens", "limit"):
+        if (size := getattr(arguments, name)) is not None:
+            check_size(f"--{name.replace('_', '-')}", size)
     for spans in arguments.spans or ():
         window_size(spans)
     hide_loading()

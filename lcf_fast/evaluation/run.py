@@ -21,7 +21,7 @@ from .report import markdown
 from .sets import Question
 from .summary import Summary, summarize, summary_json
 
-__all__ = ["AskedSet", "Entrant", "Item", "Trial", "choice_item", "evaluate", "write_report"]
+__all__ = ["AskedSet", "Entrant", "Item", "Trial", "check_size", "choice_item", "evaluate", "write_report"]
 
 REPORT, SUMMARY = "report.md", "summary.json"
 
@@ -106,9 +106,11 @@ def evaluate(
         progress: whether it is shown how far each cell is.
 
     Raises:
-        EvaluationError: no entrant or set, names that come twice, an unknown control; settings other than the folder's.
-            And what channels raise, naming the question where it is of one.
+        EvaluationError: no entrant or set, names that come twice, an unknown control, a batch or an answer of nothing;
+            settings other than the folder's. And what channels raise, naming the question where it is of one.
     """
+    for name, size in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        check_size(name, size)
     _check_names("sets", [trial.asked.name for trial in trials])
     store = PredictionStore(folder)
     missing: list[tuple[AskedSet, Entrant, Cell]] = []
@@ -151,6 +153,12 @@ def write_report(summary: Summary, folder: str | os.PathLike[str], *, plots: boo
         write_png(summary, out / "first_token.png", "first_token")
         written += [out / "bytes.png", out / "first_token.png"]
     return written
+
+
+def check_size(name: str, size: int) -> None:
+    """Refuse a number of less than 1."""
+    if size < 1:
+        raise EvaluationError(name, expected="1 or more", got=str(size))
 
 
 def _check_names(what: str, names: Sequence[str]) -> None:

@@ -285,6 +285,10 @@ def test_slots_take_part_by_their_folder(placement: str, world: Path, tmp_path: 
     ("more", "match"),
     [
         ([], "--data, --hotpotqa or --set"),
+        (["--data", "FACTS", "--batch-size", "0"], "--batch-size: expected 1 or more, got 0"),
+        (["--data", "FACTS", "--batch-size", "-1"], "--batch-size: expected 1 or more, got -1"),
+        (["--data", "FACTS", "--max-new-tokens", "0"], "--max-new-tokens: expected 1 or more, got 0"),
+        (["--data", "FACTS", "--limit", "0"], "--limit: expected 1 or more, got 0"),
         (["--data", "FACTS", "--compare", "lcf"], "FIRST:SECOND"),
         (["--data", "FACTS", "--spans", "words"], "paragraphs or sentences"),
         (["--data", "FACTS", "--text-template", "none"], "{note}"),

@@ -147,3 +147,11 @@ def test_bad_input(change: Any, match: str, entrants: list[Entrant], tmp_path: P
     with pytest.raises(EvaluationError, match=match):
         ask(*some, tmp_path)
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("name", ["batch_size", "max_new_tokens"])
+@pytest.mark.parametrize("size", [0, -1])
+def test_sizes_of_nothing(name: str, size: int, entrants: list[Entrant], tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=f"{name}: expected 1 or more, got {size}"):
+        ask(entrants, [facts(3)], tmp_path, **{name: size})
+    assert not list(tmp_path.iterdir())
