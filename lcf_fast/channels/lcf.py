@@ -12,6 +12,7 @@ from ..adapter import LatentCacheFlow
 from ..config import CacheGeometry
 from ..errors import GeometryError
 from ..message import Message
+from ..quantization import storage_of
 from ..reading.alignment import aligned_chat
 from ..reading.chat import window_size
 from ..reading.padding import shifted_index, shifted_spans
@@ -161,7 +162,7 @@ class LCFXChannel(Channel):
         name: as reports call it.
 
     Raises:
-        SpanError: another way to cut. GeometryError: an adapter for other models.
+        SpanError: another way to cut. DTypeError: another dtype. GeometryError: an adapter for other models.
     """
 
     def __init__(
@@ -178,6 +179,7 @@ class LCFXChannel(Channel):
     ) -> None:
         super().__init__(receiver)
         window_size(spans)
+        storage_of(dtype)
         self.name, self.adapter, self.dtype, self.spans = name, adapter, dtype, spans
         self.control, self.seed = check_control(control), seed
         self.sharers = sharers_by_name(receiver, sharers)

@@ -13,6 +13,7 @@ from ..caches import Pair, extend_cache
 from ..errors import ShapeError
 from ..message import Message
 from ..placement import placement_of, slot_positions, with_slots
+from ..quantization import storage_of
 from ..reading.chat import window_size
 from ..reading.padding import shifted_spans
 from ..reading.prefill import dynamic_cache, positions_of, sliding_window
@@ -49,7 +50,8 @@ class SlotsChannel(Channel):
         seed: of the random control.
 
     Raises:
-        SpanError: another way to cut. GeometryError: an adapter for other models, an unknown placement or control.
+        SpanError: another way to cut. DTypeError: another dtype. GeometryError: an adapter for other models, an unknown
+            placement or control.
     """
 
     name = "slots"
@@ -69,6 +71,7 @@ class SlotsChannel(Channel):
     ) -> None:
         super().__init__(receiver)
         window_size(spans)
+        storage_of(dtype)
         self.adapter, self.dtype, self.slots, self.spans = adapter, dtype, slots, spans
         self.placement = placement_of(adapter, placement)
         self.control, self.seed = check_control(control), seed

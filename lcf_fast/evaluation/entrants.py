@@ -72,9 +72,13 @@ def entrants(
         seed: of the random control.
 
     Raises:
-        EvaluationError: two adapters of one kind. GeometryError: an adapter for other models. SpanError: another way
-            to cut.
+        EvaluationError: two adapters of one kind, a value that comes twice. GeometryError: an adapter for other models.
+            SpanError: another way to cut. DTypeError: another dtype.
     """
+    for name, given in (("text_tokens", text_tokens), ("spans", spans), ("ratios", ratios)):
+        listed = [f"{value:g}" if isinstance(value, float) else str(value) for value in given]
+        if len(set(listed)) < len(listed):
+            raise EvaluationError(name, expected="each once", got=", ".join(listed))
     itself = receiver.called(sharer.name)
     same = sharer.model is receiver.model
 

@@ -110,6 +110,7 @@ class _Material:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from ..quantization import storage_of
     from ..reading.chat import window_size
     from ..training.models import hide_loading
     from .plots import check_plot
@@ -125,6 +126,7 @@ def _run(arguments: argparse.Namespace) -> None:
             check_size(f"--{name.replace('_', '-')}", size)
     for spans in arguments.spans or ():
         window_size(spans)
+    storage_of(arguments.dtype)
     hide_loading()
     small = _is_small(arguments)
     for name, defaults in _DEFAULTS.items():

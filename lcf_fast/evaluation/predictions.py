@@ -139,6 +139,11 @@ class PredictionStore:
         shown = "; ".join(f"{name}: {now.get(name)!r} instead of {then.get(name)!r}"[:120] for name in changed[:4])
         raise EvaluationError("settings", expected=expected, got=shown)
 
+    @property
+    def finished(self) -> list[tuple[str, str, str]]:
+        """Set, channel and control of each cell that is there."""
+        return [(entry["set"], entry["channel"], entry["control"]) for entry in self._cells]
+
     def append(self, cell: Cell, predictions: Sequence[Prediction]) -> None:
         """All of a cell's predictions, or none: whenever the process ends, the cell is whole or not there.
 

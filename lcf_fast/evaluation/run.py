@@ -19,7 +19,7 @@ from .failures import EvaluationError
 from .predictions import CONTROLS, MATCHED, RANDOM, ZERO, Cell, Prediction, PredictionStore
 from .report import markdown
 from .sets import Question
-from .summary import Summary, summarize, summary_json
+from .summary import Summary, check_pairs, summarize, summary_json
 
 __all__ = ["AskedSet", "Entrant", "Item", "Trial", "check_size", "choice_item", "evaluate", "write_report"]
 
@@ -107,7 +107,8 @@ def evaluate(
 
     Raises:
         EvaluationError: no entrant or set, names that come twice, an unknown control, a batch or an answer of nothing;
-            settings other than the folder's. And what channels raise, naming the question where it is of one.
+            settings other than the folder's, a pair of channels that no set will have both of. And what channels raise,
+            naming the question where it is of one.
     """
     for name, size in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         check_size(name, size)
@@ -124,6 +125,10 @@ def evaluate(
                 cell = Cell(asked.name, entrant.name, control, {**(settings or {}), **own})
                 if not store.is_finished(cell):
                     missing.append((asked, entrant, cell))
+    there: dict[str, list[str]] = {}
+    for set_name, channel_name, _ in [*store.finished, *(cell.key for *_, cell in missing)]:
+        there.setdefault(set_name, []).append(channel_name)
+    check_pairs(there, pairs)
     checked: set[tuple[str, str, str]] = set()
     for asked, entrant, cell in missing:
         # Zeros and noise are of the matching message's shape: the same is read for all three.

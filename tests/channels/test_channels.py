@@ -25,7 +25,7 @@ from lcf_fast.channels import (
     TextChannel,
 )
 from lcf_fast.channels.controls import CONTROLS, Noise, controlled_cache
-from lcf_fast.errors import GeometryError, LCFError, MessageError, ShapeError, SpanError
+from lcf_fast.errors import DTypeError, GeometryError, LCFError, MessageError, ShapeError, SpanError
 from lcf_fast.sharer import SharerSide
 
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma")
@@ -250,6 +250,8 @@ def test_a_context_is_cut_as_asked(receiver: Agent) -> None:
     ]
     for i, one in enumerate(logits):
         assert all(float((one - other).abs().max()) > 1e-4 for other in logits[:i])
+    with pytest.raises(DTypeError, match="dtype"):
+        LCFXChannel(receiver, adapter, [Sharer(sharer, adapter)], dtype="foo")
     for bad in ("windows", "windows:0", "windows:-3", "windows:x", "words", "one:2", "windows:N"):
         with pytest.raises(SpanError, match="spans"):
             LCFXChannel(receiver, adapter, [Sharer(sharer, adapter)], spans=bad)

@@ -149,6 +149,18 @@ def test_bad_input(change: Any, match: str, entrants: list[Entrant], tmp_path: P
     assert torch.is_grad_enabled()
 
 
+def test_pairs_are_of_what_the_folder_will_hold(entrants: list[Entrant], tmp_path: Path) -> None:
+    """Of this run and of those before it; another pair is refused before anything is asked."""
+    none, lcf_x = entrants
+    with pytest.raises(EvaluationError, match="pairs: expected two of none, on one set, got none and lcf_x"):
+        ask([none], [facts(3)], tmp_path, pairs=[("none", "lcf_x")])
+    assert not list(tmp_path.iterdir())
+    ask([none], [facts(3)], tmp_path, max_new_tokens=2)
+    ours = replace(lcf_x, controls=("matched",))
+    summary = ask([ours], [facts(3)], tmp_path, pairs=[("none", "lcf_x")], max_new_tokens=2)
+    assert [one.first for one in summary.sets[0].comparisons] == ["none"]
+
+
 @pytest.mark.parametrize("name", ["batch_size", "max_new_tokens"])
 @pytest.mark.parametrize("size", [0, -1])
 def test_sizes_of_nothing(name: str, size: int, entrants: list[Entrant], tmp_path: Path) -> None:
