@@ -67,9 +67,9 @@ def add_eval_command(commands: Any) -> None:
                      help="as --adapter, trained with the receiver in the sharer's place")  # fmt: skip
     own.add_argument("--own-c2c", metavar="DIR", type=Path, help="as --c2c, trained so")
     small = parser.add_argument_group("small agents (without --sharer and --receiver)")
-    small.add_argument("--agents", metavar="DIR", type=Path, default=Path("out/agents"),
+    small.add_argument("--agents", metavar="DIR", type=Path,
                        help="where they are, or are put once trained; default: out/agents")  # fmt: skip
-    small.add_argument("--agents-seed", type=int, default=0, metavar="N", help="of their training; default: 0")
+    small.add_argument("--agents-seed", type=int, metavar="N", help="of their training; default: 0")
     small.add_argument("--quick", action="store_true", help="seconds: everything is done, nothing learned")
     asked = parser.add_argument_group("questions")
     asked.add_argument("--data", metavar="SET", action="append", default=[], help="JSON lines, parquet, or a hub id")
@@ -159,6 +159,10 @@ def _is_small(arguments: argparse.Namespace) -> bool:
 
     models = (arguments.sharer, arguments.receiver)
     if all(models):
+        for name in ("agents", "agents_seed", "quick"):
+            if (given := getattr(arguments, name)) is not None and given is not False:
+                expected = "the small agents, which is without --sharer and --receiver"
+                raise EvaluationError(f"--{name.replace('_', '-')}", expected=expected, got="both of them")
         return False
     if any(models):
         raise EvaluationError("--sharer and --receiver", expected="both, or neither for the small agents", got="one")
@@ -194,7 +198,8 @@ def _small_sets(arguments: argparse.Namespace) -> list[tuple[AskedSet, _Material
     plan = QUICK if arguments.quick else FULL
     # Of so little work most would be the start of other processes.
     workers = 1 if arguments.quick else 2
-    suite = prepare_suite(arguments.agents, seed=arguments.agents_seed, plan=plan, workers=workers)
+    folder, seed = arguments.agents or Path("out/agents"), arguments.agents_seed or 0
+    suite = prepare_suite(folder, seed=seed, plan=plan, workers=workers)
     arguments.sharer, arguments.receiver = str(suite.sharer), str(suite.receiver)
     source = _source(arguments)
     found = []

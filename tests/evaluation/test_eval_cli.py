@@ -303,12 +303,19 @@ def test_slots_take_part_by_their_folder(placement: str, world: Path, tmp_path: 
         (["--data", "FACTS", "--channels", "nobody"], "nobody"),
         (["--data", "FACTS", "--adapter", "LCF", "--adapter", "LCF"], "two of lcf"),
         (["--data", "FACTS", "--adapter", "FACTS"], "facts.jsonl"),
+        (["--data", "FACTS", "--own-c2c", "OWN_C2C"], "own_fuser: expected c2c along with it"),
+        (["--data", "FACTS", "--own-c2c", "nonexistent"], "nonexistent"),
+        (["--data", "FACTS", "--adapter", "LCF", "--own-adapter", "OWN_LCF_X"], "got lcf_x alone"),
+        (["--data", "FACTS", "--quick"], "--quick: expected the small agents"),
+        (["--data", "FACTS", "--agents-seed", "0"], "--agents-seed: expected the small agents"),
+        (["--data", "FACTS", "--agents", "out/agents"], "--agents: expected the small agents"),
     ],
 )
 def test_bad_input_is_one_line(
     more: list[str], match: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = {"FACTS": str(world / "facts.jsonl"), "LCF": str(world / "lcf")}
+    real = {name.upper(): str(world / name) for name in ("lcf", "own_lcf_x", "own_c2c")}
+    real["FACTS"] = str(world / "facts.jsonl")
     assert main(arguments(world, tmp_path / "out", *(real.get(word, word) for word in more))) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("lcf-fast eval: error:")
