@@ -134,12 +134,18 @@ def _run(arguments: argparse.Namespace) -> None:
             setattr(arguments, name, defaults[small])
     wanted = _small_sets(arguments) if small else _sets(arguments)
 
+    from ..reading.model_fingerprint import model_sample
+    from .loading import chosen_device, load_agents
     from .report import markdown
     from .run import evaluate, write_report
 
-    trials = _trials(arguments, wanted)
+    device = chosen_device(arguments.device)
+    agents = load_agents(arguments.sharer, arguments.receiver, arguments.precision, device)
+    trials = _trials(arguments, wanted, agents, device)
     names = ("sharer", "receiver", "precision", "limit", "seed")
-    settings = {name: str(value) if isinstance(value := getattr(arguments, name), Path) else value for name in names}
+    settings = {name: getattr(arguments, name) for name in names}
+    # A path alone would not tell a model that has been trained on since.
+    settings["models"] = {role: model_sample(agent.model, arguments.precision) for role, agent in agents.items()}
     summary = evaluate(
         trials,
         arguments.out,
@@ -218,15 +224,14 @@ def _source(arguments: argparse.Namespace) -> Source:
     return Source(data, arguments.hotpotqa, choices, arguments.limit, arguments.seed, decoys)
 
 
-def _trials(arguments: argparse.Namespace, wanted: Sequence[tuple[AskedSet, _Material]]) -> list[Trial]:
+def _trials(
+    arguments: argparse.Namespace, wanted: Sequence[tuple[AskedSet, _Material]], agents: dict[str, Agent], device: Any
+) -> list[Trial]:
     """Who takes part in which set; what serves several sets is loaded once."""
     from .entrants import suits
     from .failures import EvaluationError
-    from .loading import chosen_device, load_agents
     from .run import Trial
 
-    device = chosen_device(arguments.device)
-    agents = load_agents(arguments.sharer, arguments.receiver, arguments.precision, device)
     everyone: dict[_Material, list[Entrant]] = {}
     for _, material in wanted:
         if material not in everyone:

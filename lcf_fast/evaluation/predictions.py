@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -133,11 +133,27 @@ class PredictionStore:
             return False
         if entry["digest"] == cell.digest:
             return True
-        then, now = entry["settings"], json.loads(_json(dict(cell.settings)))
-        changed = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
-        expected = f"the settings of the run that began in {self.folder} (go on with those, or take another folder)"
-        shown = "; ".join(f"{name}: {now.get(name)!r} instead of {then.get(name)!r}"[:120] for name in changed[:4])
-        raise EvaluationError("settings", expected=expected, got=shown)
+        self._same(entry["settings"], cell, {*entry["settings"], *cell.settings})
+        return True
+
+    def check_shared(self, cell: Cell, names: Collection[str]) -> None:
+        """That all cells of the set, of whatever channel, are of the cell's ``names`` among the settings.
+
+        Raises:
+            EvaluationError: one is not: scores of theirs and of this one's would not be of the same questions.
+        """
+        for entry in self._cells:
+            if entry["set"] == cell.set:
+                self._same(entry["settings"], cell, names)
+
+    def _same(self, then: Mapping[str, Any], cell: Cell, names: Collection[str]) -> None:
+        """Refuse a cell of which one of these settings has changed."""
+        now = json.loads(_json(dict(cell.settings)))
+        changed = sorted(name for name in names if then.get(name) != now.get(name))
+        if changed:
+            expected = f"the settings of the run that began in {self.folder} (go on with those, or take another folder)"
+            shown = "; ".join(f"{name}: {now.get(name)!r} instead of {then.get(name)!r}"[:120] for name in changed[:4])
+            raise EvaluationError("settings", expected=expected, got=shown)
 
     @property
     def finished(self) -> list[tuple[str, str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +18,7 @@ from ..files import write_whole
 from .choice import choice_token_ids, letters, predicted_choices
 from .extractive import score_answer
 from .failures import EvaluationError
-from .predictions import CONTROLS, MATCHED, RANDOM, ZERO, Cell, Prediction, PredictionStore
+from .predictions import CONTROLS, MATCHED, MISMATCHED, RANDOM, ZERO, Cell, Prediction, PredictionStore
 from .report import markdown
 from .sets import Question
 from .summary import Summary, check_pairs, summarize, summary_json
@@ -102,7 +104,8 @@ def evaluate(
 
     Args:
         pairs: channels to test against each other; None: `lcf_fast.evaluation.comparisons.default_pairs`.
-        settings: that all cells depend on: models, data. Cells of other settings in the folder are refused.
+        settings: that all cells depend on, beside the questions: models. Where the folder holds cells of a set of
+            other settings or questions, of whatever channel, they are refused.
         progress: whether it is shown how far each cell is.
 
     Raises:
@@ -117,12 +120,21 @@ def evaluate(
     missing: list[tuple[AskedSet, Entrant, Cell]] = []
     for asked, entrants in ((trial.asked, trial.entrants) for trial in trials):
         _check_names("entrants", [entrant.name for entrant in entrants])
+        shared = {
+            **(settings or {}),
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,  # times are of a batch
+            "items": len(asked.items),
+            "questions": _digest([item.request for item in asked.items], asked.items),
+        }
+        decoys = _digest([item.request.decoy for item in asked.items])
         for entrant in entrants:
             for control in entrant.controls:
                 if control not in CONTROLS:
                     raise EvaluationError("control", expected=" or ".join(CONTROLS), got=repr(control))
-                own = {"max_new_tokens": max_new_tokens, "items": len(asked.items), **entrant.settings}
-                cell = Cell(asked.name, entrant.name, control, {**(settings or {}), **own})
+                own = {**entrant.settings, **({"decoys": decoys} if control == MISMATCHED else {})}
+                cell = Cell(asked.name, entrant.name, control, {**shared, **own})
+                store.check_shared(cell, shared)
                 if not store.is_finished(cell):
                     missing.append((asked, entrant, cell))
     there: dict[str, list[str]] = {}
@@ -158,6 +170,15 @@ def write_report(summary: Summary, folder: str | os.PathLike[str], *, plots: boo
         write_png(summary, out / "first_token.png", "first_token")
         written += [out / "bytes.png", out / "first_token.png"]
     return written
+
+
+def _digest(requests: Sequence[Request | None], items: Sequence[Item] = ()) -> str:
+    """Of what is asked, and of the items' names and what is right, in order."""
+    told: list[Any] = [[item.id, item.answer, item.choices] for item in items]
+    for one in requests:
+        contexts = None if one is None else sorted(one.sharer_contexts.items())
+        told.append(None if one is None else [one.question, one.context, contexts, one.sharers])
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
 
 
 def check_size(name: str, size: int) -> None:

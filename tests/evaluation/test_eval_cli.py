@@ -281,6 +281,22 @@ def test_slots_take_part_by_their_folder(placement: str, world: Path, tmp_path: 
     assert len([row for row in rows if row["channel"] == "slots"]) == 20
 
 
+@pytest.mark.parametrize("role", ["sharer", "receiver"])
+def test_a_model_trained_on_at_the_same_path_is_another_run(
+    role: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("sharer", "receiver"):
+        shutil.copytree(world / name, tmp_path / name)
+    more = ["--data", str(world / "facts.jsonl"), "--channels", "none", "--no-plots"]
+    assert main(arguments(tmp_path, tmp_path / "out", *more)) == 0
+    assert main(arguments(tmp_path, tmp_path / "out", *more)) == 0
+    save_tiny_model(tmp_path / role, {"sharer": "qwen2", "receiver": "qwen3"}[role], seed=9)
+    capsys.readouterr()
+    for channel in ("none", "full_context"):
+        assert main(arguments(tmp_path, tmp_path / "out", *more[:3], channel, "--no-plots")) == 2
+        assert "models: {" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "match"),
     [

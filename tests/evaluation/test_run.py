@@ -149,6 +149,44 @@ def test_bad_input(change: Any, match: str, entrants: list[Entrant], tmp_path: P
     assert torch.is_grad_enabled()
 
 
+def test_other_questions_are_another_run(entrants: list[Entrant], tmp_path: Path) -> None:
+    """Of the same names and number, by whatever channel: nothing is paired that was not asked alike."""
+    none, lcf_x = (replace(entrant, controls=("matched",)) for entrant in entrants)
+    asked = facts(3)
+    ask([none], [asked], tmp_path, max_new_tokens=2)
+
+    def changed(**fields: Any) -> AskedSet:
+        last = asked.items[-1]
+        names = {name: fields.pop(name) for name in ("id", "answer") if name in fields}
+        last = replace(last, request=replace(last.request, **fields), **names)
+        return replace(asked, items=(*asked.items[:-1], last))
+
+    before = (tmp_path / "predictions.jsonl").read_bytes()
+    for other in (
+        changed(question="Who?"),
+        changed(context="Two."),
+        changed(sharer_contexts={"a": ("It is.",)}),
+        changed(answer="blue"),
+        changed(id="7"),
+        replace(asked, items=asked.items[::-1]),
+    ):
+        for entrant in (none, lcf_x):
+            with pytest.raises(EvaluationError, match="questions: '"):
+                ask([entrant], [other], tmp_path, max_new_tokens=2)
+    with pytest.raises(EvaluationError, match="batch_size: 3 instead of 8"):
+        ask([lcf_x], [asked], tmp_path, max_new_tokens=2, batch_size=3)
+    with pytest.raises(EvaluationError, match="models: 'b' instead of None"):
+        ask([lcf_x], [asked], tmp_path, max_new_tokens=2, settings={"models": "b"})
+    assert (tmp_path / "predictions.jsonl").read_bytes() == before
+    # Without controls there are no decoys: the matching message's cells are the same.
+    bare = replace(asked, items=tuple(replace(i, request=replace(i.request, decoy=None)) for i in asked.items))
+    ask([none, lcf_x], [bare], tmp_path, max_new_tokens=2)
+    mismatched = replace(lcf_x, controls=("mismatched",))
+    ask([mismatched], [asked], tmp_path, max_new_tokens=2)
+    with pytest.raises(EvaluationError, match="decoys: '"):
+        ask([mismatched], [changed(decoy=asked.items[1].request)], tmp_path, max_new_tokens=2)
+
+
 def test_pairs_are_of_what_the_folder_will_hold(entrants: list[Entrant], tmp_path: Path) -> None:
     """Of this run and of those before it; another pair is refused before anything is asked."""
     none, lcf_x = entrants
