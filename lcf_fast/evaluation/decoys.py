@@ -15,7 +15,7 @@ from .run import Item
 __all__ = ["tells", "with_decoys"]
 
 #: Others that are looked at for one that does not tell the answer; where none of them is, hardly any is.
-_MOST = 1_000
+_MOST = 200
 
 
 def with_decoys(items: Sequence[Item]) -> tuple[Item, ...]:
