@@ -76,8 +76,33 @@ class Agent:
         return prefill(self.model, ids, mask)
 
     def padding(self) -> int:
-        """A token to pad with: never attended to, so that any will do."""
-        return self.tokenizer.pad_token_id or 0
+        """A token to pad with; it is never attended to.
+
+        ``generate`` fills a row that has ended with it, too: where the tokenizer has none for that, with the one that
+        ends a text, since token 0 may be a word like any other.
+        """
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    def until_the_end(self, written: Tensor, options: Mapping[str, Any] | None = None) -> list[Tensor]:
+        """Each row of new tokens ``(B, T)`` up to and with the first that ends it: the rest is filling. On the CPU.
+
+        ``options``: that ``generate`` was called with.
+        """
+        given = options or {}
+        ends = self.model.generation_config.eos_token_id
+        if "eos_token_id" in given:
+            ends = given["eos_token_id"]
+        elif getattr(given.get("generation_config"), "eos_token_id", None) is not None:
+            ends = given["generation_config"].eos_token_id
+        known = torch.as_tensor([] if ends is None else ends, dtype=torch.int64, device="cpu").flatten()
+        rows = []
+        for row in written.cpu():
+            at = torch.isin(row, known).nonzero()
+            rows.append(row[: int(at[0]) + 1] if len(at) else row)
+        return rows
 
 
 def padded_left(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -99,9 +99,9 @@ class Channel(ABC):
             **options,
         )
         timings = clock.timings()
-        new = (out if isinstance(out, Tensor) else out.sequences)[:, prepared.ids.shape[1] :].cpu()
+        new = (out if isinstance(out, Tensor) else out.sequences)[:, prepared.ids.shape[1] :]
         repeats = new.shape[0] // len(requests)  # num_return_sequences
-        ended = [self._until_the_end(row) for row in new]
+        ended = self.receiver.until_the_end(new, options)
         texts = self.receiver.tokenizer.batch_decode(ended, skip_special_tokens=True)
         sent = [size for size in prepared.sent for _ in range(repeats)]
         return [Answer(text, ids, size, timings) for text, ids, size in zip(texts, ended, sent)]
@@ -138,13 +138,6 @@ class Channel(ABC):
         config = options.get("generation_config") or self.receiver.model.generation_config
         names = ("num_beams", "num_return_sequences")
         return max(int(options.get(name) or getattr(config, name, None) or 1) for name in names)
-
-    def _until_the_end(self, ids: Tensor) -> Tensor:
-        """Up to and with the first token that ends an answer; what follows in a batch is padding."""
-        ends = self.receiver.model.generation_config.eos_token_id
-        ends = torch.tensor([] if ends is None else ends).flatten()
-        at = torch.isin(ids, ends).nonzero()
-        return ids[: int(at[0]) + 1] if len(at) else ids
 
 
 def check_requests(requests: Sequence[Request]) -> None:

@@ -21,7 +21,7 @@ from ..reading.model_fingerprint import model_sample
 from ..reading.prefill import dynamic_cache, positions_of, sliding_window
 from .agent import Agent, padded_left
 from .base import Channel, Clock, Prepared, check_requests
-from .controls import Control, check_control, controlled_cache, sent_for
+from .controls import Control, Noise, check_control, controlled_cache, sent_for
 from .kvcomm_attention import Layout, check_implementation, ragged_attention
 from .kvcomm_selection import LayerSelection, alpha_for, layer_scores, top_layers
 from .request import Answer, Request, Timings
@@ -134,7 +134,7 @@ class KVCommChannel(Channel):
         clock = Clock(self.receiver.device)
         plan = self._plan([request], [request], 0)
         everything = frozenset(range(self.geometry.layers))
-        shared = self._share(plan, everything, clock, "matched")
+        shared = self._share(plan, [request], everything, clock, "matched")
         if shared.layout is None:
             expected = f"a context for a sharer of {', '.join(self.sharers)}"
             raise GeometryError("request", expected=expected, got="none")
@@ -179,8 +179,9 @@ class KVCommChannel(Channel):
         `ragged_attention`, as `answer` and `next_logits` do."""
         check_requests(requests)
         whole = self.whole_layers
-        plan = self._plan(requests, sent_for(requests, self.control), room)
-        shared = self._share(plan, whole, clock, self.control)
+        told = sent_for(requests, self.control)
+        plan = self._plan(requests, told, room)
+        shared = self._share(plan, told, whole, clock, self.control)
         ids, mask = self._padded(plan.prompts)
         with ragged_attention(self.receiver.model) as attention, clock.of("receiver"):
             attention.layout = shared.layout
@@ -221,11 +222,12 @@ class KVCommChannel(Channel):
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         return padded_left(prompts, self.receiver.padding(), self.receiver.device)
 
-    def _share(self, plan: _Plan, whole: frozenset[int], clock: Clock, control: Control) -> _Shared:
+    def _share(
+        self, plan: _Plan, told: Sequence[Request], whole: frozenset[int], clock: Clock, control: Control
+    ) -> _Shared:
         """Let the sharers read; gather what crosses, a segment of columns for each."""
         device, batch = self.receiver.device, len(plan.prompts)
         lengths, sent, helpers = [0] * batch, [0] * batch, [0] * batch
-        generator = torch.Generator().manual_seed(self.seed)
         segments: list[list[Pair]] = []
         masks = [torch.zeros(batch, 0, dtype=torch.int64, device=device)]
         starts: list[int] = []
@@ -234,7 +236,8 @@ class KVCommChannel(Channel):
             with clock.of("sharer"):
                 mask, cache = _read(self.sharers[name], list(read.values()), [lengths[row] for row in rows])
             with clock.of("communication"):
-                cache = controlled_cache(cache, mask, control, generator)
+                noise = Noise([told[row] for row in rows], name, self.seed)
+                cache = controlled_cache(cache, mask, control, noise)
                 crossing = [
                     pair if layer in whole else (pair[0][:, :, :1], pair[1][:, :, :1])
                     for layer, pair in enumerate(cache)

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from ..adapter import LatentCacheFlow
 from ..config import CacheGeometry
 from ..errors import GeometryError
 from ..message import Message
+from ..quantization import storage_of
 from ..reading.alignment import aligned_chat
 from ..reading.chat import window_size
 from ..reading.padding import shifted_index, shifted_spans
 from ..span_text import Bounds
 from .agent import Agent, padded_left
 from .base import Channel, Clock, Prepared
-from .controls import check_control, controlled_cache, controlled_message, sent_for
+from .controls import Noise, check_control, controlled_cache, controlled_message, sent_for
 from .request import Request
 from .routing import collected, replace_rows, rows_of, rows_told, take_rows
 
@@ -97,7 +97,6 @@ class LCFChannel(Channel):
         receiver, batch = self.receiver, len(requests)
         chats = [request.asked() for request in requests]
         told = [request.asked() for request in sent_for(requests, self.control)]
-        generator = torch.Generator().manual_seed(self.seed)
         prompts = receiver.prompts(chats, room)
         ids, mask = padded_left(prompts, receiver.padding(), receiver.device)
         with clock.of("receiver"):
@@ -116,7 +115,8 @@ class LCFChannel(Channel):
                 theirs = agent.read(their_ids, their_mask)
             with clock.of("communication"):
                 theirs = [(key.to(receiver.device), value.to(receiver.device)) for key, value in theirs]
-                theirs = controlled_cache(theirs, their_mask.to(receiver.device), self.control, generator)
+                noise = Noise([requests[row] for row in rows], name, self.seed)
+                theirs = controlled_cache(theirs, their_mask.to(receiver.device), self.control, noise)
                 part = sharer.adapter.fuse(
                     theirs,
                     take_rows(cache, rows, batch),
@@ -162,7 +162,7 @@ class LCFXChannel(Channel):
         name: as reports call it.
 
     Raises:
-        SpanError: another way to cut. GeometryError: an adapter for other models.
+        SpanError: another way to cut. DTypeError: another dtype. GeometryError: an adapter for other models.
     """
 
     def __init__(
@@ -179,6 +179,7 @@ class LCFXChannel(Channel):
     ) -> None:
         super().__init__(receiver)
         window_size(spans)
+        storage_of(dtype)
         self.name, self.adapter, self.dtype, self.spans = name, adapter, dtype, spans
         self.control, self.seed = check_control(control), seed
         self.sharers = sharers_by_name(receiver, sharers)
@@ -194,8 +195,7 @@ class LCFXChannel(Channel):
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         receiver, batch = self.receiver, len(requests)
         told = sent_for(requests, self.control)
-        generator = torch.Generator().manual_seed(self.seed)
-        sent = collected(told, self.sharers, lambda sharer, read: self._messages(sharer, read, clock, generator))
+        sent = collected(told, self.sharers, lambda sharer, some: self._messages(sharer, some, clock))
         prompts = receiver.prompts([request.asked() for request in requests], room)
         ids, mask = padded_left(prompts, receiver.padding(), receiver.device)
         with clock.of("receiver"):
@@ -215,11 +215,9 @@ class LCFXChannel(Channel):
         # Also one alone: then messages of different sharers are of one origin, and can be stacked.
         return self.adapter.combine(read) if len(self.sharers) > 1 else read[0]
 
-    def _messages(
-        self, sharer: Sharer, contexts: Sequence[Sequence[str]], clock: Clock, generator: torch.Generator
-    ) -> list[bytes]:
-        agent = sharer.agent
-        read = [self._read(agent, paragraphs) for paragraphs in contexts]
+    def _messages(self, sharer: Sharer, told: Sequence[Request], clock: Clock) -> list[bytes]:
+        agent, noise = sharer.agent, Noise(told, sharer.agent.name, self.seed)
+        read = [self._read(agent, request.sharer_contexts[agent.name]) for request in told]
         ids, mask = padded_left([tokens for tokens, _ in read], agent.padding(), agent.device)
         starts = [ids.shape[1] - len(tokens) for tokens, _ in read]
         spans = shifted_spans([bounds for _, bounds in read], starts)
@@ -227,8 +225,8 @@ class LCFXChannel(Channel):
             cache = agent.read(ids, mask)
         with clock.of("communication"):
             made = sharer.adapter.summarize(cache, spans, attention_mask=mask)
-            made = controlled_message(made, self.control, generator)
-            return [one.to_bytes(dtype=self.dtype) for one in made.split()]
+            rows = [controlled_message(one, self.control, noise, row) for row, one in enumerate(made.split())]
+            return [one.to_bytes(dtype=self.dtype) for one in rows]
 
     def _read(self, agent: Agent, paragraphs: Sequence[str]) -> tuple[list[int], Bounds]:
         """Tokens of a sharer's context, without a template as it is asked nothing, and its spans."""

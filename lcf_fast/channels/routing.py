@@ -37,17 +37,17 @@ def rows_told(requests: Sequence[Request], sharer: str, known: Collection[str]) 
 def collected(
     requests: Sequence[Request],
     sharers: Mapping[str, Named],
-    write: Callable[[Named, list[tuple[str, ...]]], Iterable[bytes]],
+    write: Callable[[Named, list[Request]], Iterable[bytes]],
 ) -> list[list[bytes]]:
     """What each request is sent, one message a sharer that has read something for it, in the sharers' order.
 
-    ``write``: a sharer's messages about so many contexts.
+    ``write``: a sharer's messages about the contexts that so many requests have for it.
     """
     sent: list[list[bytes]] = [[] for _ in requests]
     for name, sharer in sharers.items():
         rows = rows_told(requests, name, sharers)
         if rows:
-            for row, data in zip(rows, write(sharer, [requests[row].sharer_contexts[name] for row in rows])):
+            for row, data in zip(rows, write(sharer, [requests[row] for row in rows])):
                 sent[row].append(data)
     return sent
 

@@ -13,6 +13,7 @@ from ..caches import Pair, extend_cache
 from ..errors import ShapeError
 from ..message import Message
 from ..placement import placement_of, slot_positions, with_slots
+from ..quantization import storage_of
 from ..reading.chat import window_size
 from ..reading.padding import shifted_spans
 from ..reading.prefill import dynamic_cache, positions_of, sliding_window
@@ -21,7 +22,7 @@ from ..slots import LatentSlots
 from ..span_text import Bounds
 from .agent import Agent, padded_left
 from .base import Channel, Clock, Prepared
-from .controls import check_control, controlled_message, sent_for
+from .controls import Noise, check_control, controlled_message, sent_for
 from .lcf import Sharer, sharers_by_name
 from .request import Request
 from .routing import collected, rows_told
@@ -49,7 +50,8 @@ class SlotsChannel(Channel):
         seed: of the random control.
 
     Raises:
-        SpanError: another way to cut. GeometryError: an adapter for other models, an unknown placement or control.
+        SpanError: another way to cut. DTypeError: another dtype. GeometryError: an adapter for other models, an unknown
+            placement or control.
     """
 
     name = "slots"
@@ -69,6 +71,7 @@ class SlotsChannel(Channel):
     ) -> None:
         super().__init__(receiver)
         window_size(spans)
+        storage_of(dtype)
         self.adapter, self.dtype, self.slots, self.spans = adapter, dtype, slots, spans
         self.placement = placement_of(adapter, placement)
         self.control, self.seed = check_control(control), seed
@@ -89,8 +92,7 @@ class SlotsChannel(Channel):
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         receiver, batch = self.receiver, len(requests)
         told = sent_for(requests, self.control)
-        generator = torch.Generator().manual_seed(self.seed)
-        sent = collected(told, self.sharers, lambda sharer, read: self._messages(sharer, read, clock, generator))
+        sent = collected(told, self.sharers, lambda sharer, some: self._messages(sharer, some, clock))
         prompts = receiver.prompts([request.asked() for request in requests], room)
         ids, mask = padded_left(prompts, receiver.padding(), receiver.device)
         sizes = [sum(map(len, messages)) for messages in sent]
@@ -127,11 +129,9 @@ class SlotsChannel(Channel):
         sharer.agent.check_length(max(2, len(tokens)))
         return tokens, bounds
 
-    def _messages(
-        self, sharer: Sharer, contexts: Sequence[Sequence[str]], clock: Clock, generator: torch.Generator
-    ) -> list[bytes]:
-        agent = sharer.agent
-        read = [self._read(sharer, paragraphs) for paragraphs in contexts]
+    def _messages(self, sharer: Sharer, told: Sequence[Request], clock: Clock) -> list[bytes]:
+        agent, noise = sharer.agent, Noise(told, sharer.agent.name, self.seed)
+        read = [self._read(sharer, request.sharer_contexts[agent.name]) for request in told]
         ids, mask = padded_left([tokens for tokens, _ in read], agent.padding(), agent.device)
         with clock.of("sharer"):
             cache = agent.read(ids, mask)
@@ -144,8 +144,9 @@ class SlotsChannel(Channel):
             else:
                 made = sharer.adapter.summarize(cache, attention_mask=mask, slots=self.slots)
                 counts = [made.slots] * len(read)
-            made = controlled_message(made, self.control, generator)
-            return [one.take_slots(n).to_bytes(dtype=self.dtype) for one, n in zip(made.split(), counts)]
+            rows = [one.take_slots(n) for one, n in zip(made.split(), counts)]
+            rows = [controlled_message(one, self.control, noise, row) for row, one in enumerate(rows)]
+            return [one.to_bytes(dtype=self.dtype) for one in rows]
 
     def _received(self, sent: Sequence[Sequence[bytes]]) -> tuple[Message, Tensor]:
         """What came over the wire, as one message of the rows that have any, and which slots ``(B, k)`` a row has."""

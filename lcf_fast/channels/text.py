@@ -94,7 +94,8 @@ class TextChannel(Channel):
             do_sample=False,
             pad_token_id=sharer.padding(),
         )
-        found: list[str] = sharer.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        notes = sharer.until_the_end(out[:, ids.shape[1] :])
+        found: list[str] = sharer.tokenizer.batch_decode(notes, skip_special_tokens=True)
         return [text.strip() for text in found]
 
     def _asked(self, sharer: Agent, requests: Sequence[Request]) -> list[list[tuple[str, str]]]:

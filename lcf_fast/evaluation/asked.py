@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..channels.request import Request
 from ..training.data import CrossExample, Example, name_broken, read_examples
+from .decoys import tells, with_decoys
 from .failures import EvaluationError
-from .run import AskedSet, Item, choice_item, with_decoys
+from .run import AskedSet, Item, choice_item
 from .sets import read_hotpotqa, read_questions
 
 __all__ = ["Source", "asked_lines", "asked_sets"]
@@ -27,6 +28,7 @@ class Source:
         hotpotqa: a file of HotpotQA.
         choices: ``NAME`` or ``NAME=FILE`` of multiple choice.
         limit: of each set so many, drawn by the seed; None: all.
+        decoys: whether each item gets another one for the mismatched control.
     """
 
     data: tuple[str, ...] = ()
@@ -34,25 +36,26 @@ class Source:
     choices: tuple[str, ...] = ()
     limit: int | None = None
     seed: int = 42
+    decoys: bool = True
 
 
 def asked_sets(source: Source, say: Say) -> list[AskedSet]:
-    """Every set, each item with another one as its decoy; what is of no use is said.
+    """Every set, each item with another one as its decoy, if wanted; what is of no use is said.
 
     Raises:
-        DataError, EvaluationError: no such source, no question of use in it, or all of one answer.
+        DataError, EvaluationError: no such source, no question of use in it, or no decoy for one.
     """
     found = [asked_lines(name, source, say) for name in source.data]
     options = {"limit": source.limit, "seed": source.seed}
     if source.hotpotqa is not None:
         hotpotqa = read_hotpotqa(source.hotpotqa, **options)  # type: ignore[arg-type]
         say(hotpotqa.summary(), bool(hotpotqa.broken))
-        found.append(AskedSet("hotpotqa", with_decoys([_crossing(one) for one in hotpotqa.items])))
+        found.append(_asked("hotpotqa", [_crossing(one) for one in hotpotqa.items], source, say))
     for given in source.choices:
         name, _, file = given.partition("=")
         questions = read_questions(name, file or None, progress=True, **options)  # type: ignore[arg-type]
         say(questions.summary(), bool(questions.broken))
-        found.append(AskedSet(name, with_decoys([choice_item(one) for one in questions.items])))
+        found.append(_asked(name, [choice_item(one) for one in questions.items], source, say))
     return found
 
 
@@ -64,7 +67,22 @@ def asked_lines(path: str, source: Source, say: Say, *, name: str | None = None)
         items = [_crossing(example) for example in examples.examples]
     else:
         items = _single_turns(path, examples.examples, say)
-    return AskedSet(name or Path(path).stem, with_decoys(items))
+    return _asked(name or Path(path).stem, items, source, say)
+
+
+def _asked(name: str, items: Sequence[Item], source: Source, say: Say) -> AskedSet:
+    """Items with their decoys, if wanted; that some of these are no clean control is noted."""
+    made = with_decoys(items) if source.decoys else tuple(items)
+    telling = [item.id for item in made if tells(item)]
+    if not telling:
+        return AskedSet(name, made)
+    shown = ", ".join([*telling[:3], *(["..."] if len(telling) > 3 else [])])
+    note = (
+        f"{name}: for {len(telling):,} of {len(made):,} questions ({shown}) no other one was found whose contexts do "
+        "not hold the answer, too: there the mismatched message may tell it"
+    )
+    say(note, True)
+    return AskedSet(name, made, (note,))
 
 
 def _crossing(example: Example) -> Item:

@@ -72,9 +72,20 @@ def entrants(
         seed: of the random control.
 
     Raises:
-        EvaluationError: two adapters of one kind. GeometryError: an adapter for other models. SpanError: another way
-            to cut.
+        EvaluationError: two adapters of one kind, own ones without their like among the others, a value that comes
+            twice. GeometryError: an adapter for other models. SpanError: another way to cut. DTypeError: another dtype.
     """
+    for name, given in (("text_tokens", text_tokens), ("spans", spans), ("ratios", ratios)):
+        listed = [f"{value:g}" if isinstance(value, float) else str(value) for value in given]
+        if len(set(listed)) < len(listed):
+            raise EvaluationError(name, expected="each once", got=", ".join(listed))
+    kinds = {one.config.mode for one in adapters}
+    for one in own_adapters:
+        if one.config.mode not in kinds:
+            expected = "one along with it that reads the sharer's cache"
+            raise EvaluationError("own_adapters", expected=expected, got=f"{one.config.mode} alone")
+    if own_fuser is not None and fuser is None:
+        raise EvaluationError("own_fuser", expected="c2c along with it", got="own_c2c alone")
     itself = receiver.called(sharer.name)
     same = sharer.model is receiver.model
 

@@ -67,9 +67,9 @@ def add_eval_command(commands: Any) -> None:
                      help="as --adapter, trained with the receiver in the sharer's place")  # fmt: skip
     own.add_argument("--own-c2c", metavar="DIR", type=Path, help="as --c2c, trained so")
     small = parser.add_argument_group("small agents (without --sharer and --receiver)")
-    small.add_argument("--agents", metavar="DIR", type=Path, default=Path("out/agents"),
+    small.add_argument("--agents", metavar="DIR", type=Path,
                        help="where they are, or are put once trained; default: out/agents")  # fmt: skip
-    small.add_argument("--agents-seed", type=int, default=0, metavar="N", help="of their training; default: 0")
+    small.add_argument("--agents-seed", type=int, metavar="N", help="of their training; default: 0")
     small.add_argument("--quick", action="store_true", help="seconds: everything is done, nothing learned")
     asked = parser.add_argument_group("questions")
     asked.add_argument("--data", metavar="SET", action="append", default=[], help="JSON lines, parquet, or a hub id")
@@ -110,17 +110,23 @@ class _Material:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from ..quantization import storage_of
     from ..reading.chat import window_size
     from ..training.models import hide_loading
     from .plots import check_plot
+    from .run import check_size
     from .statistics import check_scipy
 
     check_scipy()
     if not arguments.no_plots:
         check_plot()
     pairs = _pairs(arguments)
+    for name in ("batch_size", "max_new_tokens", "limit"):
+        if (size := getattr(arguments, name)) is not None:
+            check_size(f"--{name.replace('_', '-')}", size)
     for spans in arguments.spans or ():
         window_size(spans)
+    storage_of(arguments.dtype)
     hide_loading()
     small = _is_small(arguments)
     for name, defaults in _DEFAULTS.items():
@@ -128,12 +134,18 @@ def _run(arguments: argparse.Namespace) -> None:
             setattr(arguments, name, defaults[small])
     wanted = _small_sets(arguments) if small else _sets(arguments)
 
+    from ..reading.model_fingerprint import model_sample
+    from .loading import chosen_device, load_agents
     from .report import markdown
     from .run import evaluate, write_report
 
-    trials = _trials(arguments, wanted)
+    device = chosen_device(arguments.device)
+    agents = load_agents(arguments.sharer, arguments.receiver, arguments.precision, device)
+    trials = _trials(arguments, wanted, agents, device)
     names = ("sharer", "receiver", "precision", "limit", "seed")
-    settings = {name: str(value) if isinstance(value := getattr(arguments, name), Path) else value for name in names}
+    settings = {name: getattr(arguments, name) for name in names}
+    # A path alone would not tell a model that has been trained on since.
+    settings["models"] = {role: model_sample(agent.model, arguments.precision) for role, agent in agents.items()}
     summary = evaluate(
         trials,
         arguments.out,
@@ -153,6 +165,10 @@ def _is_small(arguments: argparse.Namespace) -> bool:
 
     models = (arguments.sharer, arguments.receiver)
     if all(models):
+        for name in ("agents", "agents_seed", "quick"):
+            if (given := getattr(arguments, name)) is not None and given is not False:
+                expected = "the small agents, which is without --sharer and --receiver"
+                raise EvaluationError(f"--{name.replace('_', '-')}", expected=expected, got="both of them")
         return False
     if any(models):
         raise EvaluationError("--sharer and --receiver", expected="both, or neither for the small agents", got="one")
@@ -188,7 +204,8 @@ def _small_sets(arguments: argparse.Namespace) -> list[tuple[AskedSet, _Material
     plan = QUICK if arguments.quick else FULL
     # Of so little work most would be the start of other processes.
     workers = 1 if arguments.quick else 2
-    suite = prepare_suite(arguments.agents, seed=arguments.agents_seed, plan=plan, workers=workers)
+    folder, seed = arguments.agents or Path("out/agents"), arguments.agents_seed or 0
+    suite = prepare_suite(folder, seed=seed, plan=plan, workers=workers)
     arguments.sharer, arguments.receiver = str(suite.sharer), str(suite.receiver)
     source = _source(arguments)
     found = []
@@ -203,32 +220,39 @@ def _source(arguments: argparse.Namespace) -> Source:
     from .asked import Source
 
     data, choices = tuple(arguments.data), tuple(arguments.set)
-    return Source(data, arguments.hotpotqa, choices, arguments.limit, arguments.seed)
+    decoys = not arguments.no_controls
+    return Source(data, arguments.hotpotqa, choices, arguments.limit, arguments.seed, decoys)
 
 
-def _trials(arguments: argparse.Namespace, wanted: Sequence[tuple[AskedSet, _Material]]) -> list[Trial]:
+def _trials(
+    arguments: argparse.Namespace, wanted: Sequence[tuple[AskedSet, _Material]], agents: dict[str, Agent], device: Any
+) -> list[Trial]:
     """Who takes part in which set; what serves several sets is loaded once."""
     from .entrants import suits
     from .failures import EvaluationError
-    from .loading import chosen_device, load_agents
     from .run import Trial
 
-    device = chosen_device(arguments.device)
-    agents = load_agents(arguments.sharer, arguments.receiver, arguments.precision, device)
     everyone: dict[_Material, list[Entrant]] = {}
     for _, material in wanted:
         if material not in everyone:
             together = [asked for asked, other in wanted if other == material]
             everyone[material] = _entrants(arguments, agents, device, material, together)
-    names = arguments.channels
+    names = arguments.channels or []
     known = list(dict.fromkeys(entrant.name for some in everyone.values() for entrant in some))
-    for name in names or ():
+    for name in names:
         if name not in known:
             raise EvaluationError("--channels", expected=f"some of {', '.join(known)}", got=repr(name))
-    return [
-        Trial(asked, tuple(one for one in everyone[m] if suits(one, asked) and (not names or one.name in names)))
-        for asked, m in wanted
-    ]
+    trials = []
+    for asked, material in wanted:
+        able = [one for one in everyone[material] if suits(one, asked) and (not names or one.name in names)]
+        if able:
+            trials.append(Trial(asked, tuple(able)))
+        else:
+            _say(f"{asked.name}: left out: none of {', '.join(names)} suits it", True)
+    if not trials:
+        expected = "a channel that suits the questions (of cross or of shared context)"
+        raise EvaluationError("--channels", expected=expected, got=", ".join(names))
+    return trials
 
 
 def _entrants(

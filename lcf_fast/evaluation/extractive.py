@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from ..errors import DTypeError
 from .failures import EvaluationError
 
-__all__ = ["AnswerScore", "mean_score", "normalized", "score_answer"]
+__all__ = ["WHOLE", "AnswerScore", "mean_score", "normalized", "score_answer"]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)  # ASCII's alone
 #: Answers that are right or wrong as a whole: sharing a token with one of them is worth nothing.
-_WHOLE = frozenset({"yes", "no", "noanswer"})
+WHOLE = frozenset({"yes", "no", "noanswer"})
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def score_answer(prediction: str, answer: str) -> AnswerScore:
     said, right = normalized(prediction), normalized(answer)
     exact = float(said == right)
     none = AnswerScore(exact, 0.0, 0.0, 0.0)
-    if said != right and (said in _WHOLE or right in _WHOLE):
+    if said != right and (said in WHOLE or right in WHOLE):
         return none
     said_words, right_words = said.split(), right.split()
     same = sum((Counter(said_words) & Counter(right_words)).values())

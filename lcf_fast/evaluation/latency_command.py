@@ -102,6 +102,7 @@ def _groups(arguments: argparse.Namespace, device: torch.device, precision: str)
     dtype = DTYPES[precision]
     if arguments.sharer is None:
         return random_groups(arguments.text_tokens, device=device, dtype=dtype)
+    from ..fingerprint import digest_of
     from ..training.models import load_config
     from .loading import load_adapters, load_agents, load_fuser
 
@@ -109,6 +110,7 @@ def _groups(arguments: argparse.Namespace, device: torch.device, precision: str)
     configs = {"sharer": load_config("sharer", sharer), "receiver": load_config("receiver", receiver)}
     adapters = load_adapters(arguments.adapter, configs, device, dtype)
     fuser = None if arguments.c2c is None else load_fuser(arguments.c2c, configs, device, dtype)
+    made = [*adapters, *([] if fuser is None else [fuser])]
     return given_groups(
         arguments.text_tokens,
         lambda: load_agents(sharer, receiver, precision, device),
@@ -121,5 +123,7 @@ def _groups(arguments: argparse.Namespace, device: torch.device, precision: str)
             "receiver": receiver,
             "adapters": [str(folder) for folder in arguments.adapter],
             "c2c": None if arguments.c2c is None else str(arguments.c2c),
+            # Times depend on an adapter's layers and on which of its gates are open: more than its path tells.
+            "weights": [digest_of({}, dict(one.named_parameters())) for one in made],
         },
     )

@@ -30,6 +30,8 @@ def chosen_device(name: str | None) -> torch.device:
         raise EvaluationError("--device", expected="a name such as cpu or cuda:0", got=repr(name)) from None
     if device.type == "cuda" and not there_is_one:
         raise EvaluationError("--device", expected="cpu, as there is no CUDA GPU here", got=repr(name))
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise EvaluationError("--device", expected=f"cuda:0 to cuda:{count - 1}", got=repr(name))
     return device
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from typing import Any
 from ..files import write_whole
 from .failures import EvaluationError
 
-__all__ = ["CONTROLS", "MATCHED", "MISMATCHED", "Cell", "Prediction", "PredictionStore", "paired_scores"]
+__all__ = ["CONTROLS", "MATCHED", "MISMATCHED", "RANDOM", "SELF", "ZERO"]
+__all__ += ["Cell", "Prediction", "PredictionStore", "paired_scores"]
 
 #: What the message is of: the item itself, another item, zeros, noise of the same moments, the receiver as its own
 #: sharer. Channels without a message (`none`, `full_context`) are run as `matched` alone.
@@ -132,11 +133,32 @@ class PredictionStore:
             return False
         if entry["digest"] == cell.digest:
             return True
-        then, now = entry["settings"], json.loads(_json(dict(cell.settings)))
-        changed = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
-        expected = f"the settings of the run that began in {self.folder} (go on with those, or take another folder)"
-        shown = "; ".join(f"{name}: {now.get(name)!r} instead of {then.get(name)!r}"[:120] for name in changed[:4])
-        raise EvaluationError("settings", expected=expected, got=shown)
+        self._same(entry["settings"], cell, {*entry["settings"], *cell.settings})
+        return True
+
+    def check_shared(self, cell: Cell, names: Collection[str]) -> None:
+        """That all cells of the set, of whatever channel, are of the cell's ``names`` among the settings.
+
+        Raises:
+            EvaluationError: one is not: scores of theirs and of this one's would not be of the same questions.
+        """
+        for entry in self._cells:
+            if entry["set"] == cell.set:
+                self._same(entry["settings"], cell, names)
+
+    def _same(self, then: Mapping[str, Any], cell: Cell, names: Collection[str]) -> None:
+        """Refuse a cell of which one of these settings has changed."""
+        now = json.loads(_json(dict(cell.settings)))
+        changed = sorted(name for name in names if then.get(name) != now.get(name))
+        if changed:
+            expected = f"the settings of the run that began in {self.folder} (go on with those, or take another folder)"
+            shown = "; ".join(f"{name}: {now.get(name)!r} instead of {then.get(name)!r}"[:120] for name in changed[:4])
+            raise EvaluationError("settings", expected=expected, got=shown)
+
+    @property
+    def finished(self) -> list[tuple[str, str, str]]:
+        """Set, channel and control of each cell that is there."""
+        return [(entry["set"], entry["channel"], entry["control"]) for entry in self._cells]
 
     def append(self, cell: Cell, predictions: Sequence[Prediction]) -> None:
         """All of a cell's predictions, or none: whenever the process ends, the cell is whole or not there.

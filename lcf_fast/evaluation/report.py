@@ -97,7 +97,7 @@ def _notes(summary: Summary) -> str:
         text += f" {what}, at {summary.alpha:g}; content: matched against another item's message."
     else:
         text += " No channel was run with another item's message: whether content crossed was not measured."
-    return text
+    return "\n\n".join([text, *(f"{note}." for note in summary.notes)])
 
 
 def _few(points: Sequence[FrontierPoint], most: int = 6) -> list[FrontierPoint]:

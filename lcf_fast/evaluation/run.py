@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,12 +18,12 @@ from ..files import write_whole
 from .choice import choice_token_ids, letters, predicted_choices
 from .extractive import score_answer
 from .failures import EvaluationError
-from .predictions import CONTROLS, Cell, Prediction, PredictionStore
+from .predictions import CONTROLS, MATCHED, MISMATCHED, RANDOM, ZERO, Cell, Prediction, PredictionStore
 from .report import markdown
 from .sets import Question
-from .summary import Summary, summarize, summary_json
+from .summary import Summary, check_pairs, summarize, summary_json
 
-__all__ = ["AskedSet", "Entrant", "Item", "Trial", "choice_item", "evaluate", "with_decoys", "write_report"]
+__all__ = ["AskedSet", "Entrant", "Item", "Trial", "check_size", "choice_item", "evaluate", "write_report"]
 
 REPORT, SUMMARY = "report.md", "summary.json"
 
@@ -43,10 +45,11 @@ class Item:
 
 @dataclass(frozen=True)
 class AskedSet:
-    """Items under a name; all of one kind."""
+    """Items under a name; all of one kind. ``notes``: what a report of them has to say."""
 
     name: str
     items: tuple[Item, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,23 +86,6 @@ def choice_item(question: Question) -> Item:
     return Item(question.id, Request(text), names[question.answer_index], len(question.choices))
 
 
-def with_decoys(items: Sequence[Item]) -> tuple[Item, ...]:
-    """Each item with another one, of another answer, whose message is sent under the mismatched control.
-
-    Raises:
-        EvaluationError: all items have one answer.
-    """
-    found = []
-    for i, item in enumerate(items):
-        others = (items[(i + step) % len(items)] for step in range(1, len(items)))
-        other = next((other for other in others if other.answer != item.answer), None)
-        if other is None:
-            expected = "two items of different answers, for the mismatched control"
-            raise EvaluationError("items", expected=expected, got=f"{len(items)} of one answer")
-        found.append(replace(item, request=replace(item.request, decoy=other.request)))
-    return tuple(found)
-
-
 def evaluate(
     trials: Sequence[Trial],
     folder: str | os.PathLike[str],
@@ -113,39 +99,61 @@ def evaluate(
     """Every entrant of each set under each of its controls. A cell that ``folder`` holds already is not run again.
 
     Answers are greedy. Multiple choice is judged by the logits of the letters, extractive answers by EM and F1. Before
-    the first cell all questions are checked against the models' limits; a cell's first batch is asked once before,
-    to warm up.
+    the first cell all questions of all cells that are to be run are checked against the models' limits, with what the
+    cell's control sends; a cell's first batch is asked once before, to warm up.
 
     Args:
         pairs: channels to test against each other; None: `lcf_fast.evaluation.comparisons.default_pairs`.
-        settings: that all cells depend on: models, data. Cells of other settings in the folder are refused.
+        settings: that all cells depend on, beside the questions: models. Where the folder holds cells of a set of
+            other settings or questions, of whatever channel, they are refused.
         progress: whether it is shown how far each cell is.
 
     Raises:
-        EvaluationError: no entrant or set, names that come twice, an unknown control; settings other than the folder's.
-            And what channels raise, naming the question where it is of one.
+        EvaluationError: no entrant or set, names that come twice, an unknown control, a batch or an answer of nothing;
+            settings other than the folder's, a pair of channels that no set will have both of. And what channels raise,
+            naming the question where it is of one.
     """
+    for name, size in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        check_size(name, size)
     _check_names("sets", [trial.asked.name for trial in trials])
     store = PredictionStore(folder)
     missing: list[tuple[AskedSet, Entrant, Cell]] = []
     for asked, entrants in ((trial.asked, trial.entrants) for trial in trials):
         _check_names("entrants", [entrant.name for entrant in entrants])
+        shared = {
+            **(settings or {}),
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,  # times are of a batch
+            "items": len(asked.items),
+            "questions": _digest([item.request for item in asked.items], asked.items),
+        }
+        decoys = _digest([item.request.decoy for item in asked.items])
         for entrant in entrants:
             for control in entrant.controls:
                 if control not in CONTROLS:
                     raise EvaluationError("control", expected=" or ".join(CONTROLS), got=repr(control))
-                own = {"max_new_tokens": max_new_tokens, "items": len(asked.items), **entrant.settings}
-                cell = Cell(asked.name, entrant.name, control, {**(settings or {}), **own})
+                own = {**entrant.settings, **({"decoys": decoys} if control == MISMATCHED else {})}
+                cell = Cell(asked.name, entrant.name, control, {**shared, **own})
+                store.check_shared(cell, shared)
                 if not store.is_finished(cell):
                     missing.append((asked, entrant, cell))
+    there: dict[str, list[str]] = {}
+    for set_name, channel_name, _ in [*store.finished, *(cell.key for *_, cell in missing)]:
+        there.setdefault(set_name, []).append(channel_name)
+    check_pairs(there, pairs)
+    checked: set[tuple[str, str, str]] = set()
     for asked, entrant, cell in missing:
-        if cell.control == entrant.controls[0]:
-            _check_questions(entrant.make(cell.control), asked, max_new_tokens, progress)
+        # Zeros and noise are of the matching message's shape: the same is read for all three.
+        read = MATCHED if cell.control in (ZERO, RANDOM) else cell.control
+        if (key := (asked.name, entrant.name, read)) not in checked:
+            checked.add(key)
+            _check_questions(entrant.make(cell.control), asked, cell, max_new_tokens, progress)
     for number, (asked, entrant, cell) in enumerate(missing, 1):
         label = f"cell {number} of {len(missing)}: {', '.join(cell.key)}"
         channel = entrant.make(cell.control)
         store.append(cell, _ask(channel, cell, asked.items, batch_size, max_new_tokens, label, progress))
-    return summarize(store.read(), pairs=pairs, progress=progress)
+    notes = tuple(note for trial in trials for note in trial.asked.notes)
+    return replace(summarize(store.read(), pairs=pairs, progress=progress), notes=notes)
 
 
 def write_report(summary: Summary, folder: str | os.PathLike[str], *, plots: bool = True) -> list[Path]:
@@ -164,6 +172,21 @@ def write_report(summary: Summary, folder: str | os.PathLike[str], *, plots: boo
     return written
 
 
+def _digest(requests: Sequence[Request | None], items: Sequence[Item] = ()) -> str:
+    """Of what is asked, and of the items' names and what is right, in order."""
+    told: list[Any] = [[item.id, item.answer, item.choices] for item in items]
+    for one in requests:
+        contexts = None if one is None else sorted(one.sharer_contexts.items())
+        told.append(None if one is None else [one.question, one.context, contexts, one.sharers])
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
+
+
+def check_size(name: str, size: int) -> None:
+    """Refuse a number of less than 1."""
+    if size < 1:
+        raise EvaluationError(name, expected="1 or more", got=str(size))
+
+
 def _check_names(what: str, names: Sequence[str]) -> None:
     if not names:
         raise EvaluationError(what, expected="at least one", got="none")
@@ -172,14 +195,15 @@ def _check_names(what: str, names: Sequence[str]) -> None:
         raise EvaluationError(what, expected="names of their own", got=f"{twice[0]!r} twice")
 
 
-def _check_questions(channel: Channel, asked: AskedSet, room: int, progress: bool) -> None:
+def _check_questions(channel: Channel, asked: AskedSet, cell: Cell, room: int, progress: bool) -> None:
     """Refuse questions that the channel cannot ask, before anything has run."""
-    label = f"checking {asked.name}, {channel.name}"
+    name = cell.channel if cell.control == MATCHED else f"{cell.channel} {cell.control}"
+    label = f"checking {asked.name}, {name}"
     for item in counted(asked.items, label, total=len(asked.items), shown=progress):
         try:
             channel.check([item.request], room)
         except LCFError as error:
-            where = f"{asked.name}, question {item.id}, {channel.name}: {error.argument}"
+            where = f"{asked.name}, question {item.id}, {name}: {error.argument}"
             raise type(error)(where, expected=error.expected, got=error.got) from error
 
 

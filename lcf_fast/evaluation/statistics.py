@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import BackendError, ShapeError
 from .failures import EvaluationError
+from .paired_binary import below_margin, score_interval
 
 __all__ = [
     "Accuracy",
@@ -91,7 +92,7 @@ class Equivalence:
     """Two one-sided tests (TOST): whether the mean difference lies within the margin, both ways.
 
     Attributes:
-        difference: first minus second, with the interval of ``1 - 2 * alpha``.
+        difference: first minus second, with the interval of confidence ``1 - 2 * alpha``.
         equivalent: p_value below alpha.
     """
 
@@ -174,10 +175,13 @@ def paired_interval(
 def equivalence(
     first: Sequence[float], second: Sequence[float], *, margin: float = MARGIN, alpha: float = 0.05
 ) -> Equivalence:
-    """Paired TOST by t tests: p is the larger of those against a difference of ``margin`` and of ``-margin``.
+    """Paired TOST: p is the larger of those against a difference of ``margin`` and of ``-margin``.
 
-    Where all differences are the same the t tests know no error at all. Then p is the chance to see that, were the
-    mean difference as large as the margin: at least ``(margin - |d|) / (1 - |d|)`` of all items then differ otherwise.
+    Where every score is 0 or 1 the tests are exact (`lcf_fast.evaluation.paired_binary`), and the interval is of the
+    same score, taken for normal: where few items differ, t tests find equivalence too easily. Shares such as F1 are
+    judged by t tests. Where all of their differences are the same these know no error at all; then p is the chance to
+    see that, were the mean difference as large as the margin: at least ``(margin - |d|) / (1 - |d|)`` of all items then
+    differ otherwise.
 
     Raises:
         ShapeError: not the same number of items, or fewer than 2. EvaluationError: a score outside 0 to 1, a margin
@@ -192,7 +196,12 @@ def equivalence(
     if len(differences) < 2:
         raise ShapeError("first", expected="2 items or more", got="1")
     mean = float(differences.mean())
-    if np.ptp(differences) <= 1e-12:
+    if is_binary(one) and is_binary(two):
+        _stats()
+        gained, lost, items = int((differences > 0).sum()), int((differences < 0).sum()), len(differences)
+        p_value = max(below_margin(gained, lost, items, margin), below_margin(lost, gained, items, margin))
+        interval = Interval(mean, *score_interval(gained, lost, items, 1 - 2 * alpha))
+    elif np.ptp(differences) <= 1e-12:
         off = min(abs(mean), margin)
         p_value = ((1 - margin) / (1 - off)) ** len(differences)
         interval = Interval(mean, mean, mean)

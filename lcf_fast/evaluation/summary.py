@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 
@@ -14,7 +14,7 @@ from .predictions import CONTROLS, MATCHED, MISMATCHED, SELF, Prediction
 from .statistics import Accuracy, Equivalence, Interval, accuracy, equivalence, mean_interval
 from .verdicts import ALPHA, Scores, Verdict, verdicts
 
-__all__ = ["CellResult", "ChannelResult", "SetResult", "Summary", "summarize", "summary_json"]
+__all__ = ["CellResult", "ChannelResult", "SetResult", "Summary", "check_pairs", "summarize", "summary_json"]
 
 #: The channel of the receiver alone.
 NONE = "none"
@@ -89,12 +89,14 @@ class Summary:
             of the channels that were run on all of them.
         judged: how many verdicts were corrected together (Holm), each of one channel on one set.
         alpha: below which content is said to have crossed.
+        notes: what else is to be known about the sets.
     """
 
     sets: tuple[SetResult, ...]
     weighted: dict[str, Accuracy]
     judged: int
     alpha: float
+    notes: tuple[str, ...] = ()
 
 
 _Table = dict[str, dict[str, dict[str, dict[str, Prediction]]]]  # set, channel, control, id
@@ -131,10 +133,18 @@ def summarize(
         raise EvaluationError("predictions", expected="at least one", got="none")
     for name, channels in table.items():
         _check_questions(name, channels)
+    check_pairs(table, pairs)
     judged = _verdicts(table, alpha, seed, progress)
-    _check_pairs(table, pairs)
     sets = tuple(_set(name, channels, judged, pairs, seed) for name, channels in table.items())
     return Summary(sets, _weighted(table), len(judged), alpha)
+
+
+def check_pairs(sets: Mapping[str, Collection[str]], pairs: Sequence[tuple[str, str]] | None) -> None:
+    """Refuse a pair of channels of which no set has both. ``sets``: the channels of each."""
+    for first, second in pairs or ():
+        if not any(first in channels and second in channels for channels in sets.values()):
+            ran = ", ".join(dict.fromkeys(channel for channels in sets.values() for channel in channels))
+            raise EvaluationError("pairs", expected=f"two of {ran}, on one set", got=f"{first} and {second}")
 
 
 def summary_json(summary: Summary) -> str:
@@ -212,13 +222,6 @@ def _comparisons(
     wanted = default_pairs(matched) if pairs is None else pairs
     able = [pair for pair in wanted if pair[0] in matched and pair[1] in matched]
     return tuple(compare([row for rows in matched.values() for row in rows.values()], able, seed=seed))
-
-
-def _check_pairs(table: _Table, pairs: Sequence[tuple[str, str]] | None) -> None:
-    for first, second in pairs or ():
-        if not any({first, second} <= channels.keys() for channels in table.values()):
-            ran = ", ".join(dict.fromkeys(channel for channels in table.values() for channel in channels))
-            raise EvaluationError("pairs", expected=f"two of {ran}, on one set", got=f"{first} and {second}")
 
 
 def _cell(control: str, rows: Sequence[Prediction], seed: int) -> CellResult:

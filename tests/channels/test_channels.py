@@ -24,8 +24,8 @@ from lcf_fast.channels import (
     Sharer,
     TextChannel,
 )
-from lcf_fast.channels.controls import CONTROLS, controlled_cache
-from lcf_fast.errors import GeometryError, LCFError, MessageError, ShapeError, SpanError
+from lcf_fast.channels.controls import CONTROLS, Noise, controlled_cache
+from lcf_fast.errors import DTypeError, GeometryError, LCFError, MessageError, ShapeError, SpanError
 from lcf_fast.sharer import SharerSide
 
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma")
@@ -127,6 +127,69 @@ def test_text_is_what_the_sharer_writes(receiver: Agent) -> None:
     assert answer.sent == len(note.encode())
 
 
+@pytest.fixture
+def unpadded() -> tuple[Agent, int]:
+    """An agent whose tokenizer has no padding and a word as token 0, and a token that it says to the first request
+    alone, not at once."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # Every id of the model's is a character.
+    vocabulary = {token: i for i, token in enumerate([*map(chr, range(ord("!"), ord("!") + 638)), " ", "\n"])}
+    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="!"))
+    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made = Agent("a", tiny_model("qwen2", 2), PreTrainedTokenizerFast(tokenizer_object=characters))
+    made.model.generation_config.eos_token_id = None
+    said = [answer.ids.tolist() for answer in NoneChannel(made).answer(REQUESTS, max_new_tokens=8, do_sample=False)]
+    end = next(token for token in said[0][1:6] if token != said[0][0] and token not in said[1] + said[2])
+    return made, end
+
+
+def test_a_note_ends_where_it_ends_alone(receiver: Agent, unpadded: tuple[Agent, int]) -> None:
+    """What fills up the shorter notes of a batch is no part of them, whatever token it is."""
+    sharer, _ = unpadded
+    channel = TextChannel(receiver, [sharer], most_tokens=8)
+    rows = sharer.prompts(channel._asked(sharer, REQUESTS))
+    said = [
+        sharer.model.generate(torch.tensor([row]), max_new_tokens=8, do_sample=False)[0, len(row) :] for row in rows
+    ]
+    written = [row.tolist() for row in said]
+    sharer.model.generation_config.eos_token_id = next(t for t in written[0][1:6] if t not in written[1] + written[2])
+    alone = [channel._write(sharer, [request])[0] for request in REQUESTS]
+    assert len(alone[0]) < len(sharer.tokenizer.decode(written[0]).strip()), "it did not end early"
+    assert channel._write(sharer, REQUESTS) == alone
+
+
+def test_an_answer_ends_where_it_ends_alone(unpadded: tuple[Agent, int]) -> None:
+    """By whatever way ``generate`` is told what ends one."""
+    from transformers import GenerationConfig
+
+    made, end = unpadded
+    channel = NoneChannel(made)
+    for options in (
+        {"eos_token_id": end},
+        {"eos_token_id": [end, 3]},
+        {"generation_config": GenerationConfig(eos_token_id=end)},
+    ):
+        whole = channel.answer(REQUESTS, max_new_tokens=8, do_sample=False, **options)
+        alone = [channel.answer([request], max_new_tokens=8, do_sample=False, **options)[0] for request in REQUESTS]
+        assert len(whole[0].ids) < 8
+        assert [answer.ids.tolist() for answer in whole] == [answer.ids.tolist() for answer in alone]
+        assert [answer.text for answer in whole] == [answer.text for answer in alone]
+    made.model.generation_config.eos_token_id = end
+    (told,) = channel.answer(REQUESTS[:1], max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert len(told.ids) == 8, "cut where generate was told not to end"
+
+
+def test_padding_is_never_a_word_where_there_is_another_token(unpadded: tuple[Agent, int]) -> None:
+    made, _ = unpadded
+    assert made.padding() == 0
+    made.tokenizer.eos_token = made.tokenizer.convert_ids_to_tokens(7)
+    assert made.padding() == 7
+    made.tokenizer.pad_token = made.tokenizer.convert_ids_to_tokens(9)
+    assert made.padding() == 9
+
+
 def test_a_note_stands_in_its_template(receiver: Agent) -> None:
     """With the receiver's own question, whoever's note it is; what crosses is the note alone."""
     plain = channels_of(receiver, "text")
@@ -187,6 +250,8 @@ def test_a_context_is_cut_as_asked(receiver: Agent) -> None:
     ]
     for i, one in enumerate(logits):
         assert all(float((one - other).abs().max()) > 1e-4 for other in logits[:i])
+    with pytest.raises(DTypeError, match="dtype"):
+        LCFXChannel(receiver, adapter, [Sharer(sharer, adapter)], dtype="foo")
     for bad in ("windows", "windows:0", "windows:-3", "windows:x", "words", "one:2", "windows:N"):
         with pytest.raises(SpanError, match="spans"):
             LCFXChannel(receiver, adapter, [Sharer(sharer, adapter)], spans=bad)
@@ -320,15 +385,47 @@ def test_controls_send_something_else(name: str, same_tokens: bool, receiver: Ag
 
 
 def test_random_numbers_have_the_moments_of_what_they_replace() -> None:
-    generator = torch.Generator().manual_seed(0)
     cache = [(3 + 2 * torch.randn(2, 1, 400, 4), torch.randn(2, 1, 400, 4) - 5)]
     mask = torch.ones(2, 400)
     mask[0, :100] = 0
     cache[0][0][0, :, :100] = 1e6  # padding counts for nothing
-    ((key, value),) = controlled_cache(cache, mask, "random", generator)
+    ((key, value),) = controlled_cache(cache, mask, "random", Noise(REQUESTS[:2], "a", 0))
     for made, mean, deviation in ((key, 3.0, 2.0), (value, -5.0, 1.0)):
         assert float((made.mean(2) - mean).abs().max()) < 0.6
         assert float((made.std(2) - deviation).abs().max()) < 0.5
+
+
+@pytest.mark.parametrize("name", ["lcf", "lcf_x"])
+def test_random_numbers_are_of_their_request(name: str, receiver: Agent) -> None:
+    """Whatever batch it is in and wherever there; and of another question, sharer or seed they are others."""
+    sharer = agent("a", "qwen2", 2, template=CHATML_SYSTEM)
+    adapter = adapter_of(sharer, receiver, cross_context=name == "lcf_x")
+
+    def logits(requests: Sequence[Request], seed: int = 0) -> Tensor:
+        one = [Sharer(sharer, adapter)]
+        told: dict[str, Any] = {"control": "random", "seed": seed}
+        channel = LCFXChannel(receiver, adapter, one, dtype="float32", **told) if name == "lcf_x" else LCFChannel(
+            receiver, one, **told)  # fmt: skip
+        return channel.next_logits(requests)[0]
+
+    whole = logits(REQUESTS)
+    torch.testing.assert_close(torch.cat([logits([one]) for one in REQUESTS]), whole, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits(REQUESTS[::-1]).flip(0), whole, rtol=1e-3, atol=1e-3)
+    assert float((logits(REQUESTS, 1) - whole).abs().amax(1).min()) > 1e-2
+
+
+def test_no_two_questions_get_the_same_random_numbers() -> None:
+    """Nor two sharers of one question, nor two that share their contexts: of 40 no pair is alike."""
+    asked = [Request(f"Who is {i}?", "One.", {"a": (f"Two {i % 4}.",)}) for i in range(40)]
+    drawn = [Noise(asked, "a", 42).generator(row) for row in range(40)]
+    drawn += [Noise(asked, "b", 42).generator(0), Noise(asked, "a", 43).generator(0)]
+    numbers = torch.stack([torch.randn(400, generator=one) for one in drawn])
+    alike = torch.corrcoef(numbers) - torch.eye(len(drawn))
+    assert float(alike.abs().max()) < 0.3
+    again = torch.randn(400, generator=Noise(asked[7:8], "a", 42).generator(0))
+    assert torch.equal(again, numbers[7])
+    # Of version and process independent: what Python's own hash is not.
+    assert Noise(asked, "a", 42).generator(0).initial_seed() == 2804217770
 
 
 def other_pair(receiver: Agent) -> Channel:

@@ -265,6 +265,14 @@ def test_controls_send_other_contents() -> None:
     assert all(not torch.allclose(a, b, rtol=1e-2) for i, a in enumerate(values) for b in values[:i])
 
 
+def test_random_numbers_are_of_their_request() -> None:
+    """In whatever batch: rows of other lengths and other places make no difference."""
+    channel = channel_of(model(), layers=(2,), control="random")
+    whole = channel.next_logits(REQUESTS)[0]
+    close(torch.cat([channel.next_logits([request])[0] for request in REQUESTS]), whole)
+    close(channel.next_logits(REQUESTS[::-1])[0].flip(0), whole)
+
+
 # --- answers
 # ---------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from tiny_slots import slots_adapter
 from tiny_tokenizers import CHATML_SYSTEM
 from torch import Tensor
 
-from lcf_fast import CacheGeometry, LatentSlots, SlotsSharerSide
+from lcf_fast import CacheGeometry, LatentSlots, LCFConfig, SlotsSharerSide
 from lcf_fast.channels import Agent, NoneChannel, Request, Sharer, SlotsChannel
 from lcf_fast.channels.controls import CONTROLS
 from lcf_fast.errors import GeometryError, IndexRangeError, LCFError, MessageError, ShapeError
@@ -183,6 +183,23 @@ def test_controls_send_something_else(receiver: Agent, sharer: Agent) -> None:
     assert torch.equal(logits("matched", told), found["mismatched"])
     with pytest.raises(GeometryError, match="decoy"):
         logits("mismatched", REQUESTS)
+
+
+@pytest.mark.parametrize("per_span", [False, True])
+def test_random_numbers_are_of_their_request(per_span: bool, receiver: Agent, sharer: Agent) -> None:
+    """In whatever batch, also beside a request of more slots."""
+    torch.manual_seed(5)
+    sides = CacheGeometry.of(sharer.model), CacheGeometry.of(receiver.model)
+    adapter = LatentSlots(LCFConfig(*sides, bottleneck=64, slots=2, per_span=per_span)).eval()
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.mul_(3.0)
+    made = SlotsChannel(receiver, adapter, [Sharer(sharer, adapter)], dtype="float32", control="random")
+    whole = made.next_logits(REQUESTS)[0]
+    alone = torch.cat([made.next_logits([request])[0] for request in REQUESTS])
+    torch.testing.assert_close(alone, whole, rtol=1e-3, atol=1e-3)
+    matched = SlotsChannel(receiver, adapter, [Sharer(sharer, adapter)], dtype="float32").next_logits(REQUESTS)[0]
+    assert float((matched - whole).abs().amax(1).min()) > 1e-2
 
 
 def test_generates_options_reach_it(receiver: Agent, sharer: Agent) -> None:

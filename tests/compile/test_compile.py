@@ -24,6 +24,8 @@ KNOWN_LOOP_SPILLS = {
     ("sm_90", "ffn-weights-512-bf16"): 14,
     ("sm_90", "slots-128-bf16-64-exact"): 1,
 }
+#: Spills outside of loops that are known to be more than the bound below.
+KNOWN_SPILLS = {("sm_90", "finish-128-fp32-16"): 68}
 
 #: Kernels that read no cache, and some whose tile is too small for 16 bytes a thread.
 EXEMPT = ("merge", "fold", "spans", "across", "down-weights-256", "down-weights-512")
@@ -47,7 +49,8 @@ def test_resources(chip: str, case: Case) -> None:
     if is_aligned:
         assert used.loop_spills <= KNOWN_LOOP_SPILLS.get((chip, case.name), 0), used
     # Random numbers take registers, once a program; what loads element by element is not held to any number of them.
-    assert used.spills <= (128 if "noise" in case.name else 64) or not is_aligned, used
+    bound = KNOWN_SPILLS.get((chip, case.name), 128 if "noise" in case.name else 64)
+    assert used.spills <= bound or not is_aligned, used
     if case.expect_mma:
         assert used.mma, "no tensor instruction"
         if chip == "sm_90" and "-128-bf16-128" in case.name:

@@ -149,6 +149,62 @@ def test_questions_are_checked_before_the_first_cell(
         assert not (tmp_path / "out" / "predictions.jsonl").exists()
 
 
+def test_a_set_that_no_chosen_channel_suits_is_left_out(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--adapter", str(world / "lcf_x"), "--no-plots", "--set", f"arc-c={world / 'arc.jsonl'}"]
+    more += ["--channels", "lcf_x"]
+    assert main(arguments(world, tmp_path / "out", *more)) == 2
+    assert "--channels: expected" in capsys.readouterr().err
+    assert main(arguments(world, tmp_path / "out", *more, "--data", str(world / "facts.jsonl"))) == 0
+    said = capsys.readouterr()
+    assert "arc-c: left out: none of lcf_x suits it" in said.err
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    assert [one["set"] for one in summary["sets"]] == ["facts"]
+
+
+@pytest.mark.parametrize(
+    ("channels", "match"),
+    [
+        # A long prompt with its own short context, and the other way round: each fits, the two long ones do not.
+        ("full_context", "question line-2, full_context mismatched: receiver"),
+        ("kvcomm_0.5", "question line-2, kvcomm_0.5 mismatched: receiver"),
+        # Under "self" the receiver writes about what it has read, with an instruction that its own prompt has not.
+        ("text_100", "question line-2, text_100 self: sharer"),
+    ],
+)
+def test_questions_are_checked_under_every_control(
+    channels: str, match: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the matching message is asked for already: nothing is written that could not be finished."""
+    long = "one two three four " * (45 if channels == "text_100" else 50)
+    first = "It is red." if channels == "text_100" else long
+    rows = [
+        {"sharer_context": [first], "receiver_context": "", "question": "What?", "answer": "red"},
+        {"sharer_context": ["It is blue."], "receiver_context": long, "question": "What?", "answer": "blue"},
+    ]
+    write_lines(tmp_path / "limits.jsonl", rows)
+    more = ["--data", str(tmp_path / "limits.jsonl"), "--channels", "none", channels, "--no-plots"]
+    more += ["--text-tokens", "100"]
+    assert main(arguments(world, tmp_path / "out", *more)) == 2
+    assert match in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_controls_one_question_is_enough(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"sharer_context": ["It is red."], "receiver_context": "", "question": "What is it?", "answer": "red"}
+    write_lines(tmp_path / "one.jsonl", [row])
+    more = ["--data", str(tmp_path / "one.jsonl"), "--channels", "none", "full_context", "--no-plots"]
+    assert main(arguments(world, tmp_path / "out", *more)) == 2
+    assert "two items of different answers, for the mismatched control (or --no-controls)" in capsys.readouterr().err
+    assert main(arguments(world, tmp_path / "out", *more, "--no-controls")) == 0
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["channel"] for line in lines] == ["none", "full_context"]
+    assert "whether content crossed was not measured" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
 def test_without_models_it_is_two_small_agents(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,11 +281,37 @@ def test_slots_take_part_by_their_folder(placement: str, world: Path, tmp_path: 
     assert len([row for row in rows if row["channel"] == "slots"]) == 20
 
 
+@pytest.mark.parametrize("role", ["sharer", "receiver"])
+def test_a_model_trained_on_at_the_same_path_is_another_run(
+    role: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("sharer", "receiver"):
+        shutil.copytree(world / name, tmp_path / name)
+    more = ["--data", str(world / "facts.jsonl"), "--channels", "none", "--no-plots"]
+    assert main(arguments(tmp_path, tmp_path / "out", *more)) == 0
+    assert main(arguments(tmp_path, tmp_path / "out", *more)) == 0
+    save_tiny_model(tmp_path / role, {"sharer": "qwen2", "receiver": "qwen3"}[role], seed=9)
+    capsys.readouterr()
+    for channel in ("none", "full_context"):
+        assert main(arguments(tmp_path, tmp_path / "out", *more[:3], channel, "--no-plots")) == 2
+        assert "models: {" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "match"),
     [
         ([], "--data, --hotpotqa or --set"),
+        (["--data", "FACTS", "--batch-size", "0"], "--batch-size: expected 1 or more, got 0"),
+        (["--data", "FACTS", "--batch-size", "-1"], "--batch-size: expected 1 or more, got -1"),
+        (["--data", "FACTS", "--max-new-tokens", "0"], "--max-new-tokens: expected 1 or more, got 0"),
+        (["--data", "FACTS", "--limit", "0"], "--limit: expected 1 or more, got 0"),
         (["--data", "FACTS", "--compare", "lcf"], "FIRST:SECOND"),
+        (["--data", "FACTS", "--compare", "none:foo"], "expected two of none, full_context"),
+        (["--data", "FACTS", "--channels", "none", "full_context", "--compare", "none:text_3"], "none and text_3"),
+        (["--data", "FACTS", "--dtype", "foo"], "dtype: expected None, or one of float64"),
+        (["--data", "FACTS", "--ratio", "0.5", "0.50"], "ratios: expected each once, got 0.5, 0.5"),
+        (["--data", "FACTS", "--text-tokens", "3", "3"], "text_tokens: expected each once"),
+        (["--data", "FACTS", "--spans", "one", "one"], "spans: expected each once"),
         (["--data", "FACTS", "--spans", "words"], "paragraphs or sentences"),
         (["--data", "FACTS", "--text-template", "none"], "{note}"),
         (["--data", "missing.jsonl"], "missing.jsonl"),
@@ -237,12 +319,19 @@ def test_slots_take_part_by_their_folder(placement: str, world: Path, tmp_path: 
         (["--data", "FACTS", "--channels", "nobody"], "nobody"),
         (["--data", "FACTS", "--adapter", "LCF", "--adapter", "LCF"], "two of lcf"),
         (["--data", "FACTS", "--adapter", "FACTS"], "facts.jsonl"),
+        (["--data", "FACTS", "--own-c2c", "OWN_C2C"], "own_fuser: expected c2c along with it"),
+        (["--data", "FACTS", "--own-c2c", "nonexistent"], "nonexistent"),
+        (["--data", "FACTS", "--adapter", "LCF", "--own-adapter", "OWN_LCF_X"], "got lcf_x alone"),
+        (["--data", "FACTS", "--quick"], "--quick: expected the small agents"),
+        (["--data", "FACTS", "--agents-seed", "0"], "--agents-seed: expected the small agents"),
+        (["--data", "FACTS", "--agents", "out/agents"], "--agents: expected the small agents"),
     ],
 )
 def test_bad_input_is_one_line(
     more: list[str], match: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = {"FACTS": str(world / "facts.jsonl"), "LCF": str(world / "lcf")}
+    real = {name.upper(): str(world / name) for name in ("lcf", "own_lcf_x", "own_c2c")}
+    real["FACTS"] = str(world / "facts.jsonl")
     assert main(arguments(world, tmp_path / "out", *(real.get(word, word) for word in more))) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("lcf-fast eval: error:")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from functools import partial
 from pathlib import Path
@@ -259,6 +260,22 @@ def test_given_models_write_as_much_as_is_asked_for(world: Path, tmp_path: Path)
         ["none", "text_5", "lcf", "c2c", "c2c_as_released"], ["none", "full_context", "text_5", "lcf_x"]]  # fmt: skip
     # An answer cut short would have been refused; a note cut short has few bytes.
     assert all(cell["channels"]["text_5"]["bytes"] >= 5 for cell in record["cells"])
+
+
+def test_an_adapter_of_other_weights_is_not_mixed_in(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the same path: of closed gates, say, whose layers cost nothing."""
+    shutil.copytree(world / "lcf", tmp_path / "lcf")
+    given = [f"--adapter={tmp_path / 'lcf'}", "--channels", "none", "lcf"]
+    assert main(arguments(world, tmp_path / "out", *given)) == 0
+    assert main(arguments(world, tmp_path / "out", *given)) == 0
+    adapter = LatentCacheFlow.from_pretrained(tmp_path / "lcf")
+    with torch.no_grad():
+        adapter.get_parameter("gate_logit").fill_(-1.0)
+    adapter.save_pretrained(tmp_path / "lcf")
+    assert main(arguments(world, tmp_path / "out", *given)) == 2
+    assert "weights: ['" in said_last(capsys)
 
 
 def test_one_model_on_both_sides_brings_kvcomm(world: Path, tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import torch
 from tiny_agents import adapter_of, agent
 
 from lcf_fast.channels import Channel, LCFXChannel, NoneChannel, Request, Sharer
+from lcf_fast.evaluation.decoys import with_decoys
 from lcf_fast.evaluation.failures import EvaluationError
 from lcf_fast.evaluation.predictions import PredictionStore
-from lcf_fast.evaluation.run import AskedSet, Entrant, Item, Trial, choice_item, evaluate, with_decoys, write_report
+from lcf_fast.evaluation.run import AskedSet, Entrant, Item, Trial, choice_item, evaluate, write_report
 from lcf_fast.evaluation.sets import Question
 from lcf_fast.evaluation.summary import Summary
 from lcf_fast.evaluation.verdicts import NO_CONTENT
@@ -89,7 +90,9 @@ def test_a_finished_cell_is_not_run_again(entrants: list[Entrant], tmp_path: Pat
 
         return replace(entrant, make=make)
 
-    stop = 2 + 3  # each channel is made once to check the questions, then once a cell
+    # Each channel is made once to check what is read under a control, of zeros and noise what the matching message is
+    # made of; then once a cell.
+    stop = 3 + 3
     some = [watched(entrant) for entrant in entrants]
     with pytest.raises(KeyboardInterrupt):
         ask(some, [facts(4)], tmp_path, max_new_tokens=2)
@@ -97,20 +100,24 @@ def test_a_finished_cell_is_not_run_again(entrants: list[Entrant], tmp_path: Pat
     made.clear()
     stop = -1
     summary = ask(some, [facts(4)], tmp_path, max_new_tokens=2)
-    assert made == ["lcf_x mismatched", "lcf_x zero", "lcf_x random"], "a channel was checked or asked again"
+    left = ["lcf_x mismatched", "lcf_x zero", "lcf_x random"]
+    assert made == ["lcf_x mismatched", "lcf_x zero", *left], "what was done was checked or asked again"
     assert ask(some, [facts(4)], tmp_path, max_new_tokens=2) == summary
-    assert len(made) == 3
+    assert len(made) == 5
     with pytest.raises(EvaluationError, match="max_new_tokens"):
         ask(some, [facts(4)], tmp_path, max_new_tokens=3)
 
 
 def test_what_is_written(entrants: list[Entrant], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    summary = ask(entrants, [facts(4)], tmp_path, max_new_tokens=2)
+    asked = replace(facts(4), notes=("two of them are no clean control",))
+    summary = ask(entrants, [asked], tmp_path, max_new_tokens=2)
     written = write_report(summary, tmp_path)
     assert {path.name for path in written} == {"summary.json", "report.md", "bytes.png", "first_token.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written if path.suffix == ".png")
-    assert "matched − mismatched" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "matched − mismatched" in report
+    assert report.endswith("\n\ntwo of them are no clean control.\n")
     assert json.loads((tmp_path / "summary.json").read_text())["sets"][0]["set"] == "facts"
 
 
@@ -140,3 +147,61 @@ def test_bad_input(change: Any, match: str, entrants: list[Entrant], tmp_path: P
     with pytest.raises(EvaluationError, match=match):
         ask(*some, tmp_path)
     assert torch.is_grad_enabled()
+
+
+def test_other_questions_are_another_run(entrants: list[Entrant], tmp_path: Path) -> None:
+    """Of the same names and number, by whatever channel: nothing is paired that was not asked alike."""
+    none, lcf_x = (replace(entrant, controls=("matched",)) for entrant in entrants)
+    asked = facts(3)
+    ask([none], [asked], tmp_path, max_new_tokens=2)
+
+    def changed(**fields: Any) -> AskedSet:
+        last = asked.items[-1]
+        names = {name: fields.pop(name) for name in ("id", "answer") if name in fields}
+        last = replace(last, request=replace(last.request, **fields), **names)
+        return replace(asked, items=(*asked.items[:-1], last))
+
+    before = (tmp_path / "predictions.jsonl").read_bytes()
+    for other in (
+        changed(question="Who?"),
+        changed(context="Two."),
+        changed(sharer_contexts={"a": ("It is.",)}),
+        changed(answer="blue"),
+        changed(id="7"),
+        replace(asked, items=asked.items[::-1]),
+    ):
+        for entrant in (none, lcf_x):
+            with pytest.raises(EvaluationError, match="questions: '"):
+                ask([entrant], [other], tmp_path, max_new_tokens=2)
+    with pytest.raises(EvaluationError, match="batch_size: 3 instead of 8"):
+        ask([lcf_x], [asked], tmp_path, max_new_tokens=2, batch_size=3)
+    with pytest.raises(EvaluationError, match="models: 'b' instead of None"):
+        ask([lcf_x], [asked], tmp_path, max_new_tokens=2, settings={"models": "b"})
+    assert (tmp_path / "predictions.jsonl").read_bytes() == before
+    # Without controls there are no decoys: the matching message's cells are the same.
+    bare = replace(asked, items=tuple(replace(i, request=replace(i.request, decoy=None)) for i in asked.items))
+    ask([none, lcf_x], [bare], tmp_path, max_new_tokens=2)
+    mismatched = replace(lcf_x, controls=("mismatched",))
+    ask([mismatched], [asked], tmp_path, max_new_tokens=2)
+    with pytest.raises(EvaluationError, match="decoys: '"):
+        ask([mismatched], [changed(decoy=asked.items[1].request)], tmp_path, max_new_tokens=2)
+
+
+def test_pairs_are_of_what_the_folder_will_hold(entrants: list[Entrant], tmp_path: Path) -> None:
+    """Of this run and of those before it; another pair is refused before anything is asked."""
+    none, lcf_x = entrants
+    with pytest.raises(EvaluationError, match="pairs: expected two of none, on one set, got none and lcf_x"):
+        ask([none], [facts(3)], tmp_path, pairs=[("none", "lcf_x")])
+    assert not list(tmp_path.iterdir())
+    ask([none], [facts(3)], tmp_path, max_new_tokens=2)
+    ours = replace(lcf_x, controls=("matched",))
+    summary = ask([ours], [facts(3)], tmp_path, pairs=[("none", "lcf_x")], max_new_tokens=2)
+    assert [one.first for one in summary.sets[0].comparisons] == ["none"]
+
+
+@pytest.mark.parametrize("name", ["batch_size", "max_new_tokens"])
+@pytest.mark.parametrize("size", [0, -1])
+def test_sizes_of_nothing(name: str, size: int, entrants: list[Entrant], tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=f"{name}: expected 1 or more, got {size}"):
+        ask(entrants, [facts(3)], tmp_path, **{name: size})
+    assert not list(tmp_path.iterdir())

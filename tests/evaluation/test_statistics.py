@@ -186,8 +186,8 @@ def test_sets_of_the_published_sizes_take_seconds(count: int) -> None:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test_tost_is_two_t_tests() -> None:
-    one, two = answers(500, 21, 19, 460)
+def test_tost_of_shares_is_two_t_tests() -> None:
+    one, two = ([score * 0.9 for score in scores] for scores in answers(500, 21, 19, 460))
     found = equivalence(one, two)
     d = np.array(one, float) - np.array(two, float)
     error = d.std(ddof=1) / sqrt(len(d))
@@ -200,7 +200,7 @@ def test_tost_is_two_t_tests() -> None:
     assert found.margin == 0.028
     half = scipy_stats.t.ppf(0.95, len(d) - 1) * error
     interval = found.difference
-    assert (interval.value, interval.low, interval.high) == pytest.approx((0.002, 0.002 - half, 0.002 + half))
+    assert (interval.value, interval.low, interval.high) == pytest.approx((0.0018, 0.0018 - half, 0.0018 + half))
 
 
 def test_what_is_not_equivalent() -> None:
@@ -214,7 +214,7 @@ def test_what_is_not_equivalent() -> None:
     assert equivalence([0.5] * 500, [0.49] * 500).p_value == pytest.approx((0.972 / 0.99) ** 500)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(SCORES, st.floats(0.01, 0.4))
 def test_equivalence_both_ways_and_with_a_wider_margin(pairs: list[tuple[float, float]], margin: float) -> None:
     one, two = [a for a, _ in pairs], [b for _, b in pairs]
@@ -222,7 +222,7 @@ def test_equivalence_both_ways_and_with_a_wider_margin(pairs: list[tuple[float, 
     assert found.p_value == pytest.approx(equivalence(two, one, margin=margin).p_value, abs=1e-12)
     assert equivalence(one, two, margin=2 * margin).p_value <= found.p_value + 1e-12
     inside = -margin < found.difference.low and found.difference.high < margin
-    if np.ptp(np.array(one) - np.array(two)) > 0:
+    if np.ptp(np.array(one) - np.array(two)) > 0 and not (is_binary(one) and is_binary(two)):
         assert found.equivalent == inside  # the interval of 1 - 2 alpha says the same
 
 
