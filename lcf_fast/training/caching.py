@@ -22,6 +22,7 @@ from torch import Tensor
 from ..caches import Pair
 from ..config import CacheGeometry
 from ..counting import counted
+from ..devices import chosen_device
 from ..errors import GeometryError, IndexRangeError
 from ..files import write_whole
 from ..reading.model_fingerprint import model_fingerprint
@@ -172,14 +173,15 @@ def write_prefills(
         sharer, receiver: transformers causal LMs; frozen, moved and cast in place.
 
     Raises:
-        GeometryError: models of another geometry than the plan's. RunError: ``folder`` holds another store; not enough
-            room on the disk, found before the first prefill; it cannot be written. What is finished stays.
+        GeometryError: models of another geometry than the plan's. DeviceError: ``plan.settings.device`` is not here.
+            RunError: ``folder`` holds another store; not enough room on the disk, found before the first prefill; it
+            cannot be written. What is finished stays.
     """
     folder = Path(folder)
     for name, model, geometry in (("sharer", sharer, plan.sharer), ("receiver", receiver, plan.receiver)):
         if (found := CacheGeometry.of(model)) != geometry:
             raise GeometryError(name, expected=f"{geometry} as planned", got=str(found))
-    device = plan.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(plan.settings.device)
     precision = plan.settings.precision
     sharer, receiver = (frozen(model, device=device, precision=precision) for model in (sharer, receiver))
     manifest = Manifest(

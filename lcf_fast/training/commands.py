@@ -430,12 +430,15 @@ def _adapter(arguments: argparse.Namespace, run: _Run) -> LatentCacheFlow | Late
 
 
 def _cache(arguments: argparse.Namespace) -> None:
+    from ..devices import chosen_device
     from .caching import plan_prefills, write_prefills
     from .failures import RunError
     from .models import load_model
 
     if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise RunError("lcf-fast cache", expected="one process (no torchrun)", got=f"{ranks} of them")
+    if not arguments.dry_run:  # which needs none
+        chosen_device(arguments.device)
     shown = not arguments.quiet
     run = _prepare(arguments, shown=shown, first=True)
     plan = plan_prefills(

@@ -165,8 +165,7 @@ def _load_adapter(arguments: argparse.Namespace) -> LatentCacheFlow:
 
 def _measure(arguments: argparse.Namespace, adapter: LatentCacheFlow, report: PruningReport) -> _Measured:
     """Data, then models: what is cheap to find wrong first."""
-    import torch
-
+    from ..devices import chosen_device
     from ..pruning import PruningError, live_layers
     from ..reading.data_errors import DataError
     from .batches import ExampleData
@@ -183,6 +182,7 @@ def _measure(arguments: argparse.Namespace, adapter: LatentCacheFlow, report: Pr
     for name in ("examples", "micro_batch_size"):
         if (value := getattr(arguments, name)) < 1:
             raise DataError(f"--{name.replace('_', '-')}", expected="1 or more", got=str(value))
+    device = chosen_device(arguments.device)
     if not shown:
         hide_loading()
     tokenizers = {f"{role}_tokenizer": load_tokenizer(role, getattr(arguments, role)) for role in _NEEDED[:2]}
@@ -221,10 +221,9 @@ def _measure(arguments: argparse.Namespace, adapter: LatentCacheFlow, report: Pr
     # Where examples are left out, the last steps begin the next epoch.
     ids = tuple(dict.fromkeys(id for step in range(settings.steps) for id in data.ids(step)))
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"device": device, "precision": arguments.precision}
     receiver = frozen(load_model("receiver", arguments.receiver, arguments.precision), **options)
-    adapter.to(torch.device(device))
+    adapter.to(device)
     prefiller: Prefiller
     if arguments.cached is not None:
         prefiller = StoredPrefills(arguments.cached, adapter, receiver, settings)

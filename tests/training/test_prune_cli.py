@@ -192,6 +192,8 @@ def test_examples_are_those_that_training_left_out(
         (["--examples", "0"], "--examples: expected 1 or more"),
         (["--cached", "nowhere"], "manifest.json"),
         (["--plot", "no/such/folder/layers.png"], "--plot: expected a file in a folder that is there"),
+        (["--device", "foo"], "--device: expected a name such as cpu or cuda:0, got 'foo'"),
+        (["--device", "cuda:99"], "--device: expected"),
     ],
 )
 def test_bad_input_is_one_line_before_work(

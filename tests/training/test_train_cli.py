@@ -156,6 +156,8 @@ def test_a_run_goes_on_where_it_stopped(folder: Path, tmp_path: Path, capsys: py
         (["--init-from", "nowhere"], "--bottleneck"),
         (["--cached", "nowhere"], "manifest.json"),
         (["--cross-context"], "cross"),
+        (["--device", "foo"], "--device: expected a name such as cpu or cuda:0, got 'foo'"),
+        (["--device", "cuda:99"], "--device: expected"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -240,6 +242,17 @@ def test_a_store_is_made_by_one_process(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(arguments(folder, "cache", tmp_path / "store", "shared")) == 2
     assert "one process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_store_is_made_on_a_device_that_is_there(
+    device: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--device", device, "--quiet"]
+    assert main(arguments(folder, "cache", tmp_path / "store", "shared", *more)) == 2
+    assert capsys.readouterr().err.startswith("lcf-fast cache: error: --device: expected ")
+    assert not (tmp_path / "store").exists()
+    assert main(arguments(folder, "cache", tmp_path / "store", "shared", *more, "--dry-run")) == 0
 
 
 def test_layers_as_an_argument(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
