@@ -118,6 +118,9 @@ class Mixed:
     def ids(self, step: int) -> list[str]:
         return self.data.ids(step)
 
+    def digest(self) -> str:
+        return self.data.digest()
+
     def batch(self, step: int, index: int) -> Batch:
         batch = self.data.batch(step, index)
         if self.aligned:

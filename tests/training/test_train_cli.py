@@ -143,6 +143,26 @@ def test_a_run_goes_on_where_it_stopped(folder: Path, tmp_path: Path, capsys: py
     assert read_log(run) == read_log(whole)
 
 
+def test_a_run_does_not_go_on_with_other_texts_of_the_same_lines(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = tmp_path / "set.jsonl", tmp_path / "run"
+    text = (folder / "shared.jsonl").read_text()
+    data.write_text(text)
+    base = arguments(folder, "train", run, "shared", "--data", str(data), "--save-every", "1", "--keep", "9")
+    assert main(base) == 0
+    (run / "checkpoints" / "step-00000003").rename(tmp_path / "last")
+    capsys.readouterr()
+    option = ["--template-options", '{"thinking": false}']
+    for changed, more in ((text.replace('"response": "red"', '"response": "rot"'), []), (text, option)):
+        data.write_text(changed)
+        assert main([*base, "--resume", *more]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"lcf-fast train: error: data: expected the data of {run / 'checkpoints'}")
+    data.write_text(text)
+    assert main([*base, "--resume"]) == 0
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
