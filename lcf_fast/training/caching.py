@@ -25,7 +25,7 @@ from ..counting import counted
 from ..devices import chosen_device
 from ..errors import GeometryError, IndexRangeError
 from ..files import write_whole
-from ..reading.model_fingerprint import model_fingerprint
+from ..reading.model_fingerprint import model_fingerprint, model_sample, weights_sample
 from ..reading.prefill import DTYPES, prefill
 from .failures import RunError
 from .prefills import (
@@ -184,6 +184,8 @@ def write_prefills(
     device = chosen_device(plan.settings.device)
     precision = plan.settings.precision
     sharer, receiver = (frozen(model, device=device, precision=precision) for model in (sharer, receiver))
+    sharer_weights = weights_sample(sharer)
+    assert sharer_weights is not None  # it has been moved to a device
     manifest = Manifest(
         precision=precision,
         sharer=(plan.sharer.layers, plan.sharer.kv_heads, plan.sharer.head_dim),
@@ -192,6 +194,8 @@ def write_prefills(
         with_receiver=plan.with_receiver,
         sharer_fingerprint=model_fingerprint(sharer, precision),
         receiver_fingerprint=model_fingerprint(receiver, precision),
+        sharer_sample=model_sample(sharer, precision),
+        sharer_weights=sharer_weights,
         examples=len(plan.entries),
         shards=len(plan.shards),
         tensor_bytes=plan.tensor_bytes,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .commands import json_object, layer_list
+from .commands import json_object, layer_list, stored_prefills
 
 if TYPE_CHECKING:
     from ..adapter import LatentCacheFlow
@@ -171,7 +171,6 @@ def _measure(arguments: argparse.Namespace, adapter: LatentCacheFlow, report: Pr
     from .batches import ExampleData
     from .data import read_examples
     from .models import hide_loading, load_model, load_tokenizer
-    from .prefills import StoredPrefills
     from .settings import TrainingSettings
     from .step import OnlinePrefills, frozen
 
@@ -226,7 +225,7 @@ def _measure(arguments: argparse.Namespace, adapter: LatentCacheFlow, report: Pr
     adapter.to(device)
     prefiller: Prefiller
     if arguments.cached is not None:
-        prefiller = StoredPrefills(arguments.cached, adapter, receiver, settings)
+        prefiller = stored_prefills(arguments, adapter, receiver, settings)
     elif arguments.sharer == arguments.receiver:
         prefiller = OnlinePrefills(receiver, receiver)
     else:

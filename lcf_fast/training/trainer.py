@@ -27,6 +27,7 @@ from .checkpoints import Checkpoint, Checkpoints, read_state
 from .distributed import Ranks
 from .failures import LossError, RunError
 from .log import RunLog, Scalars
+from .prefills import StoredPrefills
 from .progress import Progress
 from .schedule import gate_temperature, learning_rate_factor
 from .settings import TrainingSettings
@@ -124,9 +125,13 @@ class Trainer:
             sharer = frozen(sharer, device=self.device, precision=precision)
             self.models["sharer"] = model_sample(sharer, precision)
             prefiller = OnlinePrefills(sharer, receiver)
+        elif isinstance(prefiller, StoredPrefills):
+            self.models["sharer"] = prefiller.manifest.sharer_sample
         self.adapter = adapter.to(self.device)
         between = {"receiver": receiver} if sharer is None else {"sharer": sharer, "receiver": receiver}
         samples = {role: weights_sample(model) for role, model in between.items()}
+        if isinstance(prefiller, StoredPrefills):
+            samples = {"sharer": prefiller.manifest.sharer_weights, **samples}
         self.adapter.trained_between = {role: sample for role, sample in samples.items() if sample is not None}
         if self.adapter.config.slots:
             cast("LatentSlots", self.adapter).trained_placement = check_placement(self.settings.placement)
@@ -210,7 +215,7 @@ class Trainer:
         return step, self.checkpoints.load(path, self.adapter, self.optimizer).log_bytes
 
     def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
-        for name, digest in self.models.items():  # with stored prefills there is no sharer to compare
+        for name, digest in self.models.items():  # a prefiller of the caller's own says nothing of its sharer
             if state["models"].get(name, digest) != digest:
                 raise RunError(name, expected=f"the model that {path} was trained with", got="another")
         found, mine = state["settings"], self.settings.to_dict()

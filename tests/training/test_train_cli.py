@@ -98,6 +98,16 @@ def test_train_then_cache_then_train_on_what_is_cached(
     assert read_log(tmp_path / "again")[0] == log[0]  # the first epoch bitwise, later ones to rounding
     for one, other in zip(read_log(tmp_path / "again"), log, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    between = [LatentCacheFlow.from_pretrained(tmp_path / run / "adapter").trained_between for run in ("run", "again")]
+    assert between[0] == between[1]
+    assert between[0].keys() == {"sharer", "receiver"}
+
+    tiny_tokenizer("bytes", template=INST, merges=False).save_pretrained(tmp_path / "other")
+    tiny_model("qwen2", 8, len(load_tokenizer("sharer", str(folder / "sharer")))).save_pretrained(tmp_path / "other")
+    more = ["--cached", str(tmp_path / "store"), "--sharer", str(tmp_path / "other")]
+    assert main(arguments(folder, "train", tmp_path / "third", kind, *more)) == 2
+    assert "the sharer that the store was made with" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "third").exists()
 
 
 def test_options_reach_what_they_are_for(folder: Path, tmp_path: Path) -> None:
