@@ -94,6 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.device == "cuda" and not torch.cuda.is_available():
         print(f"bench: --device cuda, but torch {torch.__version__} sees no CUDA GPU", file=sys.stderr)
         return 2
+    try:  # before minutes of work that would have nowhere to go
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"bench: --out {given.out}: {error.strerror or error}", file=sys.stderr)
+        return 2
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings = _settings(given, device, DTYPES)
     try:
@@ -104,7 +109,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     results["command"] = " ".join(["python -m bench", *_public(arguments if arguments is not None else sys.argv[1:])])
-    given.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     name = slug(results["about"]) + ("-sweep" if given.sweep else "")
     files = [given.out / "results.json", given.out / f"{name}.json"]

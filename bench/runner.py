@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -90,10 +90,9 @@ def run(settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
             bandwidth = timing.copy_bandwidth(settings.device)
             rate = timing.matmul_rate(settings.device, settings.dtype)
         found = _run(settings, chosen, caches, progress, bandwidth=bandwidth, started=started)
+        if sweep is None:
+            _run_host(settings, found, caches, progress, bandwidth)
         rows = [row for index in sorted(found.rows) for row in found.rows[index]]
-        if sweep is None and not found.lost:
-            for width in settings.widths:
-                rows += _host_rows(settings, progress, caches, width, bandwidth)
         waited = machine.waited_share(scheduled)
     failures = [
         f"{row['variant']}, {row['tokens']} tokens" for row in rows if row["kind"] == "ours" and row["within"] is False
@@ -145,23 +144,47 @@ def _run(
             why = found.lost or f"not reached within {settings.stop_after:.0f} s"
             found.left_out.append(point.left_out(why))
             continue
-        with progress.step(f"{number} of {len(chosen)}: {point.said()}"):
-            try:
-                found.rows[index] = _rows(settings, point, caches, bandwidth, started)
-            except KeyboardInterrupt:  # what was measured before is worth its results
-                found.lost = INTERRUPTED
-                found.left_out.append(point.left_out(found.lost))
-            except torch.cuda.OutOfMemoryError:
-                found.left_out.append(point.left_out("more memory than there is"))
-                torch.cuda.empty_cache()
-            except Exception as error:  # one size that fails must not take the others with it
-                traceback.print_exc()
-                said = f"it raised {type(error).__name__}"
-                found.left_out.append(point.left_out(said))
-                found.failures.append(f"{point.said()}: {said}: {error}"[:300])
-                if is_fatal(error):
-                    found.lost = f"the device was lost in {point.said()}"
+        with progress.step(f"{number} of {len(chosen)}: {point.said()}"), _told(found, [point], point.said()):
+            found.rows[index] = _rows(settings, point, caches, bandwidth, started)
     return found
+
+
+def _run_host(settings: Settings, found: Found, caches: Caches, progress: Progress, bandwidth: float) -> None:
+    """What is done on the CPU wherever the rest runs, behind the points of `_run`."""
+    groups = [group for group in HOST_GROUPS if cases_of(group, settings.only)]
+    for width in settings.widths if groups else ():
+        # The prompt takes no part.
+        places = [Point(group, 1, settings.context, width, settings.dtype) for group in groups]
+        said = f"messages to bytes and back, on the CPU: d = {width}"
+        if found.lost:
+            found.left_out += [place.left_out(found.lost) for place in places]
+            continue
+        with progress.step(said), _told(found, places, said):
+            found.rows[max(found.rows, default=-1) + 1] = _host_rows(settings, caches, width, bandwidth)
+
+
+@contextmanager
+def _told(found: Found, places: Sequence[Point], said: str) -> Iterator[None]:
+    """What goes wrong in the block, told of these places; what was measured before is worth its results."""
+
+    def leave_out(why: str) -> None:
+        found.left_out += [place.left_out(why) for place in places]
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        found.lost = INTERRUPTED
+        leave_out(found.lost)
+    except torch.cuda.OutOfMemoryError:
+        leave_out("more memory than there is")
+        torch.cuda.empty_cache()
+    except Exception as error:  # one size that fails must not take the others with it
+        traceback.print_exc()
+        why = f"it raised {type(error).__name__}"
+        leave_out(why)
+        found.failures.append(f"{said}: {why}: {error}"[:300])
+        if is_fatal(error):
+            found.lost = f"the device was lost in {said}"
 
 
 def _rows(settings: Settings, point: Point, caches: Caches, bandwidth: float, started: float) -> list[dict[str, Any]]:
@@ -170,17 +193,11 @@ def _rows(settings: Settings, point: Point, caches: Caches, bandwidth: float, st
     return Job(settings, point, cut, bandwidth=bandwidth, started=started).rows()
 
 
-def _host_rows(
-    settings: Settings, progress: Progress, caches: Caches, width: int, bandwidth: float
-) -> list[dict[str, Any]]:
-    """Rows of what is done on the CPU wherever the rest runs, against the CPU's own copy bandwidth."""
-    if not any(cases_of(group, settings.only) for group in HOST_GROUPS):
-        return []
-    with progress.step(f"messages to bytes and back, on the CPU: d = {width}"):
-        if settings.on_gpu:
-            bandwidth = timing.copy_bandwidth(torch.device("cpu"))
-        cut = caches.cut(1, settings.context)  # the prompt takes no part
-        return wire.rows(settings, cut, width, bandwidth=bandwidth)
+def _host_rows(settings: Settings, caches: Caches, width: int, bandwidth: float) -> list[dict[str, Any]]:
+    """Rows of messages to bytes and back, against the CPU's own copy bandwidth."""
+    if settings.on_gpu:
+        bandwidth = timing.copy_bandwidth(torch.device("cpu"))
+    return wire.rows(settings, caches.cut(1, settings.context), width, bandwidth=bandwidth)
 
 
 def _caches(

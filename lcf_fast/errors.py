@@ -54,7 +54,7 @@ class DTypeError(LCFError, TypeError):
 
 
 class DeviceError(LCFError, ValueError):
-    """A tensor lies on another device than the rest."""
+    """A tensor lies on another device than the rest, or there is no such device."""
 
 
 class GeometryError(LCFError, ValueError):

@@ -329,6 +329,17 @@ def test_cuda_is_refused_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> No
     assert "no CUDA GPU" in capsys.readouterr().err
 
 
+def test_a_file_in_the_folders_place_is_found_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bench.runner.run", None)  # would raise if it were called
+    (tmp_path / "out").write_text("mine")
+    for out in (tmp_path / "out", tmp_path / "out" / "below"):
+        assert main(["--device", "cpu", "--out", str(out)]) == 2
+        assert capsys.readouterr().err.startswith(f"bench: --out {out}: ")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     pytest.importorskip("transformers")
@@ -356,6 +367,21 @@ def test_a_broken_op_fails_the_job(
     assert results["failures"] == ["attention_pool, 40 tokens"]
     (ours,) = (row for row in results["rows"] if row["kind"] == "ours")
     assert ours["time"] is None and ours["error"]["rel_rms"] > 0.1
+
+
+def test_stopped_in_its_last_step_it_writes_what_was_measured(
+    tiny: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bench.interpreted.start", lambda *a, **k: None)
+    monkeypatch.setattr("bench.wire.rows", stop)
+    assert main(arguments(tiny, tmp_path, "--only", "attention_pool", "encode")) == 1
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [row["variant"] for row in results["rows"] if row["kind"] == "ours"] == ["attention_pool"]
+    assert results["failures"] == []
+    assert [(one["group"], one["why"]) for one in results["left_out"]] == [("encode", "interrupted")]
 
 
 ABOUT = {"commit", "device", "device_type", "driver", "torch", "triton", "transformers", "python", "threads"}

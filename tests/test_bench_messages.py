@@ -233,9 +233,39 @@ def test_bytes_are_timed_on_the_cpu_beside_a_gpu(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(timing, "copy_bandwidth", bandwidth)
     given = AsOnGpu(CPU, torch.float32, (20,), context=30, widths=(64,), seconds=0.02, only=("encode",))
-    rows = runner._host_rows(given, runner.Silent(), caches, 64, bandwidth=4000.0)
+    found = runner.Found()
+    runner._run_host(given, found, caches, runner.Silent(), 4000.0)
+    (rows,) = found.rows.values()
     assert seen == [CPU] and rows[0]["copy_share"] == pytest.approx(rows[0]["gb_s"] / 10)
     assert all(row["host_us"] is None and row["kernels"] is None for row in rows)
-    assert (
-        runner._host_rows(Settings(CPU, torch.float32, (20,), 30, only=("lcf",)), runner.Silent(), caches, 64, 1) == []
-    )
+    runner._run_host(Settings(CPU, torch.float32, (20,), 30, only=("lcf",)), found, caches, runner.Silent(), 1.0)
+    assert list(found.rows.values()) == [rows] and not found.left_out
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "failures"),
+    [(KeyboardInterrupt(), "interrupted", 0), (ValueError("bad bytes"), "it raised ValueError", 1)],
+)
+def test_a_width_that_fails_leaves_what_was_measured(
+    error: BaseException, reason: str, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make_cache(Geometry(3, 2, 64), 1, 30)
+    caches = inputs.Caches(cache, cache, cache, [0, 10, 30])
+
+    def rows(settings: Settings, caches: Any, width: int, *, bandwidth: float) -> list[dict[str, Any]]:
+        if width == 128:
+            raise error
+        return [{"bottleneck": width}]
+
+    monkeypatch.setattr(wire, "rows", rows)
+    found = runner.Found(rows={3: [{"bottleneck": 0}]})
+    given = Settings(CPU, torch.float32, (20,), 30, widths=(64, 128, 256), only=("encode", "decode"))
+    runner._run_host(given, found, caches, runner.Silent(), 1.0)
+    left = [(one["group"], one["bottleneck"], one["why"]) for one in found.left_out]
+    interrupted = not failures
+    assert left == [
+        (group, width, reason) for width in ((128, 256) if interrupted else (128,)) for group in ("encode", "decode")
+    ]
+    measured = [row["bottleneck"] for index in sorted(found.rows) for row in found.rows[index]]
+    assert measured == ([0, 64] if interrupted else [0, 64, 256])
+    assert len(found.failures) == failures

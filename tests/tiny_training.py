@@ -92,6 +92,10 @@ class RandomData:
         size = self.settings.micro_batch_size
         return self.of(self.ids(step)[index * size : (index + 1) * size])
 
+    def digest(self) -> str:
+        ids = [id for step in range(self.settings.steps) for id in self.ids(step)]
+        return str((self.cross_context, self.aligned, ids))
+
     def of(self, ids: Sequence[str]) -> Batch:
         rows = [self._rows(name) for name in ids]
         prompt, prompt_mask = padded([row["prompt"] for row in rows], left=True)

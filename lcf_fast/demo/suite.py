@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +149,11 @@ def _agents(folder: Path, plan: Plan, seeds: range, pool: Workers) -> None:
         "receiver": Job("receiver", learn_receiver, (plan.receiver, seeds[11], most, steps)),
     }
     sizes = {"sharer": plan.sharer, "receiver": plan.receiver}
-    missing = [role for role in wanted if not (folder / "agents" / role / "config.json").exists()]
+    missing = [role for role in wanted if not (folder / "agents" / role).exists()]
     for role, data in zip(missing, pool.run([wanted[role] for role in missing])):
         model = make_agent(sizes[role], 0)
         unpack(model, data)
-        save_agent(model, folder / "agents" / role)
+        _put(partial(save_agent, model), folder / "agents" / role)
 
 
 def _load(folder: Path) -> Any:
@@ -159,7 +161,7 @@ def _load(folder: Path) -> Any:
 
 
 def _train(part: _Part, folder: Path, table_seed: int, watch: Watch) -> None:
-    """Job: train a part and put it into the folder, whole or not at all."""
+    """Job: train a part and put it into the folder."""
     watch("begins")
     receiver = _load(folder / "agents" / "receiver")
     sharer = receiver if part.own else _load(folder / "agents" / "sharer")
@@ -167,10 +169,15 @@ def _train(part: _Part, folder: Path, table_seed: int, watch: Watch) -> None:
     table = secret_table(table_seed)
     lessons = [(stage, _sample(part, stage, table)) for stage in part.stages]
     train_adapter(made, sharer, receiver, lessons, seed=part.seed + 1, watch=watch)
-    begun = folder / "adapters" / f"{part.name}.part"
+    _put(made.eval().save_pretrained, folder / "adapters" / part.name)
+
+
+def _put(save: Callable[[Path], None], folder: Path) -> None:
+    """What ``save`` writes into a folder, whole or not at all."""
+    begun = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(begun, ignore_errors=True)
-    made.eval().save_pretrained(begun)
-    begun.replace(folder / "adapters" / part.name)
+    save(begun)
+    begun.replace(folder)
 
 
 def _fresh(part: _Part, sharer: Any, receiver: Any) -> Any:

@@ -134,8 +134,9 @@ def _run(arguments: argparse.Namespace) -> None:
             setattr(arguments, name, defaults[small])
     wanted = _small_sets(arguments) if small else _sets(arguments)
 
+    from ..devices import chosen_device
     from ..reading.model_fingerprint import model_sample
-    from .loading import chosen_device, load_agents
+    from .loading import load_agents
     from .report import markdown
     from .run import evaluate, write_report
 

@@ -58,12 +58,12 @@ def add_latency_command(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from ..devices import chosen_device
     from ..files import write_whole
     from ..training.models import hide_loading
     from .failures import EvaluationError
     from .latency import default_protocol, run_latency, said
     from .latency_report import latency_markdown
-    from .loading import chosen_device
 
     if (arguments.sharer is None) != (arguments.receiver is None):
         given = "--sharer" if arguments.receiver is None else "--receiver"

@@ -12,27 +12,8 @@ from ..c2c.fuser import C2CFuser
 from ..channels.agent import Agent
 from ..checkpoint import load_adapter
 from ..training.models import load_model, load_tokenizer
-from .failures import EvaluationError
 
-__all__ = ["chosen_device", "load_adapters", "load_agents", "load_fuser"]
-
-
-def chosen_device(name: str | None) -> torch.device:
-    """The device of that name; None: a GPU if there is one.
-
-    Raises:
-        EvaluationError: no such device here.
-    """
-    there_is_one = torch.cuda.is_available()
-    try:
-        device = torch.device(name or ("cuda" if there_is_one else "cpu"))
-    except RuntimeError:
-        raise EvaluationError("--device", expected="a name such as cpu or cuda:0", got=repr(name)) from None
-    if device.type == "cuda" and not there_is_one:
-        raise EvaluationError("--device", expected="cpu, as there is no CUDA GPU here", got=repr(name))
-    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise EvaluationError("--device", expected=f"cuda:0 to cuda:{count - 1}", got=repr(name))
-    return device
+__all__ = ["load_adapters", "load_agents", "load_fuser"]
 
 
 def load_agents(sharer: str, receiver: str, precision: str, device: torch.device) -> dict[str, Agent]:

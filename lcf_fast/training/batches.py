@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,6 +143,7 @@ class ExampleData:
             raise DataError("examples", expected="unique ids", got=f"{len(self._examples)} ids of {len(examples)}")
         self._on_error = on_error
         self._usable: list[str] = []  # as far as the first epoch has been gone through, in its order
+        self._hashed = hashlib.sha256()  # of the tokens of those of use, in that order
         self._unseen = iter(_shuffled(list(self._examples), self.settings.seed, 0))
         self._later = lru_cache(maxsize=2)(self._later_epoch)
         if len(examples) < self.settings.batch_size:
@@ -150,6 +152,7 @@ class ExampleData:
         self._look(needed, progress)
         if len(self._usable) < self.settings.batch_size:
             raise self._too_few(f"{len(self._usable)} of {len(examples)}; {self._named_left_out()}")
+        self._digest = self._hashed.hexdigest()
         if progress and self.left_out:
             print(self.summary(), file=sys.stderr)
 
@@ -166,6 +169,10 @@ class ExampleData:
             raise IndexRangeError("index", expected=f"[0, {self.settings.micro_batches})", got=str(index))
         size = self.settings.micro_batch_size
         return self.of(self.ids(step)[index * size : (index + 1) * size])
+
+    def digest(self) -> str:
+        """Of the ids and the tokens of all that the steps read: another text, template or tokenizer gives another."""
+        return self._digest
 
     def of(self, ids: Sequence[str]) -> Batch:
         """A batch of the examples of these ids.
@@ -200,13 +207,14 @@ class ExampleData:
         def found() -> Iterator[str]:
             while len(self._usable) < needed and (id := next(self._unseen, None)) is not None:
                 try:
-                    self.tokenize(self._examples[id])
+                    made = self.tokenize(self._examples[id])
                 except DataError as error:
                     if self._on_error == "refuse":
                         raise
                     self.left_out.append((id, f"{error.got} instead of {error.expected}"))
                 else:
                     self._usable.append(id)
+                    self._hashed.update(json.dumps(vars(made)).encode() + b"\n")
                     yield id
 
         for _ in counted(found(), "checking examples", total=needed, shown=progress, more=self._figures):

@@ -22,9 +22,10 @@ from torch import Tensor
 from ..caches import Pair
 from ..config import CacheGeometry
 from ..counting import counted
+from ..devices import chosen_device
 from ..errors import GeometryError, IndexRangeError
 from ..files import write_whole
-from ..reading.model_fingerprint import model_fingerprint
+from ..reading.model_fingerprint import model_fingerprint, model_sample, weights_sample
 from ..reading.prefill import DTYPES, prefill
 from .failures import RunError
 from .prefills import (
@@ -172,16 +173,19 @@ def write_prefills(
         sharer, receiver: transformers causal LMs; frozen, moved and cast in place.
 
     Raises:
-        GeometryError: models of another geometry than the plan's. RunError: ``folder`` holds another store; not enough
-            room on the disk, found before the first prefill; it cannot be written. What is finished stays.
+        GeometryError: models of another geometry than the plan's. DeviceError: ``plan.settings.device`` is not here.
+            RunError: ``folder`` holds another store; not enough room on the disk, found before the first prefill; it
+            cannot be written. What is finished stays.
     """
     folder = Path(folder)
     for name, model, geometry in (("sharer", sharer, plan.sharer), ("receiver", receiver, plan.receiver)):
         if (found := CacheGeometry.of(model)) != geometry:
             raise GeometryError(name, expected=f"{geometry} as planned", got=str(found))
-    device = plan.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(plan.settings.device)
     precision = plan.settings.precision
     sharer, receiver = (frozen(model, device=device, precision=precision) for model in (sharer, receiver))
+    sharer_weights = weights_sample(sharer)
+    assert sharer_weights is not None  # it has been moved to a device
     manifest = Manifest(
         precision=precision,
         sharer=(plan.sharer.layers, plan.sharer.kv_heads, plan.sharer.head_dim),
@@ -190,6 +194,8 @@ def write_prefills(
         with_receiver=plan.with_receiver,
         sharer_fingerprint=model_fingerprint(sharer, precision),
         receiver_fingerprint=model_fingerprint(receiver, precision),
+        sharer_sample=model_sample(sharer, precision),
+        sharer_weights=sharer_weights,
         examples=len(plan.entries),
         shards=len(plan.shards),
         tensor_bytes=plan.tensor_bytes,

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "Checkpoints"]
 
 FORMAT = "lcf_fast.training"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 told the ids of the next step's examples, not what they say
 STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 ADAPTER_FOLDER = "adapter"
@@ -51,14 +51,14 @@ class Checkpoint:
     Attributes:
         settings: of the run.
         log_bytes: length of the log.
-        next_data: digest of the examples that the next step reads; empty after the last.
+        data: digest of all that the run reads.
         models: digests of the frozen models that the run has, by "sharer" and "receiver".
     """
 
     step: int
     settings: TrainingSettings
     log_bytes: int
-    next_data: str
+    data: str
     models: dict[str, str]
 
 
@@ -134,7 +134,7 @@ class Checkpoints:
         adapter.load_state_dict(saved.state_dict())
         _restore(path, adapter, optimizer, tensors)
         settings = TrainingSettings.from_dict(state["settings"])
-        return Checkpoint(state["step"], settings, state["log_bytes"], state["next_data"], state["models"])
+        return Checkpoint(state["step"], settings, state["log_bytes"], state["data"], state["models"])
 
     def _write(
         self, folder: Path, checkpoint: Checkpoint, adapter: Adapter, optimizer: torch.optim.Optimizer
@@ -155,7 +155,7 @@ class Checkpoints:
             "step": checkpoint.step,
             "settings": checkpoint.settings.to_dict(),
             "log_bytes": checkpoint.log_bytes,
-            "next_data": checkpoint.next_data,
+            "data": checkpoint.data,
             "models": checkpoint.models,
             "optimizer": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
         }
@@ -193,8 +193,9 @@ def read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(str(file), expected="JSON", got=str(error)) from error
     form = (state.get("format"), state.get("format_version")) if isinstance(state, dict) else None
     if form != (FORMAT, FORMAT_VERSION):
-        raise CheckpointError(str(file), expected=f"{FORMAT}, version {FORMAT_VERSION}", got=repr(form))
-    wanted = {"step": int, "settings": dict, "log_bytes": int, "next_data": str, "models": dict, "optimizer": dict}
+        expected = f"{FORMAT}, version {FORMAT_VERSION} (a run of another version begins anew)"
+        raise CheckpointError(str(file), expected=expected, got=repr(form))
+    wanted = {"step": int, "settings": dict, "log_bytes": int, "data": str, "models": dict, "optimizer": dict}
     for name, kind in wanted.items():
         if not isinstance(state.get(name), kind):
             raise CheckpointError(f"{file}: {name}", expected=kind.__name__, got=type(state.get(name)).__name__)

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from ..slots import LatentSlots
     from .batches import ExampleData
     from .data import ExampleSet
+    from .prefills import StoredPrefills
     from .settings import TrainingSettings
     from .trainer import Trainer
 
-__all__ = ["add_cache_command", "add_train_command", "json_object", "layer_list"]
+__all__ = ["add_cache_command", "add_train_command", "json_object", "layer_list", "stored_prefills"]
 
 _TRAIN_EXAMPLES = """examples:
   lcf-fast train --sharer Qwen/Qwen2.5-0.5B-Instruct --receiver Qwen/Qwen3-0.6B --data openhermes.jsonl --out run
@@ -336,7 +337,6 @@ def _train_on(arguments: argparse.Namespace, ranks: Any) -> None:
     from ..placement import placement_of
     from ..slots import LatentSlots
     from .models import load_model
-    from .prefills import StoredPrefills
     from .trainer import LOG_FILE, Trainer, check_unused
 
     shown = ranks.first and not arguments.quiet
@@ -351,7 +351,7 @@ def _train_on(arguments: argparse.Namespace, ranks: Any) -> None:
     receiver = load_model("receiver", arguments.receiver, precision)
     source: dict[str, Any]
     if arguments.cached is not None:
-        source = {"prefiller": StoredPrefills(arguments.cached, adapter, receiver, run.settings)}
+        source = {"prefiller": stored_prefills(arguments, adapter, receiver, run.settings)}
     elif arguments.sharer == arguments.receiver:
         source = {"sharer": receiver}
     else:
@@ -376,6 +376,24 @@ def _train_on(arguments: argparse.Namespace, ranks: Any) -> None:
             f" loss {last['loss']:.4f} after {last['step']} steps"
         )
         _report_held_out(arguments, run, trainer)
+
+
+def stored_prefills(
+    arguments: argparse.Namespace, adapter: LatentCacheFlow | LatentSlots, receiver: Any, settings: TrainingSettings
+) -> StoredPrefills:
+    """What ``--cached`` names, held against the models. The sharer is loaded for that alone; it need not be here."""
+    from .failures import RunError
+    from .models import load_model
+    from .prefills import StoredPrefills
+
+    sharer = receiver
+    if arguments.sharer != arguments.receiver:
+        try:
+            sharer = load_model("sharer", arguments.sharer, settings.precision, downloads=False)
+        except RunError:
+            sharer = None
+            print(f"{arguments.sharer}: no weights here to hold against those of {arguments.cached}", file=sys.stderr)
+    return StoredPrefills(arguments.cached, adapter, receiver, settings, sharer=sharer)
 
 
 def _report_held_out(arguments: argparse.Namespace, run: _Run, trainer: Trainer) -> None:
@@ -430,12 +448,15 @@ def _adapter(arguments: argparse.Namespace, run: _Run) -> LatentCacheFlow | Late
 
 
 def _cache(arguments: argparse.Namespace) -> None:
+    from ..devices import chosen_device
     from .caching import plan_prefills, write_prefills
     from .failures import RunError
     from .models import load_model
 
     if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise RunError("lcf-fast cache", expected="one process (no torchrun)", got=f"{ranks} of them")
+    if not arguments.dry_run:  # which needs none
+        chosen_device(arguments.device)
     shown = not arguments.quiet
     run = _prepare(arguments, shown=shown, first=True)
     plan = plan_prefills(

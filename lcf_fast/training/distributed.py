@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from ..devices import chosen_device
+
 __all__ = ["Ranks", "process_group"]
 
 
@@ -54,13 +56,13 @@ def process_group(device: str | None = None) -> Iterator[torch.device]:
     """The device of this process, within the process group that ``torchrun``'s environment describes, if it does.
 
     Args:
-        device: None: a GPU if there is one (with ``torchrun``, that of the local rank), else the CPU.
+        device: as `chosen_device` reads it.
+
+    Raises:
+        DeviceError: no such device here.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and ranks > 1:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    chosen = torch.device(name)
+    chosen = chosen_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if ranks == 1:

@@ -14,17 +14,19 @@ from .failures import RunError
 __all__ = ["hide_loading", "load_config", "load_geometry", "load_model", "load_tokenizer"]
 
 
-def load_model(role: str, name: str, precision: str) -> Any:
+def load_model(role: str, name: str, precision: str, *, downloads: bool = True) -> Any:
     """A causal LM in eval mode, on the CPU, in "bf16" or "fp32".
 
     Args:
         role: "sharer" or "receiver", for errors.
         name: a folder, or a hub's id.
+        downloads: whether what is not on this machine may be fetched from the hub.
 
     Raises:
         RunError: it cannot be loaded. BackendError: transformers is not installed.
     """
-    return _loaded(role, name, "AutoModelForCausalLM", dtype=DTYPES[precision]).eval()
+    options = {"dtype": DTYPES[precision], "local_files_only": not downloads}
+    return _loaded(role, name, "AutoModelForCausalLM", **options).eval()
 
 
 def load_tokenizer(role: str, name: str) -> Any:

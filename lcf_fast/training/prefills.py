@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Entry", "Manifest", "StoredPrefills", "token_digest"]
 
 FORMAT = "lcf_fast.prefills"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 did not hold what a run tells of its sharer
 MANIFEST = "manifest.json"
 _OPEN_SHARDS = 8
 
@@ -72,6 +72,8 @@ class Manifest:
         sharer_layers: layers that are stored, ascending.
         with_receiver: whether the receiver's caches are stored as well.
         sharer_fingerprint, receiver_fingerprint: see `lcf_fast.reading.model_fingerprint`.
+        sharer_sample, sharer_weights: what `model_sample` and `weights_sample` there say of the sharer, for the
+            checkpoints and the adapter of a run that never sees it.
         examples, shards: how many.
         tensor_bytes: of all caches together.
         plan: digest of which examples are in which shard.
@@ -84,6 +86,8 @@ class Manifest:
     with_receiver: bool
     sharer_fingerprint: str
     receiver_fingerprint: str
+    sharer_sample: str
+    sharer_weights: str
     examples: int
     shards: int
     tensor_bytes: int
@@ -104,7 +108,8 @@ class Manifest:
         found = _read_json(path)
         form = (found.get("format"), found.get("format_version"))
         if form != (FORMAT, FORMAT_VERSION):
-            raise RunError(f"{path}: format", expected=f"{FORMAT}, version {FORMAT_VERSION}", got=repr(form))
+            expected = f"{FORMAT}, version {FORMAT_VERSION} (a store of another version is made anew by lcf-fast cache)"
+            raise RunError(f"{path}: format", expected=expected, got=repr(form))
         values: dict[str, Any] = {}
         for field in fields(cls):
             value = found.get(field.name)
@@ -147,6 +152,7 @@ class StoredPrefills:
         adapter: that will be trained.
         receiver: the model; it prefills the prompts where the store has only the sharer's caches.
         settings: of the run.
+        sharer: the model that the run names as its sharer; held against the store and not kept. None: not known.
 
     Raises:
         RunError: no store, one that is not finished, or one for other models, layers or another precision; later, at a
@@ -159,11 +165,16 @@ class StoredPrefills:
         adapter: LatentCacheFlow | LatentSlots,
         receiver: Any,
         settings: TrainingSettings | None = None,
+        *,
+        sharer: Any = None,
     ) -> None:
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
         self._receiver = receiver
-        self._check(adapter, receiver, TrainingSettings() if settings is None else settings)
+        self._check(adapter, TrainingSettings() if settings is None else settings)
+        self._check_model("receiver", receiver, self.manifest.receiver_fingerprint)
+        if sharer is not None:
+            self._check_model("sharer", sharer, self.manifest.sharer_fingerprint)
         self._places: dict[str, tuple[int, int, Entry]] = {}
         self._sums: list[tuple[int, str]] = []
         missing = [n for n in range(self.manifest.shards) if not (self.folder / f"{shard_name(n)}.json").exists()]
@@ -207,7 +218,7 @@ class StoredPrefills:
 
     # --- checks
 
-    def _check(self, adapter: LatentCacheFlow | LatentSlots, receiver: Any, settings: TrainingSettings) -> None:
+    def _check(self, adapter: LatentCacheFlow | LatentSlots, settings: TrainingSettings) -> None:
         manifest, config = self.manifest, adapter.config
         wanted: dict[str, tuple[Any, Any]] = {
             "sharer": (_sizes(config.sharer), manifest.sharer),
@@ -221,9 +232,11 @@ class StoredPrefills:
         if unread:
             got = f"without {unread}: lcf-fast cache with the adapter's layer map and layers stores those"
             raise RunError(f"{self.folder}: sharer_layers", expected="the layers that the adapter reads", got=got)
-        if (found := model_fingerprint(receiver, manifest.precision)) != manifest.receiver_fingerprint:
-            expected = f"{manifest.receiver_fingerprint}, the receiver that the store was made with"
-            raise RunError("receiver", expected=expected, got=f"{found}, a model of other weights or configuration")
+
+    def _check_model(self, role: str, model: Any, stored: str) -> None:
+        if (found := model_fingerprint(model, self.manifest.precision)) != stored:
+            expected = f"{stored}, the {role} that the store was made with"
+            raise RunError(role, expected=expected, got=f"{found}, a model of other weights or configuration")
 
     def _place(self, id: str) -> tuple[int, int, Entry]:
         if id not in self._places:

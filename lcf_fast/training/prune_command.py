@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .commands import json_object, layer_list
+from .commands import json_object, layer_list, stored_prefills
 
 if TYPE_CHECKING:
     from ..adapter import LatentCacheFlow
@@ -165,14 +165,12 @@ def _load_adapter(arguments: argparse.Namespace) -> LatentCacheFlow:
 
 def _measure(arguments: argparse.Namespace, adapter: LatentCacheFlow, report: PruningReport) -> _Measured:
     """Data, then models: what is cheap to find wrong first."""
-    import torch
-
+    from ..devices import chosen_device
     from ..pruning import PruningError, live_layers
     from ..reading.data_errors import DataError
     from .batches import ExampleData
     from .data import read_examples
     from .models import hide_loading, load_model, load_tokenizer
-    from .prefills import StoredPrefills
     from .settings import TrainingSettings
     from .step import OnlinePrefills, frozen
 
@@ -183,6 +181,7 @@ def _measure(arguments: argparse.Namespace, adapter: LatentCacheFlow, report: Pr
     for name in ("examples", "micro_batch_size"):
         if (value := getattr(arguments, name)) < 1:
             raise DataError(f"--{name.replace('_', '-')}", expected="1 or more", got=str(value))
+    device = chosen_device(arguments.device)
     if not shown:
         hide_loading()
     tokenizers = {f"{role}_tokenizer": load_tokenizer(role, getattr(arguments, role)) for role in _NEEDED[:2]}
@@ -221,13 +220,12 @@ def _measure(arguments: argparse.Namespace, adapter: LatentCacheFlow, report: Pr
     # Where examples are left out, the last steps begin the next epoch.
     ids = tuple(dict.fromkeys(id for step in range(settings.steps) for id in data.ids(step)))
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"device": device, "precision": arguments.precision}
     receiver = frozen(load_model("receiver", arguments.receiver, arguments.precision), **options)
-    adapter.to(torch.device(device))
+    adapter.to(device)
     prefiller: Prefiller
     if arguments.cached is not None:
-        prefiller = StoredPrefills(arguments.cached, adapter, receiver, settings)
+        prefiller = stored_prefills(arguments, adapter, receiver, settings)
     elif arguments.sharer == arguments.receiver:
         prefiller = OnlinePrefills(receiver, receiver)
     else:

@@ -13,7 +13,8 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
     Linear up over the first ``ceil(warmup * steps)`` steps, the last of which has the full rate, then linear down
     towards zero, which would be reached one step after the last: no step is spent at a rate of zero.
     """
-    rising = math.ceil(warmup * steps)
+    # The product of a decimal fraction is off by its last bits: 0.07 * 100 is 7.000000000000001, and means 7.
+    rising = math.ceil(round(warmup * steps, 9))
     if step < rising:
         return (step + 1) / rising
     return (steps - step) / max(steps - rising, 1)

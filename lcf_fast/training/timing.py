@@ -17,7 +17,7 @@ class Stopwatch:
     """Adds up seconds by name. On a GPU it records events, read when :meth:`seconds` is called."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
         self._spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
 
     def mark(self) -> Any:
@@ -25,7 +25,7 @@ class Stopwatch:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))  # which need not be the current device's
         return event
 
     def add(self, name: str, start: Any, stop: Any = None) -> None:
@@ -42,7 +42,7 @@ class Stopwatch:
     def seconds(self) -> dict[str, float]:
         """Seconds by name since the last call. Waits for the device."""
         if self._cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
         found = {name: sum(map(self._length, spans)) for name, spans in self._spans.items()}
         self._spans.clear()
         return found

@@ -27,6 +27,7 @@ from .checkpoints import Checkpoint, Checkpoints, read_state
 from .distributed import Ranks
 from .failures import LossError, RunError
 from .log import RunLog, Scalars
+from .prefills import StoredPrefills
 from .progress import Progress
 from .schedule import gate_temperature, learning_rate_factor
 from .settings import TrainingSettings
@@ -54,6 +55,9 @@ class Data(Protocol):
 
     def batch(self, step: int, index: int) -> Batch:
         """Micro-batch ``index`` in [0, settings.micro_batches) of a step."""
+
+    def digest(self) -> str:
+        """Of all that the run reads: the same for the same tokens in the same order, and for no others."""
 
 
 class Trainer:
@@ -121,9 +125,13 @@ class Trainer:
             sharer = frozen(sharer, device=self.device, precision=precision)
             self.models["sharer"] = model_sample(sharer, precision)
             prefiller = OnlinePrefills(sharer, receiver)
+        elif isinstance(prefiller, StoredPrefills):
+            self.models["sharer"] = prefiller.manifest.sharer_sample
         self.adapter = adapter.to(self.device)
         between = {"receiver": receiver} if sharer is None else {"sharer": sharer, "receiver": receiver}
         samples = {role: weights_sample(model) for role, model in between.items()}
+        if isinstance(prefiller, StoredPrefills):
+            samples = {"sharer": prefiller.manifest.sharer_weights, **samples}
         self.adapter.trained_between = {role: sample for role, sample in samples.items() if sample is not None}
         if self.adapter.config.slots:
             cast("LatentSlots", self.adapter).trained_placement = check_placement(self.settings.placement)
@@ -204,13 +212,10 @@ class Trainer:
             return 0, 0
         path = self.checkpoints.folder / f"step-{step:08d}"
         self._check_same_run(read_state(path), path)
-        found = self.checkpoints.load(path, self.adapter, self.optimizer)
-        if found.next_data != self._digest(step):
-            raise RunError("data", expected=f"the data of {path}", got="others, or in another order")
-        return step, found.log_bytes
+        return step, self.checkpoints.load(path, self.adapter, self.optimizer).log_bytes
 
     def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
-        for name, digest in self.models.items():  # with stored prefills there is no sharer to compare
+        for name, digest in self.models.items():  # a prefiller of the caller's own says nothing of its sharer
             if state["models"].get(name, digest) != digest:
                 raise RunError(name, expected=f"the model that {path} was trained with", got="another")
         found, mine = state["settings"], self.settings.to_dict()
@@ -219,6 +224,8 @@ class Trainer:
             expected = ", ".join(f"{name} {found.get(name)}" for name in changed)
             got = ", ".join(f"{name} {mine.get(name)}" for name in changed)
             raise RunError("settings", expected=f"{expected}, as {path} has it", got=got)
+        if state["data"] != self.data.digest():
+            raise RunError("data", expected=f"the data of {path}", got="others, in another order, or read otherwise")
 
     def _check_space(self) -> None:
         """Refuse a disk that cannot hold the run's checkpoints: weights and two moments each, one more than stay."""
@@ -232,7 +239,7 @@ class Trainer:
             raise RunError(str(self.out), expected=f"{needed:,} bytes free for checkpoints", got=f"{free:,} bytes")
 
     def _save(self, step: int, log_bytes: int) -> None:
-        checkpoint = Checkpoint(step, self.settings, log_bytes, self._digest(step), self.models)
+        checkpoint = Checkpoint(step, self.settings, log_bytes, self.data.digest(), self.models)
         self.checkpoints.save(checkpoint, self.adapter, self.optimizer)
 
     def _save_adapter(self) -> None:
@@ -241,11 +248,6 @@ class Trainer:
         except OSError as error:
             got = f"{error.strerror or error}; it is in {self.checkpoints.latest()}"
             raise RunError(str(self.out / ADAPTER), expected="a folder to write to", got=got) from error
-
-    def _digest(self, step: int) -> str:
-        if step == self.settings.steps:
-            return ""
-        return hashlib.sha256("\n".join(self.data.ids(step)).encode()).hexdigest()
 
     # --- one step
 

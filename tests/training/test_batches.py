@@ -194,6 +194,33 @@ def test_the_order_follows_from_seed_epoch_and_ids() -> None:
     assert data_of(base, batch_size=8).ids(0) == ["e8", "e28", "e39", "e24", "e1", "e32", "e9", "e13"]
 
 
+def test_a_digest_is_of_all_that_is_read() -> None:
+    base = shared(20)
+    run = {"steps": 2, "batch_size": 8}
+    digest = data_of(base, **run).digest()
+    read = {id for step in range(2) for id in data_of(base, **run).ids(step)}
+    moved = base.copy()
+    random.Random(1).shuffle(moved)
+    asked = data_of(moved, **run)
+    assert asked.digest() == digest
+    asked.ids(9)  # looks at more examples than the run reads
+    assert asked.digest() == digest
+    for i, example in enumerate(base):
+        assert isinstance(example, SharedExample)
+        for turn, (role, text) in enumerate(example.messages):
+            turns = list(example.messages)
+            turns[turn] = role, text + "."
+            changed = [*base[:i], SharedExample(example.id, tuple(turns)), *base[i + 1 :]]
+            assert (data_of(changed, **run).digest() == digest) == (example.id not in read)
+    assert data_of(base, sharer=OTHER, **run).digest() != digest
+    assert data_of(base, **run, seed=4).digest() != digest
+    assert data_of(base, steps=1, batch_size=8).digest() != digest
+    crossed = crossing(8)
+    assert isinstance(crossed[0], CrossExample)
+    more = CrossExample(**{**vars(crossed[0]), "sharer_context": ("One", "two")})
+    assert data_of(crossed, **run).digest() != data_of([more, *crossed[1:]], **run).digest()
+
+
 def test_an_order_is_a_fair_shuffle() -> None:
     """Every example comes first about as often as any other, over the seeds: 400 draws of 8."""
     base = shared(8)

@@ -86,6 +86,37 @@ def test_the_ranks_shares_are_all_of_it_and_even() -> None:
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@pytest.mark.parametrize(
+    ("environment", "given", "index"),
+    [
+        ({}, None, 0),
+        ({}, "cuda", 0),
+        ({}, "cuda:1", 1),
+        ({"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, None, 0),  # torchrun --nproc-per-node 1
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, None, 1),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "cuda", 1),
+    ],
+)
+def test_a_process_takes_one_gpu_by_its_index(
+    environment: dict[str, str], given: str | None, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[torch.device] = []
+    groups: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr("torch.distributed.init_process_group", groups.append)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with process_group(given) as device:
+        assert device == torch.device("cuda", index)
+    assert taken == [device]  # torch's own takes no device without an index
+    assert groups == (["nccl"] if environment.get("WORLD_SIZE") == "2" else [])
+
+
 def test_one_process_alone_needs_no_group() -> None:
     with process_group("cpu") as device:
         ranks = Ranks.current(device)

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +118,9 @@ class Mixed:
 
     def ids(self, step: int) -> list[str]:
         return self.data.ids(step)
+
+    def digest(self) -> str:
+        return self.data.digest()
 
     def batch(self, step: int, index: int) -> Batch:
         batch = self.data.batch(step, index)
@@ -232,7 +236,7 @@ def test_a_store_that_is_not_whole(store: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"shard-00002.json: expected a shard's examples"):
         stored(folder)
     for change, message in (
-        (lambda d: d.replace(b'"format_version": 1', b'"format_version": 2'), "version 1"),
+        (lambda d: d.replace(b'"format_version": 2', b'"format_version": 1'), "version 2 .*anew by lcf-fast cache"),
         (lambda d: d.replace(b'"shards": 4', b'"shards": "4"'), "shards"),
         (lambda d: d[:-5], "JSON"),
         (lambda d: b"3", "object"),
@@ -255,7 +259,10 @@ def test_a_store_for_something_else(store: Path) -> None:
     with pytest.raises(RunError, match=r"sharer: expected \(2, 2, 16\) as the run has it"):
         StoredPrefills(store, tiny_adapter(receiver, receiver), receiver, SETTINGS)
 
-    prefiller = StoredPrefills(store, adapter, receiver, SETTINGS)
+    with pytest.raises(RunError, match=r"sharer: expected .* the sharer that the store was made with"):
+        StoredPrefills(store, adapter, receiver, SETTINGS, sharer=tiny_model("qwen2", 9))
+
+    prefiller = StoredPrefills(store, adapter, receiver, SETTINGS, sharer=sharer)
     data = RandomData(SETTINGS)
     with pytest.raises(RunError, match="the example '20'"):
         prefiller(data.batch(4, 0))
@@ -266,6 +273,27 @@ def test_a_store_for_something_else(store: Path) -> None:
         setattr(batch, side, changed)
         with pytest.raises(RunError, match="example '3': expected the tokens that the store was made with"):
             prefiller(batch)
+
+
+def test_a_run_on_a_store_knows_its_sharer(store: Path, tmp_path: Path) -> None:
+    sharer, receiver = models()
+    online = tiny_trainer(tmp_path / "run", SETTINGS)
+    online.run()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    offline = tiny_trainer(tmp_path / "run", SETTINGS, prefiller=stored(store))
+    assert offline.models == online.models
+    assert offline.adapter.trained_between == online.adapter.trained_between
+    assert offline.adapter.trained_between.keys() == {"sharer", "receiver"}
+    held = offline.run(resume=True).trained_between
+    assert LatentCacheFlow.from_pretrained(tmp_path / "run" / "adapter").trained_between == held
+
+    data = RandomData(SETTINGS)
+    geometries = CacheGeometry.of(sharer), CacheGeometry.of(receiver)
+    write_prefills(
+        tmp_path / "others", plan_prefills(data, SETTINGS, *geometries), data, tiny_model("qwen2", 9), receiver
+    )
+    with pytest.raises(RunError, match="sharer: expected the model that"):
+        tiny_trainer(tmp_path / "run", SETTINGS, prefiller=stored(tmp_path / "others")).run(resume=True)
 
 
 @pytest.mark.parametrize("fingerprint", [model_fingerprint, model_sample])

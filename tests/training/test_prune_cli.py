@@ -149,7 +149,9 @@ def test_without_models_by_gates_or_by_name(folder: Path, tmp_path: Path, capsys
     assert LatentCacheFlow.from_pretrained(tmp_path / "two").receiver_layers.tolist() == [2, 3]
 
 
-def test_stored_prefills_give_the_same(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stored_prefills_give_the_same_and_are_of_one_sharer(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = ["cache", *arguments(folder, tmp_path, "shared")[3:], "--out", str(tmp_path / "store")]
     assert main([*store, "--steps", "1", "--batch-size", "7"]) == 0
     (tmp_path / "sharer").mkdir()
@@ -161,7 +163,13 @@ def test_stored_prefills_give_the_same(folder: Path, tmp_path: Path, capsys: pyt
         capsys.readouterr()
         out = tmp_path / f"out-{len(reports)}"
         assert main(arguments(folder, out, "shared", "--json", "--quiet", *more)) == 0
-        reports.append(json.loads(capsys.readouterr().out))
+        shown = capsys.readouterr()
+        reports.append(json.loads(shown.out))
+        assert ("no weights here" in shown.err) == bool(more)
+    save_tiny_model(tmp_path / "other", "qwen2", layers=3, seed=8)
+    other = ["--cached", str(tmp_path / "store"), "--sharer", str(tmp_path / "other")]
+    assert main(arguments(folder, tmp_path / "out-2", "shared", *other)) == 2
+    assert "the sharer that the store was made with" in capsys.readouterr().err.splitlines()[-1]
     assert reports[0]["kept"] == reports[1]["kept"]
     for one, other in zip(reports[0]["layers"], reports[1]["layers"], strict=True):
         assert one["verdict"] == other["verdict"]
@@ -192,6 +200,8 @@ def test_examples_are_those_that_training_left_out(
         (["--examples", "0"], "--examples: expected 1 or more"),
         (["--cached", "nowhere"], "manifest.json"),
         (["--plot", "no/such/folder/layers.png"], "--plot: expected a file in a folder that is there"),
+        (["--device", "foo"], "--device: expected a name such as cpu or cuda:0, got 'foo'"),
+        (["--device", "cuda:99"], "--device: expected"),
     ],
 )
 def test_bad_input_is_one_line_before_work(

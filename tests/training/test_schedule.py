@@ -30,6 +30,13 @@ def test_every_step_has_a_rate_whatever_the_warm_up(steps: int, warmup: float) -
     assert factors[peak:] == sorted(factors[peak:], reverse=True)
 
 
+@pytest.mark.parametrize("steps", [50, 100, 276, 300])
+def test_a_decimal_fraction_of_the_steps_is_taken_exactly(steps: int) -> None:
+    for percent in range(1, 101):
+        factors = [learning_rate_factor(step, steps, percent / 100) for step in range(steps)]
+        assert factors.index(1.0) + 1 == -(-percent * steps // 100), percent
+
+
 def test_the_temperature_falls_by_one_ratio_a_step() -> None:
     values = [gate_temperature(step, 300, 1.0, 0.001) for step in range(300)]
     assert values[0] == 1.0

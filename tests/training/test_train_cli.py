@@ -98,6 +98,16 @@ def test_train_then_cache_then_train_on_what_is_cached(
     assert read_log(tmp_path / "again")[0] == log[0]  # the first epoch bitwise, later ones to rounding
     for one, other in zip(read_log(tmp_path / "again"), log, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    between = [LatentCacheFlow.from_pretrained(tmp_path / run / "adapter").trained_between for run in ("run", "again")]
+    assert between[0] == between[1]
+    assert between[0].keys() == {"sharer", "receiver"}
+
+    tiny_tokenizer("bytes", template=INST, merges=False).save_pretrained(tmp_path / "other")
+    tiny_model("qwen2", 8, len(load_tokenizer("sharer", str(folder / "sharer")))).save_pretrained(tmp_path / "other")
+    more = ["--cached", str(tmp_path / "store"), "--sharer", str(tmp_path / "other")]
+    assert main(arguments(folder, "train", tmp_path / "third", kind, *more)) == 2
+    assert "the sharer that the store was made with" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "third").exists()
 
 
 def test_options_reach_what_they_are_for(folder: Path, tmp_path: Path) -> None:
@@ -143,6 +153,26 @@ def test_a_run_goes_on_where_it_stopped(folder: Path, tmp_path: Path, capsys: py
     assert read_log(run) == read_log(whole)
 
 
+def test_a_run_does_not_go_on_with_other_texts_of_the_same_lines(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = tmp_path / "set.jsonl", tmp_path / "run"
+    text = (folder / "shared.jsonl").read_text()
+    data.write_text(text)
+    base = arguments(folder, "train", run, "shared", "--data", str(data), "--save-every", "1", "--keep", "9")
+    assert main(base) == 0
+    (run / "checkpoints" / "step-00000003").rename(tmp_path / "last")
+    capsys.readouterr()
+    option = ["--template-options", '{"thinking": false}']
+    for changed, more in ((text.replace('"response": "red"', '"response": "rot"'), []), (text, option)):
+        data.write_text(changed)
+        assert main([*base, "--resume", *more]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"lcf-fast train: error: data: expected the data of {run / 'checkpoints'}")
+    data.write_text(text)
+    assert main([*base, "--resume"]) == 0
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -156,6 +186,8 @@ def test_a_run_goes_on_where_it_stopped(folder: Path, tmp_path: Path, capsys: py
         (["--init-from", "nowhere"], "--bottleneck"),
         (["--cached", "nowhere"], "manifest.json"),
         (["--cross-context"], "cross"),
+        (["--device", "foo"], "--device: expected a name such as cpu or cuda:0, got 'foo'"),
+        (["--device", "cuda:99"], "--device: expected"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -240,6 +272,17 @@ def test_a_store_is_made_by_one_process(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(arguments(folder, "cache", tmp_path / "store", "shared")) == 2
     assert "one process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_store_is_made_on_a_device_that_is_there(
+    device: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--device", device, "--quiet"]
+    assert main(arguments(folder, "cache", tmp_path / "store", "shared", *more)) == 2
+    assert capsys.readouterr().err.startswith("lcf-fast cache: error: --device: expected ")
+    assert not (tmp_path / "store").exists()
+    assert main(arguments(folder, "cache", tmp_path / "store", "shared", *more, "--dry-run")) == 0
 
 
 def test_layers_as_an_argument(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
