@@ -163,7 +163,7 @@ def _keys_of_one_token(model: Any) -> tuple[list[Tensor], Tensor]:
     positions = torch.tensor([[0], [max(1, min(_PROBE, limit - 1))]], device=model.device)
     # Not the padding: its embedding may be zero, and zeros show no rotation.
     token = next(i for i in (1, 2) if i != getattr(model.config, "pad_token_id", None))
-    cache, training = DynamicCache(), model.training
+    cache, modes = DynamicCache(), [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         model.base_model(
@@ -174,5 +174,6 @@ def _keys_of_one_token(model: Any) -> tuple[list[Tensor], Tensor]:
             use_cache=True,
         )
     finally:
-        model.train(training)
+        for module, training in modes:  # a part may have another mode than the whole
+            module.training = training
     return [key for key, _ in cache_layers(cache, name="receiver")], positions

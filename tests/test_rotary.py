@@ -50,6 +50,8 @@ def test_in_bfloat16_the_kinds_are_the_same(name: str) -> None:
 
 def test_it_is_found_once_and_the_model_stays_as_it_was() -> None:
     model = family_model("qwen3").train()
+    model.base_model.layers[1].eval()  # as of one who trains a part of it
+    modes = [module.training for module in model.modules()]
     calls = []
     hook = model.base_model.register_forward_hook(lambda *_: calls.append(1))
     rotary = Rotary.of(model)
@@ -57,7 +59,7 @@ def test_it_is_found_once_and_the_model_stays_as_it_was() -> None:
     assert Rotary.of(rotary) is rotary
     hook.remove()
     assert len(calls) == 1
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_a_padding_token_of_zeros_does_not_mislead() -> None:
