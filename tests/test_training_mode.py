@@ -133,6 +133,20 @@ def test_no_gate_is_closed_in_training() -> None:
         assert all(float(row.abs().max()) > 0 for row in parameter.grad), name
 
 
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+@pytest.mark.parametrize("train", [False, True])
+def test_a_sharer_of_no_tokens_edits_nothing_and_gives_no_gradient(train: bool, back_end: Backend) -> None:
+    adapter = trained().train(train).requires_grad_(True)
+    sharer, receiver = make_caches(sharer_length=0)
+    nowhere = torch.full((2, 7), -1)
+    with use_backend(back_end):
+        fused = adapter.fuse(sharer, receiver, sharer_index=nowhere)
+        torch.stack([t.square().mean() for pair in fused for t in pair]).sum().backward()
+    assert_equal(fused, receiver)
+    for name, parameter in adapter.named_parameters():
+        assert parameter.grad is None or not parameter.grad.any(), name
+
+
 def test_a_fresh_adapter_trains_and_a_loaded_one_does_not(tmp_path: object) -> None:
     fresh = LatentCacheFlow(LCFConfig(RECEIVER, RECEIVER, bottleneck=64))
     assert fresh.training
