@@ -321,6 +321,24 @@ def test_several_sharers_add_up() -> None:
     assert adapter.combine([one_row, second]).tensors["latent"].shape[1] == 2
 
 
+def test_messages_for_every_row_are_weighed_row_by_row() -> None:
+    """Of batch size 1: rows of one batch have different sharers, both, or none."""
+    adapter = make_adapter(True)
+    first, second = adapter.summarize(sharer_cache(1, 5)), adapter.summarize(sharer_cache(1, 9))
+    _, receiver = make_caches(batch=4)
+    factors = [[1.0, 0.0, 0.5, 0.0], [0.0, 1.0, 0.5, 0.0]]
+    bias = adapter.get_parameter("down_bias")
+    rows = [bias + sum(w[row] * (m.tensors["latent"][:, 0] - bias) for w, m in zip(factors, (first, second)))
+            for row in range(4)]  # fmt: skip
+    expected = expected_of(adapter, receiver, message=torch.stack(rows, 1).double())
+    assert_close(adapter.inject(receiver, [first, second], weights=factors), expected)
+    assert_close(adapter.inject(receiver, adapter.combine([first, second], factors)), expected)
+    assert adapter.combine([first, second], [1.0, 0.5]).tensors["latent"].shape[1] == 1
+    for wrong in ([[1.0] * 3, [0.0] * 3], [[1.0], [0.5], [0.5]]):
+        with pytest.raises(ShapeError, match=r"^weights: expected \(2,\) or \(2, 4\)"):
+            adapter.inject(receiver, [first, second], weights=wrong)
+
+
 def test_one_edit_whatever_the_number_of_sharers(monkeypatch: pytest.MonkeyPatch) -> None:
     from lcf_fast import ops
 
