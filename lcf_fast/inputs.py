@@ -101,9 +101,10 @@ def host_spans(spans: Any, key: Tensor) -> Spans:
     given = Spans.given(spans.cpu() if isinstance(spans, Tensor) else spans)
     if given.batch != batch:
         raise ShapeError("spans", expected=f"spans of {batch} items", got=f"of {given.batch}")
-    if int(given.offsets.max()) > length:
+    last = max(map(max, given.offsets.flatten(1).tolist()), default=0)
+    if last > length:
         expected = f"offsets within [0, {length}] (Spans.piece marks those that go on)"
-        raise SpanError("spans", expected=expected, got=f"values up to {int(given.offsets.max())}")
+        raise SpanError("spans", expected=expected, got=f"values up to {last}")
     return given
 
 

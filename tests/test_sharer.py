@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import Pair, assert_within_budget, make_cache, to_double
-from lcf_fast import CacheGeometry, LatentCacheFlow, reference
+from lcf_fast import CacheGeometry, LatentCacheFlow, reference, use_backend
+from lcf_fast.backends import Backend
 from lcf_fast.errors import (
     CheckpointError,
     DeviceError,
@@ -88,6 +89,23 @@ def test_pieces_of_known_spans() -> None:
     hold(message, adapter, cache, spans.offsets, spans.to_mask(60))
     torch.testing.assert_close(message.latent, whole.latent)
     assert message.spans == whole.spans == 5
+
+
+@pytest.mark.parametrize("back_end", ["eager", "triton"])
+def test_a_batch_of_none(back_end: Backend) -> None:
+    """At once and in pieces, with and without spans, to the edit."""
+    adapter, cache = make_adapter(True), sharer_cache(0, 5)
+    forms: list[Any] = [None, torch.zeros(0, 3, dtype=torch.int64), [], Spans.given([])]
+    with use_backend(back_end):
+        for spans in forms:
+            pool = adapter.pool(cache, spans)
+            growing = adapter.begin()
+            growing.extend(cache, spans)
+            made = [adapter.summarize(cache, spans, span_weights=True), growing.finish(), adapter.finish(pool)]
+            for message in (*made, adapter.finish(adapter.merge([pool, pool]))):
+                assert message.tensors["latent"].shape == (5, 0, 64)
+        edited = adapter.inject(make_caches(batch=0)[1], message)
+    assert edited[4][0].shape == (0, RECEIVER.kv_heads, 7, RECEIVER.head_dim)
 
 
 def test_ragged_rows_and_padding() -> None:
