@@ -185,6 +185,7 @@ def expand_slots_layers_(
     weights: Mapping[str, Tensor],
     into: Sequence[Pair],
     *,
+    kv_heads: int,
     norm_eps: float = 1e-6,
     turn: Callable[[list[Tensor]], Sequence[Tensor]] | None = None,
 ) -> list[Pair]:
@@ -194,7 +195,7 @@ def expand_slots_layers_(
     dtype; the eager path rounds once to it.
 
     Args:
-        latent, weights: as in `expand_slots_layers`.
+        latent, weights, kv_heads: as in `expand_slots_layers`.
         into: one ``(key, value)`` a layer, ``(B, Hr, k, Dr)``, of one float dtype. Any strides but the last one's,
             which is 1; no two elements in one place.
         turn: makes of each layer's key, ``(B, Hr, k, Dr)`` in float32 (or float64), the one that is written: rotated to
@@ -208,7 +209,6 @@ def expand_slots_layers_(
     """
     layers = latent.shape[0] if isinstance(latent, Tensor) and latent.dim() else 0
     check.check_layers("into", into, layers)
-    kv_heads = into[0][0].shape[1] if layers else 1
     hidden = _check_expand(latent, weights, kv_heads)
     key = into[0][0]
     wanted = (latent.shape[1], kv_heads, latent.shape[2], weights["up_weight"].shape[2] // kv_heads)
