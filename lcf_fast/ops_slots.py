@@ -237,6 +237,7 @@ def expand_slots_layers_(
     return [(pair[0], pair[1]) for pair in into]
 
 
+@torch.inference_mode()  # for tensors that were made in it
 def _write(into: list[Tensor], made: Sequence[Tensor]) -> None:
     for there, tensor in zip(into, made):
         there.copy_(tensor)

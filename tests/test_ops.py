@@ -337,6 +337,28 @@ def test_no_cache_is_half_edited(backend: Backend, inputs: Inputs) -> None:
         assert torch.equal(tensor, old)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("all_of_it", [True, False])
+def test_caches_made_in_inference_mode_are_edited_outside_it(all_of_it: bool, backend: Backend, inputs: Inputs) -> None:
+    """As generate() under inference_mode leaves them; also where only the last layer is one."""
+
+    def made() -> list[tuple[Tensor, Tensor]]:
+        plain = [(key.clone(), value.clone()) for key, value in inputs.receiver]
+        with torch.inference_mode():
+            inferred = [(key.clone(), value.clone()) for key, value in inputs.receiver]
+        return inferred if all_of_it else [*plain[:-1], inferred[-1]]
+
+    with use_backend(backend):
+        expected = ops.fuse_layers(inputs.sharer, inputs.receiver, inputs.weights)
+        for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with context():
+                fused = ops.fuse_layers_(inputs.sharer, made(), inputs.weights)
+                key, value = ops.gated_injection_(*made()[-1], inputs.latent, inputs.one)
+                wanted = ops.gated_injection(*inputs.receiver[-1], inputs.latent, inputs.one)
+            for got, same in zip(flatten([fused, key, value]), flatten([expected, *wanted])):
+                torch.testing.assert_close(got.clone(), same.clone())
+
+
 def test_values_are_read_on_the_cpu_only(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Meta tensors stand in for a GPU's: nothing is read off them, unless asked, and the shapes come out."""
     meta = [(key.to("meta"), value.to("meta")) for key, value in inputs.sharer]

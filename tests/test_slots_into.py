@@ -165,6 +165,22 @@ def test_the_free_room_is_written_and_nothing_else(backend: Backend, dtype: torc
     assert all(not side.requires_grad for layer in static.layers for side in (layer.keys, layer.values))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cache_made_in_inference_mode_is_filled_outside_it(backend: Backend) -> None:
+    """Its counters are tensors of that mode, too."""
+    receiver = family_model("qwen3")
+    adapter, message = told(receiver)
+    ids, mask = ragged_ids([8, 5], 4)
+    plain = static_cache(receiver, ids, mask)
+    with torch.inference_mode():
+        inferred = static_cache(receiver, ids, mask)
+    assert inferred.layers[0].keys.is_inference()
+    with use_backend(backend):
+        for cache in (plain, inferred):
+            adapter.append_(receiver, cache, message, attention_mask=mask)
+    assert all(torch.equal(a, b) for a, b in zip(buffers(inferred), buffers(plain)))
+
+
 def test_one_message_serves_every_row_and_positions_count_what_is_real() -> None:
     receiver = family_model("qwen3")
     adapter, message = told(receiver, [9])
