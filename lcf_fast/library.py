@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import eager, reference
 from .backends import resolve
+from .dispatch import count_edits
 
 PROJECTION_WEIGHTS = ("down_weight", "down_bias", "norm_weight", "ffn_in_weight", "ffn_out_weight")
 INJECTION_WEIGHTS = ("up_weight", "up_bias", "head_gate_weight", "head_gate_bias", "gate_logit")
@@ -246,7 +247,10 @@ def _inject(
 
         if not inplace:
             key, value = unit_rows(key), unit_rows(value)
-        return injection.gated_injection(key, value, latent, named, edit_mask=edit_mask, inplace=inplace)
+        edited = injection.gated_injection(key, value, latent, named, edit_mask=edit_mask, inplace=inplace)
+        if inplace:
+            count_edits(edited)
+        return edited
     run = eager.gated_injection_ if inplace else eager.gated_injection
     return run(key, value, latent, named, edit_mask=edit_mask)
 

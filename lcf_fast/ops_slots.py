@@ -16,7 +16,7 @@ from torch import Tensor
 from . import checks as check
 from . import eager_slots
 from . import library_slots as library
-from .dispatch import is_plain, needs_grad, undispatched
+from .dispatch import count_edits, is_plain, needs_grad, undispatched
 from .errors import DeviceError, DTypeError, GeometryError, ShapeError, SpanError
 from .library import unit_rows
 from .noise import TrainingNoise
@@ -232,6 +232,7 @@ def expand_slots_layers_(
         scratch = key.new_empty(layers, *key.shape)
         straight = [(bare, pair[1]) for bare, pair in zip(scratch, into)]
     slot_projection.expand_slots(latent.to(torch.float32).contiguous(), weights, straight, norm_eps=norm_eps)
+    count_edits(tensor for pair in straight for tensor in pair)
     if turn is not None:
         _write([pair[0] for pair in into], turn(list(scratch.to(torch.float32).unbind(0))))
     return [(pair[0], pair[1]) for pair in into]

@@ -338,6 +338,31 @@ def test_no_cache_is_half_edited(backend: Backend, inputs: Inputs) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_autograd_sees_what_is_edited_in_place(backend: Backend, inputs: Inputs) -> None:
+    """And refuses gradients of what is no longer there; tensors of closed gates stay good."""
+
+    leaf = torch.ones((), device=inputs.latent.device, requires_grad=True)
+
+    def squared() -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+        receiver = [(key * leaf, value * leaf) for key, value in inputs.receiver]
+        return receiver, [(tensor**2).sum() for tensor in flatten(receiver)]
+
+    with use_backend(backend):
+        receiver, sums = squared()
+        ops.fuse_layers_(inputs.sharer, receiver, inputs.weights, live=LIVE)
+        for total, is_open in zip(sums, [is_open for pair in LIVE for is_open in pair]):
+            if is_open:
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    total.backward()
+            else:
+                total.backward()
+        receiver, sums = squared()
+        ops.gated_injection_(*receiver[0], inputs.latent, inputs.one)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            sums[0].backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("all_of_it", [True, False])
 def test_caches_made_in_inference_mode_are_edited_outside_it(all_of_it: bool, backend: Backend, inputs: Inputs) -> None:
     """As generate() under inference_mode leaves them; also where only the last layer is one."""

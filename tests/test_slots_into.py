@@ -166,6 +166,20 @@ def test_the_free_room_is_written_and_nothing_else(backend: Backend, dtype: torc
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("turned", [True, False])
+def test_autograd_sees_what_is_written(turned: bool, backend: Backend, generator: torch.Generator) -> None:
+    weights, leaf = make_slot_weights(3, SLOTS, 64, 16, 2 * 16, generator), torch.ones((), requires_grad=True)
+    pool = torch.ones(3, 2, 2, 2, SLOTS, 16) * leaf
+    into = [(key, value) for key, value in pool.detach()]  # views, as of pages
+    total = (pool**2).sum()
+    with use_backend(backend):
+        turn = (lambda keys: keys) if turned else None
+        ops_slots.expand_slots_layers_(torch.randn(3, 2, SLOTS, 64), weights, into, kv_heads=2, turn=turn)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_cache_made_in_inference_mode_is_filled_outside_it(backend: Backend) -> None:
     """Its counters are tensors of that mode, too."""
     receiver = family_model("qwen3")
