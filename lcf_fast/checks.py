@@ -147,6 +147,21 @@ def check_writable(name: str, tensor: Tensor) -> None:
         raise ShapeError(name, expected="stride 1 along the head dim", got=f"strides {tensor.stride()}")
 
 
+def side_name(name: str, i: int) -> str:
+    """Entry ``i`` of layers ``[k0, v0, k1, v1, ...]``."""
+    return f"{name}[{i // 2}].{('key', 'value')[i % 2]}"
+
+
+def check_apart(name: str, tensors: Sequence[Tensor], addresses: Sequence[int]) -> None:
+    """An in-place edit needs each of the tensors ``[k0, v0, k1, v1, ...]`` in a place of its own."""
+    if len({*addresses}) == len(addresses) or not tensors[0].numel():
+        return
+    first = {address: i for i, address in reversed([*enumerate(addresses)])}
+    i = next(i for i, address in enumerate(addresses) if first[address] < i)
+    got = f"that of {side_name(name, first[addresses[i]])}"
+    raise ShapeError(side_name(name, i), expected="memory of its own", got=got)
+
+
 def check_weight(
     weights: Mapping[str, Tensor], name: str, shape: tuple[int | None, ...], device: torch.device
 ) -> Tensor:

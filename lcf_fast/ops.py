@@ -187,13 +187,16 @@ def gated_injection_(
     """`gated_injection` in place, for inference: it records no graph. Returns the given tensors.
 
     Raises:
-        As `gated_injection`; and ShapeError where a cache's elements share memory or its last axis is strided.
+        As `gated_injection`; and ShapeError where a cache's elements share memory, the value lies where the key
+        does, or the last axis is strided.
     """
     _, parameters, mask = _check_injection(receiver_key, receiver_value, latent, weights, edit_mask)
     check.check_writable("receiver_key", receiver_key)
     check.check_writable("receiver_value", receiver_value)
     arguments = (receiver_key, receiver_value, latent, parameters, mask)
     if is_plain(receiver_key):
+        if receiver_key.data_ptr() == receiver_value.data_ptr() and receiver_key.numel():
+            raise ShapeError("receiver_value", expected="memory of its own", got="that of receiver_key")
         undispatched(library.run_gated_injection_, arguments)
     else:
         library.gated_injection_(*arguments)
@@ -318,17 +321,21 @@ def fuse_layers_(
     The sharer must not lie in the receiver's memory: layers are edited in no particular order.
 
     Raises:
-        As `fuse_layers`; and ShapeError where a receiver's elements share memory or its last axis is strided.
+        As `fuse_layers`; and ShapeError where a receiver's elements share memory, two of its tensors begin in one
+        place, or its last axis is strided.
     """
     call = _check_fuse(sharer, receiver, weights, live, sharer_index, message, edit_mask, positions, norm_eps)
     layout = call.receiver_layout
     if layout is None or layout.first_unwritable is not None:
         for i, tensor in enumerate(call.receiver):
-            check.check_writable(f"receiver[{i // 2}].{('key', 'value')[i % 2]}", tensor)
+            check.check_writable(check.side_name("receiver", i), tensor)
     arguments = None if layout is None else _checked(call)
-    if arguments is not None and call.sharer_layout is not None:
+    if arguments is not None:
         other, own = arguments[1:3]
-        shared = {*own.addresses}.intersection(other.addresses)
+        places = {*own.addresses}
+        if len(places) < len(own.addresses):
+            check.check_apart("receiver", own.tensors, own.addresses)
+        shared = other is not None and places.intersection(other.addresses)
         if shared and own.tensors[0].numel() and other.tensors[0].numel():
             expected = "memory apart from the receiver's, which is edited in place (use fuse_layers)"
             raise GeometryError("sharer", expected=expected, got="the receiver's own tensors")

@@ -216,9 +216,11 @@ def expand_slots_layers_(
         raise ShapeError("into[0].key", expected=f"(B, Hr, k, Dr) = {wanted}", got=check.describe(key))
     if key.device != latent.device:
         raise DeviceError("into", expected=f"{latent.device}, as the latent", got=str(key.device))
-    for i, pair in enumerate(into):
-        for part, tensor in zip(("key", "value"), pair):
-            check.check_writable(f"into[{i}].{part}", tensor)
+    sides = [tensor for pair in into for tensor in pair]
+    for i, tensor in enumerate(sides):
+        check.check_writable(check.side_name("into", i), tensor)
+    if not torch.compiler.is_compiling():
+        check.check_apart("into", sides, [*map(Tensor.data_ptr, sides)])
     if library.backend_of(key, latent.shape[2], latent.shape[3], hidden) == "eager":
         made = eager_slots.expand_slots(latent, weights, kv_heads, norm_eps, None)
         keys = [one for one, _ in made]

@@ -322,9 +322,13 @@ def test_no_cache_is_half_edited(backend: Backend, inputs: Inputs) -> None:
     expanded = last[1][:, :1].expand(-1, 2, -1, -1)
     halved = [inputs.receiver[0], (last[0], expanded)]
     far = torch.full((2, 12), 40)
+    same, twice, view = [inputs.receiver[0], (last[0], last[0])], [inputs.receiver[0]] * 2, last[0][:]
     self_weights = make_weights(RECEIVER, RECEIVER, 64, device=inputs.latent.device)
     attempts: list[tuple[str, Callable[[], Any]]] = [
         ("receiver[1].value", lambda: ops.fuse_layers_(inputs.sharer, halved, inputs.weights)),
+        ("receiver[1].value", lambda: ops.fuse_layers_(inputs.sharer, same, inputs.weights)),
+        ("receiver[1].key", lambda: ops.fuse_layers_(inputs.sharer, twice, inputs.weights)),
+        ("receiver_value", lambda: ops.gated_injection_(last[0], view, inputs.latent, inputs.one)),
         ("sharer", lambda: ops.fuse_layers_(inputs.receiver, inputs.receiver, self_weights)),
         ("sharer_index", lambda: ops.fuse_layers_(inputs.sharer, inputs.receiver, inputs.weights, sharer_index=far)),
         ("receiver_value", lambda: ops.gated_injection_(last[0], expanded, inputs.latent, inputs.one)),
@@ -335,6 +339,15 @@ def test_no_cache_is_half_edited(backend: Backend, inputs: Inputs) -> None:
         assert caught.value.argument == argument
     for tensor, old in zip((t for pair in inputs.receiver for t in pair), before):
         assert torch.equal(tensor, old)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_without_elements_share_no_memory(backend: Backend, inputs: Inputs) -> None:
+    """All of them have address 0."""
+    nothing = Inputs(inputs.latent.device, torch.Generator(), tokens=0)
+    with use_backend(backend):
+        ops.fuse_layers_(nothing.sharer, nothing.receiver, inputs.weights)
+        ops.gated_injection_(*nothing.receiver[0], nothing.latent, inputs.one)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

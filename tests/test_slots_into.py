@@ -339,6 +339,8 @@ def test_places_that_do_not_fit(backend: Backend) -> None:
         (DTypeError, last(lambda x: x.double()), at, r"into\[2\].value"),
         (ShapeError, last(lambda x: x[:, :, :1].expand(-1, -1, SLOTS, -1)), at, r"into\[2\].value"),
         (ShapeError, last(lambda x: torch.full((2, 2, SLOTS, 32), 7.0)[..., ::2]), at, r"into\[2\].value"),
+        (ShapeError, [fresh()[0]] * 3, at, r"into\[1\].key: expected memory of its own, got that of into\[0\].key"),
+        (ShapeError, [(key, key) for key, _ in fresh()], at, r"into\[0\].value"),
         (DeviceError, last(lambda x: x.to("meta")), at, r"into\[2\].value"),
         (ShapeError, fresh(), at[:, 1:], "positions"),
         (ShapeError, fresh(), at.repeat(3, 1), "positions"),
