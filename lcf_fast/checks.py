@@ -247,6 +247,15 @@ def reads_values(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or os.environ.get("LCF_FAST_CHECK", "0") == "1"
 
 
+def as_int32(tensor: Tensor, device: torch.device) -> Tensor:
+    """Integers as the kernels read them. Of values that nobody has looked at, one that does not fit becomes the nearest
+    that does: it stays out of range, where a plain cast could make a row of it."""
+    if tensor.dtype == torch.int64 and not reads_values(tensor):
+        bounds = torch.iinfo(torch.int32)
+        tensor = tensor.clamp(bounds.min, bounds.max)
+    return tensor.to(device, torch.int32, non_blocking=True)
+
+
 def check_index(sharer_index: object, batch: int, tokens: int, sharer_tokens: int) -> None:
     index = check_tensor("sharer_index", sharer_index)
     if index.dtype not in INTEGERS:

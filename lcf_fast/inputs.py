@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_index, check_mask, check_offsets
+from .checks import as_int32, check_index, check_mask, check_offsets
 from .errors import DeviceError, DTypeError, LCFError, ShapeError, SpanError
 from .spans import Spans
 
@@ -78,7 +78,7 @@ def span_offsets(spans: Any, key: Tensor, attention_mask: Tensor | None) -> tupl
         check_offsets(spans, batch, length, mask)
     except LCFError as error:
         raise type(error)("spans", expected=error.expected, got=error.got) from None
-    return spans.to(key.device, torch.int32, non_blocking=True), mask
+    return as_int32(spans, key.device), mask
 
 
 def without_gaps(spans: Spans, key: Tensor, attention_mask: Tensor | None) -> Tensor | None:

@@ -48,20 +48,35 @@ Pair = tuple[Tensor, Tensor]
 
 
 def _row_index(
-    sharer_index: Tensor | None, edit_mask: Tensor | None, tokens: int, device: torch.device
+    sharer_index: Tensor | None,
+    edit_mask: Tensor | None,
+    tokens: int,
+    sharer_tokens: int,
+    device: torch.device,
+    backend: str,
 ) -> Tensor | None:
-    """Both masks as one ``(B, N)`` int32: the sharer's row, or -1 where the position must stay as it is."""
+    """Both masks as one ``(B, N)`` int32: the sharer's row, or -1 where the position must stay as it is.
+
+    To the kernels a row beyond the sharer is none as well; only for others it is made -1 where nobody has looked.
+    """
     if sharer_index is None and edit_mask is None:
         return None
     if edit_mask is None:
         assert sharer_index is not None
-        return sharer_index.to(device, torch.int32, non_blocking=True).contiguous()
+        return _rows(sharer_index, sharer_tokens, device, backend).contiguous()
     keep = edit_mask.to(device, non_blocking=True) != 0
     if sharer_index is None:
         rows = torch.arange(tokens, device=device, dtype=torch.int32).expand(keep.shape)
     else:
-        rows = sharer_index.to(device, torch.int32, non_blocking=True)
+        rows = _rows(sharer_index, sharer_tokens, device, backend)
     return torch.where(keep, rows, rows.new_full((), -1)).contiguous()
+
+
+def _rows(sharer_index: Tensor, sharer_tokens: int, device: torch.device, backend: str) -> Tensor:
+    rows = check.as_int32(sharer_index, device)
+    if backend == "triton" or check.reads_values(sharer_index):
+        return rows
+    return rows.masked_fill(rows >= sharer_tokens, -1)
 
 
 def joint_projection(
@@ -106,14 +121,14 @@ def joint_projection(
     elif sharer_key is not None or sharer_value is not None:
         raise GeometryError("message", expected="either a sharer's cache or a message", got="both")
     width = check.check_projection_weights(weights, (), columns, device, exact=message is None)
+    sharer_tokens = tokens if sharer_key is None else sharer_key.shape[2]
     if sharer_index is not None:
-        sharer_tokens = tokens if sharer_key is None else sharer_key.shape[2]
         check.check_index(sharer_index, batch, tokens, sharer_tokens)
     if message is not None:
         _check_message(message, (batch, width), device)
     hidden = weights["ffn_in_weight"].shape[1]
     backend = served_by(device, receiver_key.dtype, width, hidden)
-    index = _row_index(sharer_index, None, tokens, device)
+    index = _row_index(sharer_index, None, tokens, sharer_tokens, device, backend)
     parameters = [weights[name] for name in library.PROJECTION_WEIGHTS]
     caches = (sharer_key, sharer_value, receiver_key, receiver_value)
     arguments = (*caches, parameters, index, message, norm_eps)
@@ -446,7 +461,7 @@ def _check_fuse(
     if len(gates) != layers:
         raise GeometryError("live", expected=f"a pair of bools for each of {layers} layers", got=f"{len(gates)} pairs")
     backend = served_by(device, key.dtype, width, hidden)
-    index = _row_index(sharer_index, edit_mask, tokens, device)
+    index = _row_index(sharer_index, edit_mask, tokens, sharer_tokens, device, backend)
     return _Call(
         flat_sharer, flat_receiver, parameters, gates, index, message, first, last, norm_eps, backend, sharer_layout,
         receiver_layout,

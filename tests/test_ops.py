@@ -397,6 +397,36 @@ def test_caches_made_in_inference_mode_are_edited_outside_it(all_of_it: bool, ba
                 torch.testing.assert_close(got.clone(), same.clone())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_what_nobody_has_looked_at_counts_as_none_out_of_range(
+    is_compiled: bool, dtype: torch.dtype, backend: Backend, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 12 rows; also what a cast to 32 bits would make row 2 of. Nothing is looked at, as on a GPU."""
+    far = [12, 40, -2, -(1 << 31), (1 << 31) - 1] + [(1 << 32) + 2, -(1 << 32) + 2, 1 << 62] * (dtype == torch.int64)
+    index = torch.arange(12).repeat(2, 1)
+    index[1, : len(far)] = -1
+    wild, whole = index.clone(), torch.tensor([[0, 5, 12]]).repeat(2, 1)
+    wild[1, : len(far)] = torch.tensor(far)
+    past = whole.clone()
+    past[:, 0], past[:, -1] = min(far), max(far)
+
+    def call(index: Tensor, offsets: Tensor, weights: dict[str, Tensor]) -> list[Tensor]:
+        fused = ops.fuse_layers(inputs.sharer, inputs.receiver, weights, live=LIVE, sharer_index=index)
+        latent = ops.joint_projection(*inputs.sharer[0], *inputs.receiver[0], inputs.one, sharer_index=index)
+        return flatten([fused, latent, *ops.summarize_layers(inputs.sharer, weights, offsets)])
+
+    # Once with a graph, which takes the eager path to the reference.
+    weights = {name: tensor.clone().requires_grad_(not is_compiled) for name, tensor in inputs.weights.items()}
+    with use_backend(backend):
+        expected = call(index, whole, weights)
+        monkeypatch.setattr("lcf_fast.checks.reads_values", lambda tensor: False)
+        run = torch.compile(call, fullgraph=True, backend="aot_eager") if is_compiled else call
+        for ours, same in zip(run(wild.to(dtype), past.to(dtype), weights), expected):
+            torch.testing.assert_close(ours, same, rtol=1e-5, atol=1e-5)
+
+
 def test_values_are_read_on_the_cpu_only(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Meta tensors stand in for a GPU's: nothing is read off them, unless asked, and the shapes come out."""
     meta = [(key.to("meta"), value.to("meta")) for key, value in inputs.sharer]
