@@ -18,7 +18,7 @@ from .errors import DTypeError, GeometryError, IndexRangeError, LCFError, ShapeE
 from .fingerprint import Origin, receiver_digest, sharer_digest
 from .inputs import check_device, hide_padding, known_length, real_tokens
 from .message import Message
-from .noise import TrainingNoise
+from .noise import TrainingNoise, draw_seed
 from .receiving import accepted_digest, combine, readable_latent
 from .sharer import SharerSide, Summarizes
 
@@ -419,8 +419,7 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
             return ops.fuse_layers_(sharer, receiver, weights, live=self._live(), norm_eps=norm_eps, **options)
         if not self.training:
             return ops.fuse_layers(sharer, receiver, weights, live=self._live(), norm_eps=norm_eps, **options)
-        seed = int(torch.randint(1 << 31, (), dtype=torch.int64))
-        noise = TrainingNoise(seed, self.gate_temperature, self.config.dropout)
+        noise = TrainingNoise(draw_seed(), self.gate_temperature, self.config.dropout)
         return ops.fuse_layers(sharer, receiver, weights, norm_eps=norm_eps, noise=noise, **options)
 
     def _weights(self) -> Mapping[str, Tensor]:
@@ -545,6 +544,8 @@ def _open(logit: Tensor) -> Live:
 def _kept_layers(keep_layers: Iterable[int], held: tuple[int, ...]) -> tuple[int, ...]:
     if isinstance(keep_layers, Tensor):
         keep_layers = keep_layers.tolist()
+    if not isinstance(keep_layers, Iterable):
+        raise DTypeError("keep_layers", expected="ints", got=type(keep_layers).__name__)
     layers = tuple(keep_layers)
     for t in layers:
         if isinstance(t, bool) or not isinstance(t, int):

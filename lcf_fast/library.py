@@ -64,7 +64,15 @@ def _differentiate(
     if not live:
         return [torch.zeros_like(leaf) for leaf in wanted]
     found = torch.autograd.grad([o for o, _ in live], wanted, [g for _, g in live], allow_unused=True)
-    return [torch.zeros_like(leaf) if grad is None else grad.contiguous() for grad, leaf in zip(found, wanted)]
+    made = [torch.zeros_like(leaf) if grad is None else grad.contiguous() for grad, leaf in zip(found, wanted)]
+    # An op's outputs must be memory of their own; a sum over a batch of one is the gradient that came in.
+    taken = {grad.untyped_storage().data_ptr() for grad in grads}
+    for i, grad in enumerate(made):
+        place = grad.untyped_storage().data_ptr()
+        if place in taken:
+            made[i] = grad.clone()
+        taken.add(place)
+    return made
 
 
 def like_needed(inputs: Sequence[Any], needed: Sequence[bool]) -> list[Tensor]:

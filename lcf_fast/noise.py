@@ -15,11 +15,20 @@ from torch import Tensor
 
 from .errors import DTypeError, GeometryError
 
-__all__ = ["BLOCK_STREAM", "TrainingNoise", "random_bits"]
+__all__ = ["BLOCK_STREAM", "TrainingNoise", "draw_seed", "random_bits"]
 
 #: Streams of one layer and position: the key's gate, the value's, and from here on a block's dropout.
 BLOCK_STREAM = 2
 _MASK = 0xFFFFFFFF
+
+
+def draw_seed() -> int:
+    """A seed from torch's default CPU generator; while tracing a number that the compiled graph draws at each call."""
+    seed = int(torch.randint(1 << 31, (), dtype=torch.int64))
+    if torch.compiler.is_compiling():
+        torch._check(seed >= 0)
+        torch._check(seed < 1 << 31)
+    return seed
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class TrainingNoise:
     @property
     def threshold(self) -> int:
         """A channel is kept where its 31 bits are at least this."""
-        return round(self.dropout * (1 << 31))
+        return min(round(self.dropout * (1 << 31)), (1 << 31) - 1)  # of a probability below 1 some are kept
 
     @property
     def keep_scale(self) -> float:

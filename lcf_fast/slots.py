@@ -24,7 +24,7 @@ from .errors import DTypeError, GeometryError, MessageError, ShapeError
 from .fingerprint import SHARER_OF_SLOTS, Origin, is_digest, slots_receiver_digest, slots_sharer_digest
 from .inputs import check_device, known_length, real_tokens
 from .message import Message
-from .noise import TrainingNoise
+from .noise import TrainingNoise, draw_seed
 from .placement import Placement, slot_positions
 from .receiving import check_origin
 from .rotary import Rotary
@@ -116,8 +116,7 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
         latent = self._latent(message, "message")
         noise = None
         if self.training and self.config.dropout:
-            seed = int(torch.randint(1 << 31, (), dtype=torch.int64))
-            noise = TrainingNoise(seed, 1.0, self.config.dropout)
+            noise = TrainingNoise(draw_seed(), 1.0, self.config.dropout)
         return ops.expand_slots_layers(
             latent,
             self._weights(),

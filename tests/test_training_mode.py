@@ -11,7 +11,7 @@ from adapters import RECEIVER, Pair, assert_close, assert_equal, cloned, make_ad
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcf_fast import LatentCacheFlow, LCFConfig, reference, use_backend
+from lcf_fast import LatentCacheFlow, LatentSlots, LCFConfig, reference, use_backend
 from lcf_fast.backends import Backend
 from lcf_fast.errors import DTypeError, GeometryError
 from lcf_fast.noise import TrainingNoise, random_bits
@@ -101,6 +101,36 @@ def test_every_call_has_its_own_noise_and_the_seed_fixes_it(back_end: Backend, d
         assert_equal(edit(adapter, sharer, receiver), first)
     assert not torch.equal(first[0][0], second[0][0])
     assert_equal(receiver, before)
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_training_compiles_whole_and_draws_at_each_call(back_end: Backend, device: torch.device) -> None:
+    adapter = trained().to(device).requires_grad_(True)
+    sharer, receiver = make_caches(device)
+    compiled = torch.compile(lambda: edit(adapter, sharer, receiver), fullgraph=True, backend="aot_eager")
+    with use_backend(back_end):
+        torch.manual_seed(1)
+        first, second = compiled(), compiled()
+        torch.manual_seed(1)
+        expected = [(key.detach().double(), value.detach().double()) for key, value in first]
+        assert_close(edit(adapter, sharer, receiver), expected, 1e-5)
+        assert not torch.equal(first[0][0], second[0][0])
+        first[0][0].sum().backward()
+    assert adapter.down_weight.grad is not None and float(adapter.down_weight.grad.abs().max()) > 0
+
+
+def test_slots_train_compiled_whole_on_a_batch_of_one() -> None:
+    torch.manual_seed(0)
+    adapter = LatentSlots(LCFConfig(RECEIVER, RECEIVER, bottleneck=64, slots=2)).train()
+    _, cache = make_caches(batch=1)
+    compiled = torch.compile(
+        lambda: adapter.expand(adapter.summarize(cache))[0][0], fullgraph=True, backend="aot_eager"
+    )
+    first = compiled()
+    assert not torch.equal(first, compiled())
+    first.sum().backward()
+    grad = adapter.get_parameter("slot_embedding").grad
+    assert grad is not None and float(grad.abs().max()) > 0
 
 
 @pytest.mark.parametrize("cross_context", [False, True])
