@@ -282,7 +282,11 @@ def check_mask(name: str, mask: object, batch: int, tokens: int, tracks: int = 0
 def check_positions(positions: object, tokens: int) -> tuple[int, int]:
     if positions is None:
         return 0, tokens
-    if not isinstance(positions, Sequence) or len(positions) != 2 or not all(isinstance(p, int) for p in positions):
+    if (
+        not isinstance(positions, Sequence)
+        or len(positions) != 2
+        or any(isinstance(p, bool) or not isinstance(p, int) for p in positions)
+    ):
         raise DTypeError("positions", expected="(start, stop), two ints", got=describe(positions))
     start, stop = positions
     if not 0 <= start <= stop <= tokens:

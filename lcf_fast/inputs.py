@@ -112,8 +112,10 @@ def _padded(spans: Any) -> Tensor:
     """Lists of offsets as one tensor; rows of fewer spans end in empty ones, which weigh nothing."""
     if not isinstance(spans, Sequence) or not all(isinstance(row, Sequence) for row in spans):
         raise DTypeError("spans", expected="a (B, P+1) tensor or a list of lists", got=type(spans).__name__)
-    if not all(isinstance(offset, int) for row in spans for offset in row):
+    if not all(isinstance(offset, int) and not isinstance(offset, bool) for row in spans for offset in row):
         raise DTypeError("spans", expected="int offsets", got="other entries")
+    if any(offset.bit_length() > 63 for row in spans for offset in row):
+        raise SpanError("spans", expected="offsets within the sequence", got="offsets beyond 64 bits")
     if any(len(row) < 2 for row in spans):
         raise SpanError("spans", expected="two offsets or more a row", got=f"{[len(row) for row in spans]}")
     widest = max((len(row) for row in spans), default=2)

@@ -400,14 +400,17 @@ _last_gates: tuple[tuple[bool, bool], ...] = ()
 def _gates(live: Sequence[tuple[Any, Any]]) -> tuple[tuple[bool, bool], ...]:
     """``live`` as bools; what an adapter keeps is that already, and the same object again and again."""
     global _last_gates
+    if live is _last_gates and not torch.compiler.is_compiling():
+        return _last_gates
+    if not isinstance(live, Sequence) or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in live):
+        raise GeometryError("live", expected="a pair of bools for each layer", got=check.describe(live))
     if torch.compiler.is_compiling():
         return tuple((bool(pair[0]), bool(pair[1])) for pair in live)
-    if live is not _last_gates:
-        gates = tuple((bool(pair[0]), bool(pair[1])) for pair in live)
-        kinds = [type(live), *map(type, live), *map(type, chain.from_iterable(live))]
-        if {*kinds[: 1 + len(gates)]} != {tuple} or {*kinds[1 + len(gates) :]} != {bool}:
-            return gates  # of what might change
-        _last_gates = tuple(live)  # the same object
+    gates = tuple((bool(pair[0]), bool(pair[1])) for pair in live)
+    kinds = [type(live), *map(type, live), *map(type, chain.from_iterable(live))]
+    if {*kinds[: 1 + len(gates)]} != {tuple} or {*kinds[1 + len(gates) :]} != {bool}:
+        return gates  # of what might change
+    _last_gates = tuple(live)  # the same object
     return _last_gates
 
 

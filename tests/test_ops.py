@@ -252,6 +252,9 @@ BAD: dict[str, tuple[type[errors.LCFError], str, Callable[[Inputs], Any]]] = {
     "message's shape": (
         errors.ShapeError, "message",
         lambda x: ops.fuse_layers(None, x.receiver, x.weights, message=torch.zeros(2, 3, 64))),
+    "gates that are no pairs": (
+        errors.GeometryError, "live",
+        lambda x: ops.fuse_layers(x.sharer, x.receiver, x.weights, live=[True] * 2)),  # type: ignore[list-item]
     "index too high": (
         errors.IndexRangeError, "sharer_index",
         lambda x: ops.fuse_layers(x.sharer, x.receiver, x.weights, sharer_index=torch.full((2, 12), 12))),

@@ -51,6 +51,12 @@ def test_dropout_keeps_its_share(dropout: float, seed: int) -> None:
     assert noise.keep_scale == pytest.approx(1 / (1 - dropout), rel=1e-6)
 
 
+def test_of_a_probability_next_to_one_some_are_kept() -> None:
+    noise = TrainingNoise(0, dropout=1 - 1e-12)
+    assert noise.threshold == 2**31 - 1
+    assert math.isfinite(noise.keep_scale)
+
+
 def test_soft_gates_are_gumbel_sigmoids() -> None:
     noise = TrainingNoise(5, temperature=0.5)
     gate = noise.gate(0, 1, torch.tensor(0.3, dtype=torch.float64), (4, 500, 16))
