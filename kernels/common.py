@@ -23,6 +23,8 @@ from .policy import INTERPRETER
 TABLE_STEP = 8
 #: Widest vector load, in bytes.
 VECTOR_BYTES = 16
+#: Of a tensor without elements, which torch puts at address 0; that, Triton would take for a number of 32 bits.
+NOWHERE = 1 << 40
 #: Weights are at most 1: scaled by this power of two, float16 holds those down to 1/4096 as well as float32 does.
 WEIGHT_SCALE = tl.constexpr(4096.0)
 
@@ -183,7 +185,7 @@ def address_table(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], bool]:
 
     Strides are taken from the first: the caller groups tensors by stride.
     """
-    addresses = [tensor.data_ptr() for tensor in tensors]
+    addresses = [tensor.data_ptr() or NOWHERE for tensor in tensors]
     size = tensors[0].element_size()
     aligned = all(step * size % VECTOR_BYTES == 0 for step in tensors[0].stride()[:-1])
     for address in addresses:

@@ -21,7 +21,6 @@ from .common import (
     TRITON_DTYPE,
     cast,
     device_guard,
-    dot,
     dot_precision,
     gelu,
     head_chunk,
@@ -135,8 +134,8 @@ def ffn_block(
         o_hidden = i * BLOCK_F + o_f
         p_w = p_in + o_hidden[None, :] * WIDTH + o_z[:, None]
         hidden = tl.zeros([z_k.shape[0], BLOCK_F], dtype=tl.float32)
-        hidden = dot(n_k, cast(tl.load(p_w), DTYPE), hidden, PRECISION)
-        hidden = dot(n_v, cast(tl.load(p_w + HALF), DTYPE), hidden, PRECISION)
+        hidden = long_dot(n_k, cast(tl.load(p_w), DTYPE), hidden, PRECISION)
+        hidden = long_dot(n_v, cast(tl.load(p_w + HALF), DTYPE), hidden, PRECISION)
         hidden = cast(gelu(hidden, DTYPE), DTYPE)
         p_w = p_out + o_z[None, :] * HIDDEN + o_hidden[:, None]
         out_k = long_dot(hidden, cast(tl.load(p_w), DTYPE), out_k, PRECISION)

@@ -23,7 +23,6 @@ from .common import (
     address_tables,
     cast,
     device_guard,
-    dot,
     dot_precision,
     gelu_slope,
     head_chunk,
@@ -314,12 +313,12 @@ def gradients_kernel(
             w_k = cast(tl.load(p_w), DTYPE)
             w_v = cast(tl.load(p_w + HALF), DTYPE)
             hidden = tl.zeros([BLOCK_T, BLOCK_F], dtype=tl.float32)
-            hidden = dot(n_k, w_k, hidden, PRECISION)
-            hidden = dot(n_v, w_v, hidden, PRECISION)
+            hidden = long_dot(n_k, w_k, hidden, PRECISION)
+            hidden = long_dot(n_v, w_v, hidden, PRECISION)
             p_w = p_out + o_z[:, None] * HIDDEN + o_hidden[None, :]
             d_hidden = tl.zeros([BLOCK_T, BLOCK_F], dtype=tl.float32)
-            d_hidden = dot(u_k, cast(tl.load(p_w), DTYPE), d_hidden, PRECISION)
-            d_hidden = dot(u_v, cast(tl.load(p_w + HALF * HIDDEN), DTYPE), d_hidden, PRECISION)
+            d_hidden = long_dot(u_k, cast(tl.load(p_w), DTYPE), d_hidden, PRECISION)
+            d_hidden = long_dot(u_v, cast(tl.load(p_w + HALF * HIDDEN), DTYPE), d_hidden, PRECISION)
             d_hidden = cast(d_hidden * gelu_slope(hidden, DTYPE), DTYPE)
             e_k = long_dot(d_hidden, tl.trans(w_k), e_k, PRECISION)
             e_v = long_dot(d_hidden, tl.trans(w_v), e_v, PRECISION)

@@ -316,7 +316,7 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
         key = receiver[0][0]
         self._check_device("receiver_cache", key)
         if weights is not None or not isinstance(message, Message):
-            message = combine(self, message, weights, "message")
+            message = combine(self, message, weights, "message", key.shape[0])
         latent = readable_latent(self, message, "message", key.shape[0])
         edit_mask = real_tokens("attention_mask", attention_mask, key)
         try:
@@ -340,6 +340,7 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
             messages: for this adapter, each of the batch size of the widest, or of batch size 1.
             weights: a number a message, ``(n,)``, or one a message and item, ``(n, B)``; None: all 1. A message that
                 weighs 0 is switched off, whatever it holds: rows of one batch may have different sharers, or none.
+                Where all messages are of batch size 1, B is what the weights say.
 
         Returns:
             A message with the latent alone.
@@ -530,6 +531,8 @@ def _open(logit: Tensor) -> Live:
 def _kept_layers(keep_layers: Iterable[int], held: tuple[int, ...]) -> tuple[int, ...]:
     if isinstance(keep_layers, Tensor):
         keep_layers = keep_layers.tolist()
+    if not isinstance(keep_layers, Iterable):
+        raise DTypeError("keep_layers", expected="ints", got=type(keep_layers).__name__)
     layers = tuple(keep_layers)
     for t in layers:
         if isinstance(t, bool) or not isinstance(t, int):

@@ -183,6 +183,7 @@ def free_room(cache: Any, filled: int, count: int, name: str = "cache") -> list[
     return [(layer.keys.narrow(2, filled, count), layer.values.narrow(2, filled, count)) for layer in layers]
 
 
+@torch.inference_mode()  # for counters that were made in it
 def count_filled(cache: Any, count: int) -> None:
     """Make ``count`` positions of :func:`free_room` the cache's own; where it counts on a device, without waiting."""
     for layer in cache.layers:

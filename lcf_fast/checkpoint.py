@@ -148,7 +148,7 @@ def load(
     if not isinstance(accepted, list) or not all(map(is_digest, accepted)):
         raise CheckpointError(f"{path}: accepted_sharers", expected="a list of digests", got=repr(accepted)[:80])
     # On the meta device no memory is filled with fresh parameters only to be overwritten.
-    with torch.device("meta"):
+    with _named(path), torch.device("meta"):
         adapter = kind(config) if config.slots else kind(config, keep_layers=kept)  # type: ignore[call-arg]
     _fill(adapter, folder / WEIGHTS_FILE, description["weights"], kept, reads)
     if origin is not None:
@@ -230,7 +230,7 @@ def load_side(
             raise CheckpointError(f"{path}: receiver_layers", expected="all receiver layers", got=f"{kept}")
     origin = _origin(path, description["origin"])
     _check_model("sharer", sharer, geometries[0], folder)
-    with torch.device("meta"):
+    with _named(path), torch.device("meta"):
         side: Side = make(
             *geometries,
             bottleneck=description["bottleneck"],
@@ -252,6 +252,8 @@ def _named(path: Path) -> Iterator[None]:
         raise
     except LCFError as error:
         raise CheckpointError(f"{path}: {error.argument}", expected=error.expected, got=error.got) from error
+    except (RuntimeError, TypeError, OverflowError) as error:  # on the meta device sizes alone can go wrong
+        raise CheckpointError(str(path), expected="sizes that a tensor can have", got=str(error)[:80]) from error
 
 
 def _origin(path: Path, entry: Any) -> Origin:
@@ -296,7 +298,7 @@ def _json(path: Path) -> Any:
     data = _read(path)
     try:
         return json.loads(data)
-    except ValueError as error:  # no UTF-8, or no JSON
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested beyond reason
         raise CheckpointError(str(path), expected="JSON", got=str(error)) from error
 
 

@@ -147,6 +147,21 @@ def check_writable(name: str, tensor: Tensor) -> None:
         raise ShapeError(name, expected="stride 1 along the head dim", got=f"strides {tensor.stride()}")
 
 
+def side_name(name: str, i: int) -> str:
+    """Entry ``i`` of layers ``[k0, v0, k1, v1, ...]``."""
+    return f"{name}[{i // 2}].{('key', 'value')[i % 2]}"
+
+
+def check_apart(name: str, tensors: Sequence[Tensor], addresses: Sequence[int]) -> None:
+    """An in-place edit needs each of the tensors ``[k0, v0, k1, v1, ...]`` in a place of its own."""
+    if len({*addresses}) == len(addresses) or not tensors[0].numel():
+        return
+    first = {address: i for i, address in reversed([*enumerate(addresses)])}
+    i = next(i for i, address in enumerate(addresses) if first[address] < i)
+    got = f"that of {side_name(name, first[addresses[i]])}"
+    raise ShapeError(side_name(name, i), expected="memory of its own", got=got)
+
+
 def check_weight(
     weights: Mapping[str, Tensor], name: str, shape: tuple[int | None, ...], device: torch.device
 ) -> Tensor:
@@ -232,6 +247,15 @@ def reads_values(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or os.environ.get("LCF_FAST_CHECK", "0") == "1"
 
 
+def as_int32(tensor: Tensor, device: torch.device) -> Tensor:
+    """Integers as the kernels read them. Of values that nobody has looked at, one that does not fit becomes the nearest
+    that does: it stays out of range, where a plain cast could make a row of it."""
+    if tensor.dtype == torch.int64 and not reads_values(tensor):
+        bounds = torch.iinfo(torch.int32)
+        tensor = tensor.clamp(bounds.min, bounds.max)
+    return tensor.to(device, torch.int32, non_blocking=True)
+
+
 def check_index(sharer_index: object, batch: int, tokens: int, sharer_tokens: int) -> None:
     index = check_tensor("sharer_index", sharer_index)
     if index.dtype not in INTEGERS:
@@ -258,7 +282,11 @@ def check_mask(name: str, mask: object, batch: int, tokens: int, tracks: int = 0
 def check_positions(positions: object, tokens: int) -> tuple[int, int]:
     if positions is None:
         return 0, tokens
-    if not isinstance(positions, Sequence) or len(positions) != 2 or not all(isinstance(p, int) for p in positions):
+    if (
+        not isinstance(positions, Sequence)
+        or len(positions) != 2
+        or any(isinstance(p, bool) or not isinstance(p, int) for p in positions)
+    ):
         raise DTypeError("positions", expected="(start, stop), two ints", got=describe(positions))
     start, stop = positions
     if not 0 <= start <= stop <= tokens:

@@ -28,9 +28,13 @@ def _positive_int(name: str, value: Any) -> None:
 def _finite_float(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise DTypeError(name, expected="a number", got=f"{value!r} ({type(value).__name__})")
-    if not math.isfinite(value):
-        raise GeometryError(name, expected="a finite number", got=str(value))
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond any float
+        number = math.inf
+    if not math.isfinite(number):
+        raise GeometryError(name, expected="a finite number", got=f"{number}")
+    return number
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .backends import resolve
 
-__all__ = ["is_plain", "needs_grad", "served_by", "undispatched"]
+__all__ = ["count_edits", "is_plain", "needs_grad", "served_by", "undispatched"]
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -33,3 +34,8 @@ def undispatched(run: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         return run(*arguments)
     with torch.no_grad():
         return run(*arguments)
+
+
+def count_edits(tensors: Iterable[Tensor]) -> None:
+    """Tell autograd that a kernel has written into these, so that it refuses gradients of what they were."""
+    increment_version([*tensors])

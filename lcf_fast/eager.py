@@ -10,6 +10,7 @@ Same functions and signatures as `lcf_fast.reference`, which documents the argum
 - LCF-X: the sharer's part of the down projection arrives as one vector a layer, the start value of the sum.
 
 In place and out of place run the same operations, so they give the same bits; what is not edited is not written.
+In place runs in inference mode: tensors that were made there take an edit nowhere else, and others take it there, too.
 Nothing here is differentiable or checks its arguments: `lcf_fast.ops` sees to both.
 """
 
@@ -314,7 +315,7 @@ def gated_injection(
     return _inject_one(receiver_key, receiver_value, latent, weights, edit_mask, in_place=False)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def gated_injection_(
     receiver_key: Tensor,
     receiver_value: Tensor,
@@ -348,7 +349,7 @@ def fuse_layers(
     return _fuse(sharer, receiver, weights, live, sharer_index, message, edit_mask, positions, norm_eps, False)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def fuse_layers_(
     sharer: Sequence[Pair] | None,
     receiver: Sequence[Pair],

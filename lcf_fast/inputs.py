@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_index, check_mask, check_offsets
+from .checks import as_int32, check_index, check_mask, check_offsets
 from .errors import DeviceError, DTypeError, LCFError, ShapeError, SpanError
 from .spans import Spans
 
@@ -78,7 +78,7 @@ def span_offsets(spans: Any, key: Tensor, attention_mask: Tensor | None) -> tupl
         check_offsets(spans, batch, length, mask)
     except LCFError as error:
         raise type(error)("spans", expected=error.expected, got=error.got) from None
-    return spans.to(key.device, torch.int32, non_blocking=True), mask
+    return as_int32(spans, key.device), mask
 
 
 def without_gaps(spans: Spans, key: Tensor, attention_mask: Tensor | None) -> Tensor | None:
@@ -101,9 +101,10 @@ def host_spans(spans: Any, key: Tensor) -> Spans:
     given = Spans.given(spans.cpu() if isinstance(spans, Tensor) else spans)
     if given.batch != batch:
         raise ShapeError("spans", expected=f"spans of {batch} items", got=f"of {given.batch}")
-    if int(given.offsets.max()) > length:
+    last = max(map(max, given.offsets.flatten(1).tolist()), default=0)
+    if last > length:
         expected = f"offsets within [0, {length}] (Spans.piece marks those that go on)"
-        raise SpanError("spans", expected=expected, got=f"values up to {int(given.offsets.max())}")
+        raise SpanError("spans", expected=expected, got=f"values up to {last}")
     return given
 
 
@@ -111,8 +112,10 @@ def _padded(spans: Any) -> Tensor:
     """Lists of offsets as one tensor; rows of fewer spans end in empty ones, which weigh nothing."""
     if not isinstance(spans, Sequence) or not all(isinstance(row, Sequence) for row in spans):
         raise DTypeError("spans", expected="a (B, P+1) tensor or a list of lists", got=type(spans).__name__)
-    if not all(isinstance(offset, int) for row in spans for offset in row):
+    if not all(isinstance(offset, int) and not isinstance(offset, bool) for row in spans for offset in row):
         raise DTypeError("spans", expected="int offsets", got="other entries")
+    if any(offset.bit_length() > 63 for row in spans for offset in row):
+        raise SpanError("spans", expected="offsets within the sequence", got="offsets beyond 64 bits")
     if any(len(row) < 2 for row in spans):
         raise SpanError("spans", expected="two offsets or more a row", got=f"{[len(row) for row in spans]}")
     widest = max((len(row) for row in spans), default=2)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import eager, reference
 from .backends import resolve
+from .dispatch import count_edits
 
 PROJECTION_WEIGHTS = ("down_weight", "down_bias", "norm_weight", "ffn_in_weight", "ffn_out_weight")
 INJECTION_WEIGHTS = ("up_weight", "up_bias", "head_gate_weight", "head_gate_bias", "gate_logit")
@@ -63,7 +64,15 @@ def _differentiate(
     if not live:
         return [torch.zeros_like(leaf) for leaf in wanted]
     found = torch.autograd.grad([o for o, _ in live], wanted, [g for _, g in live], allow_unused=True)
-    return [torch.zeros_like(leaf) if grad is None else grad.contiguous() for grad, leaf in zip(found, wanted)]
+    made = [torch.zeros_like(leaf) if grad is None else grad.contiguous() for grad, leaf in zip(found, wanted)]
+    # An op's outputs must be memory of their own; a sum over a batch of one is the gradient that came in.
+    taken = {grad.untyped_storage().data_ptr() for grad in grads}
+    for i, grad in enumerate(made):
+        place = grad.untyped_storage().data_ptr()
+        if place in taken:
+            made[i] = grad.clone()
+        taken.add(place)
+    return made
 
 
 def like_needed(inputs: Sequence[Any], needed: Sequence[bool]) -> list[Tensor]:
@@ -246,7 +255,10 @@ def _inject(
 
         if not inplace:
             key, value = unit_rows(key), unit_rows(value)
-        return injection.gated_injection(key, value, latent, named, edit_mask=edit_mask, inplace=inplace)
+        edited = injection.gated_injection(key, value, latent, named, edit_mask=edit_mask, inplace=inplace)
+        if inplace:
+            count_edits(edited)
+        return edited
     run = eager.gated_injection_ if inplace else eager.gated_injection
     return run(key, value, latent, named, edit_mask=edit_mask)
 

@@ -7,6 +7,7 @@ so that a fake knows the output's shape. Out of place, `fuse_layers` returns the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, compress
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from . import eager, reference
 from .backends import resolve
+from .dispatch import count_edits
 from .layouts import Layers
 from .library import WEIGHTS, Pair, like_needed, pairs_of, recompute_gradients, spread, unit_rows
 from .noise import TrainingNoise
@@ -46,7 +48,7 @@ def fuse_checked(
     if backend == "triton":
         from .kernels import fusion
 
-        return fusion.fuse_layers(
+        out = fusion.fuse_layers(
             None if sharer is None else _with_unit_rows(sharer),
             receiver if inplace else _with_unit_rows(receiver),
             named,
@@ -58,6 +60,9 @@ def fuse_checked(
             norm_eps=norm_eps,
             noise=None if noise is None else noise.arguments,
         )
+        if inplace:
+            count_edits(compress(receiver.tensors, chain.from_iterable(gates)))
+        return out
     is_mask = sharer is None and index is not None
     options: dict[str, Any] = {
         "sharer_index": None if sharer is None else index,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,6 +20,18 @@ __all__ = ["BLOCK_STREAM", "TrainingNoise", "draw_seed", "random_bits"]
 #: Streams of one layer and position: the key's gate, the value's, and from here on a block's dropout.
 BLOCK_STREAM = 2
 _MASK = 0xFFFFFFFF
+
+
+def draw_seed() -> int:
+    """A seed from torch's default CPU generator.
+
+    A compiled graph draws one each time it runs; Inductor draws in its own way, so that the numbers are others.
+    """
+    seed = int(torch.randint(1 << 31, (), dtype=torch.int64, device="cpu"))
+    if torch.compiler.is_compiling():  # a number that the host does not have, within the bounds of `TrainingNoise`
+        torch._check(seed >= 0)
+        torch._check(seed < 1 << 31)
+    return seed
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ class TrainingNoise:
     @property
     def threshold(self) -> int:
         """A channel is kept where its 31 bits are at least this."""
-        return round(self.dropout * (1 << 31))
+        return min(round(self.dropout * (1 << 31)), (1 << 31) - 1)  # of a probability below 1 some are kept
 
     @property
     def keep_scale(self) -> float:
@@ -76,27 +87,6 @@ class TrainingNoise:
         bits = random_bits(self.seed, layer, side, shape, logit.device)
         uniform = ((bits >> 9).to(logit.dtype) + 0.5) * 2.0**-23
         return ((logit - (-uniform.log()).log()) / self.temperature).sigmoid()
-
-
-def draw_seed() -> int:
-    """A seed from torch's default CPU generator.
-
-    A compiled graph draws one each time it runs; Inductor draws in its own way, so that the numbers are others.
-    """
-    drawn = torch.randint(1 << 31, (), dtype=torch.int64, device="cpu")
-    # While a graph is traced a tensor has no number that the host could have.
-    return _read_seed(drawn) if torch.compiler.is_compiling() else int(drawn)
-
-
-@torch.library.custom_op("lcf_fast::read_seed", mutates_args=())
-def _read_seed(drawn: Tensor) -> int:
-    return int(drawn)
-
-
-@_read_seed.register_fake
-def _(drawn: Tensor) -> int:
-    # A number that is not known yet, within the bounds that `TrainingNoise` asks of a seed.
-    return cast(int, torch.library.get_ctx().new_dynamic_size(min=0, max=(1 << 31) - 1))
 
 
 def random_bits(seed: int, layer: int, stream: int, shape: tuple[int, int, int], device: torch.device) -> Tensor:

@@ -48,20 +48,35 @@ Pair = tuple[Tensor, Tensor]
 
 
 def _row_index(
-    sharer_index: Tensor | None, edit_mask: Tensor | None, tokens: int, device: torch.device
+    sharer_index: Tensor | None,
+    edit_mask: Tensor | None,
+    tokens: int,
+    sharer_tokens: int,
+    device: torch.device,
+    backend: str,
 ) -> Tensor | None:
-    """Both masks as one ``(B, N)`` int32: the sharer's row, or -1 where the position must stay as it is."""
+    """Both masks as one ``(B, N)`` int32: the sharer's row, or -1 where the position must stay as it is.
+
+    To the kernels a row beyond the sharer is none as well; only for others it is made -1 where nobody has looked.
+    """
     if sharer_index is None and edit_mask is None:
         return None
     if edit_mask is None:
         assert sharer_index is not None
-        return sharer_index.to(device, torch.int32, non_blocking=True).contiguous()
+        return _rows(sharer_index, sharer_tokens, device, backend).contiguous()
     keep = edit_mask.to(device, non_blocking=True) != 0
     if sharer_index is None:
         rows = torch.arange(tokens, device=device, dtype=torch.int32).expand(keep.shape)
     else:
-        rows = sharer_index.to(device, torch.int32, non_blocking=True)
+        rows = _rows(sharer_index, sharer_tokens, device, backend)
     return torch.where(keep, rows, rows.new_full((), -1)).contiguous()
+
+
+def _rows(sharer_index: Tensor, sharer_tokens: int, device: torch.device, backend: str) -> Tensor:
+    rows = check.as_int32(sharer_index, device)
+    if backend == "triton" or check.reads_values(sharer_index):
+        return rows
+    return rows.masked_fill(rows >= sharer_tokens, -1)
 
 
 def joint_projection(
@@ -106,14 +121,14 @@ def joint_projection(
     elif sharer_key is not None or sharer_value is not None:
         raise GeometryError("message", expected="either a sharer's cache or a message", got="both")
     width = check.check_projection_weights(weights, (), columns, device, exact=message is None)
+    sharer_tokens = tokens if sharer_key is None else sharer_key.shape[2]
     if sharer_index is not None:
-        sharer_tokens = tokens if sharer_key is None else sharer_key.shape[2]
         check.check_index(sharer_index, batch, tokens, sharer_tokens)
     if message is not None:
         _check_message(message, (batch, width), device)
     hidden = weights["ffn_in_weight"].shape[1]
     backend = served_by(device, receiver_key.dtype, width, hidden)
-    index = _row_index(sharer_index, None, tokens, device)
+    index = _row_index(sharer_index, None, tokens, sharer_tokens, device, backend)
     parameters = [weights[name] for name in library.PROJECTION_WEIGHTS]
     caches = (sharer_key, sharer_value, receiver_key, receiver_value)
     arguments = (*caches, parameters, index, message, norm_eps)
@@ -188,13 +203,16 @@ def gated_injection_(
     """`gated_injection` in place, for inference: it records no graph. Returns the given tensors.
 
     Raises:
-        As `gated_injection`; and ShapeError where a cache's elements share memory or its last axis is strided.
+        As `gated_injection`; and ShapeError where a cache's elements share memory, the value lies where the key
+        does, or the last axis is strided.
     """
     _, parameters, mask = _check_injection(receiver_key, receiver_value, latent, weights, edit_mask)
     check.check_writable("receiver_key", receiver_key)
     check.check_writable("receiver_value", receiver_value)
     arguments = (receiver_key, receiver_value, latent, parameters, mask)
     if is_plain(receiver_key):
+        if receiver_key.data_ptr() == receiver_value.data_ptr() and receiver_key.numel():
+            raise ShapeError("receiver_value", expected="memory of its own", got="that of receiver_key")
         undispatched(library.run_gated_injection_, arguments)
     else:
         library.gated_injection_(*arguments)
@@ -319,17 +337,21 @@ def fuse_layers_(
     The sharer must not lie in the receiver's memory: layers are edited in no particular order.
 
     Raises:
-        As `fuse_layers`; and ShapeError where a receiver's elements share memory or its last axis is strided.
+        As `fuse_layers`; and ShapeError where a receiver's elements share memory, two of its tensors begin in one
+        place, or its last axis is strided.
     """
     call = _check_fuse(sharer, receiver, weights, live, sharer_index, message, edit_mask, positions, norm_eps)
     layout = call.receiver_layout
     if layout is None or layout.first_unwritable is not None:
         for i, tensor in enumerate(call.receiver):
-            check.check_writable(f"receiver[{i // 2}].{('key', 'value')[i % 2]}", tensor)
+            check.check_writable(check.side_name("receiver", i), tensor)
     arguments = None if layout is None else _checked(call)
-    if arguments is not None and call.sharer_layout is not None:
+    if arguments is not None:
         other, own = arguments[1:3]
-        shared = {*own.addresses}.intersection(other.addresses)
+        places = {*own.addresses}
+        if len(places) < len(own.addresses):
+            check.check_apart("receiver", own.tensors, own.addresses)
+        shared = other is not None and places.intersection(other.addresses)
         if shared and own.tensors[0].numel() and other.tensors[0].numel():
             expected = "memory apart from the receiver's, which is edited in place (use fuse_layers)"
             raise GeometryError("sharer", expected=expected, got="the receiver's own tensors")
@@ -379,14 +401,17 @@ _last_gates: tuple[tuple[bool, bool], ...] = ()
 def _gates(live: Sequence[tuple[Any, Any]]) -> tuple[tuple[bool, bool], ...]:
     """``live`` as bools; what an adapter keeps is that already, and the same object again and again."""
     global _last_gates
+    if live is _last_gates and not torch.compiler.is_compiling():
+        return _last_gates
+    if not isinstance(live, Sequence) or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in live):
+        raise GeometryError("live", expected="a pair of bools for each layer", got=check.describe(live))
     if torch.compiler.is_compiling():
         return tuple((bool(pair[0]), bool(pair[1])) for pair in live)
-    if live is not _last_gates:
-        gates = tuple((bool(pair[0]), bool(pair[1])) for pair in live)
-        kinds = [type(live), *map(type, live), *map(type, chain.from_iterable(live))]
-        if {*kinds[: 1 + len(gates)]} != {tuple} or {*kinds[1 + len(gates) :]} != {bool}:
-            return gates  # of what might change
-        _last_gates = tuple(live)  # the same object
+    gates = tuple((bool(pair[0]), bool(pair[1])) for pair in live)
+    kinds = [type(live), *map(type, live), *map(type, chain.from_iterable(live))]
+    if {*kinds[: 1 + len(gates)]} != {tuple} or {*kinds[1 + len(gates) :]} != {bool}:
+        return gates  # of what might change
+    _last_gates = tuple(live)  # the same object
     return _last_gates
 
 
@@ -440,7 +465,7 @@ def _check_fuse(
     if len(gates) != layers:
         raise GeometryError("live", expected=f"a pair of bools for each of {layers} layers", got=f"{len(gates)} pairs")
     backend = served_by(device, key.dtype, width, hidden)
-    index = _row_index(sharer_index, edit_mask, tokens, device)
+    index = _row_index(sharer_index, edit_mask, tokens, sharer_tokens, device, backend)
     return _Call(
         flat_sharer, flat_receiver, parameters, gates, index, message, first, last, norm_eps, backend, sharer_layout,
         receiver_layout,

@@ -76,7 +76,7 @@ def _check_query(name: str, query: Tensor, shape: tuple[int, ...], device: torch
 def _on_device(
     span_offsets: Tensor, attention_mask: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    offsets = span_offsets.to(device, torch.int32, non_blocking=True).contiguous()
+    offsets = check.as_int32(span_offsets, device).contiguous()
     if attention_mask is None:
         return offsets, None
     return offsets, (attention_mask.to(device, non_blocking=True) != 0).contiguous()

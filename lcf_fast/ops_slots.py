@@ -16,7 +16,7 @@ from torch import Tensor
 from . import checks as check
 from . import eager_slots
 from . import library_slots as library
-from .dispatch import is_plain, needs_grad, undispatched
+from .dispatch import count_edits, is_plain, needs_grad, undispatched
 from .errors import DeviceError, DTypeError, GeometryError, ShapeError, SpanError
 from .library import unit_rows
 from .noise import TrainingNoise
@@ -185,6 +185,7 @@ def expand_slots_layers_(
     weights: Mapping[str, Tensor],
     into: Sequence[Pair],
     *,
+    kv_heads: int,
     norm_eps: float = 1e-6,
     turn: Callable[[list[Tensor]], Sequence[Tensor]] | None = None,
 ) -> list[Pair]:
@@ -194,7 +195,7 @@ def expand_slots_layers_(
     dtype; the eager path rounds once to it.
 
     Args:
-        latent, weights: as in `expand_slots_layers`.
+        latent, weights, kv_heads: as in `expand_slots_layers`.
         into: one ``(key, value)`` a layer, ``(B, Hr, k, Dr)``, of one float dtype. Any strides but the last one's,
             which is 1; no two elements in one place.
         turn: makes of each layer's key, ``(B, Hr, k, Dr)`` in float32 (or float64), the one that is written: rotated to
@@ -208,7 +209,6 @@ def expand_slots_layers_(
     """
     layers = latent.shape[0] if isinstance(latent, Tensor) and latent.dim() else 0
     check.check_layers("into", into, layers)
-    kv_heads = into[0][0].shape[1] if layers else 1
     hidden = _check_expand(latent, weights, kv_heads)
     key = into[0][0]
     wanted = (latent.shape[1], kv_heads, latent.shape[2], weights["up_weight"].shape[2] // kv_heads)
@@ -216,9 +216,11 @@ def expand_slots_layers_(
         raise ShapeError("into[0].key", expected=f"(B, Hr, k, Dr) = {wanted}", got=check.describe(key))
     if key.device != latent.device:
         raise DeviceError("into", expected=f"{latent.device}, as the latent", got=str(key.device))
-    for i, pair in enumerate(into):
-        for part, tensor in zip(("key", "value"), pair):
-            check.check_writable(f"into[{i}].{part}", tensor)
+    sides = [tensor for pair in into for tensor in pair]
+    for i, tensor in enumerate(sides):
+        check.check_writable(check.side_name("into", i), tensor)
+    if not torch.compiler.is_compiling():
+        check.check_apart("into", sides, [*map(Tensor.data_ptr, sides)])
     if library.backend_of(key, latent.shape[2], latent.shape[3], hidden) == "eager":
         made = eager_slots.expand_slots(latent, weights, kv_heads, norm_eps, None)
         keys = [one for one, _ in made]
@@ -232,11 +234,13 @@ def expand_slots_layers_(
         scratch = key.new_empty(layers, *key.shape)
         straight = [(bare, pair[1]) for bare, pair in zip(scratch, into)]
     slot_projection.expand_slots(latent.to(torch.float32).contiguous(), weights, straight, norm_eps=norm_eps)
+    count_edits(tensor for pair in straight for tensor in pair)
     if turn is not None:
         _write([pair[0] for pair in into], turn(list(scratch.to(torch.float32).unbind(0))))
     return [(pair[0], pair[1]) for pair in into]
 
 
+@torch.inference_mode()  # for tensors that were made in it
 def _write(into: list[Tensor], made: Sequence[Tensor]) -> None:
     for there, tensor in zip(into, made):
         there.copy_(tensor)

@@ -77,6 +77,8 @@ def with_slots(
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     check_mask("attention_mask", mask, batch, length)
     if isinstance(slots, int) and not isinstance(slots, bool):
+        if slots < 0:
+            raise ShapeError("slots", expected="0 or more", got=str(slots))
         there = torch.ones(batch, slots, dtype=torch.int64, device=ids.device)
     elif isinstance(slots, Tensor):
         check_mask("slots", slots, batch, slots.shape[-1] if slots.dim() else 0)

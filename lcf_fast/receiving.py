@@ -98,8 +98,10 @@ def check_origin(adapter: LatentCacheFlow | LatentSlots, message: Message, name:
         raise MessageError(f"{name}.origin.sharer", expected=expected, got=origin.sharer)
 
 
-def combine(adapter: LatentCacheFlow, messages: Any, weights: Any, name: str = "messages") -> Message:
-    """See `LatentCacheFlow.combine`. ``name``: how the caller calls the messages."""
+def combine(
+    adapter: LatentCacheFlow, messages: Any, weights: Any, name: str = "messages", rows: int | None = None
+) -> Message:
+    """See `LatentCacheFlow.combine`. ``name``: what the caller calls the messages; ``rows``: its batch, where known."""
     listed = [messages] if isinstance(messages, Message) else messages
     is_list = isinstance(listed, Sequence) and all(isinstance(message, Message) for message in listed)
     if not is_list or not listed:
@@ -115,7 +117,7 @@ def combine(adapter: LatentCacheFlow, messages: Any, weights: Any, name: str = "
     dtype = torch.promote_types(torch.float32, latents[0].dtype)
     bias = bias.to(dtype)
     total = bias.expand(-1, batch, -1)
-    factors = _factors(weights, len(latents), batch, bias)
+    factors = _factors(weights, len(latents), rows if batch == 1 else batch, bias)
     for i, latent in enumerate(latents):
         part = latent.to(dtype) - bias
         if factors is not None:
@@ -133,8 +135,8 @@ def combine(adapter: LatentCacheFlow, messages: Any, weights: Any, name: str = "
     )
 
 
-def _factors(weights: Any, count: int, batch: int, like: Tensor) -> Tensor | None:
-    """``(n, 1 or B)`` on the device of ``like``."""
+def _factors(weights: Any, count: int, batch: int | None, like: Tensor) -> Tensor | None:
+    """``(n, 1 or B)`` on the device of ``like``. ``batch``: B; None: what the weights say."""
     if weights is None:
         return None
     try:
@@ -142,8 +144,8 @@ def _factors(weights: Any, count: int, batch: int, like: Tensor) -> Tensor | Non
     except (TypeError, ValueError, RuntimeError) as error:
         raise DTypeError("weights", expected="numbers, (n,) or (n, B)", got=repr(weights)[:80]) from error
     factors = factors[:, None] if factors.dim() == 1 else factors
-    if factors.dim() != 2 or factors.shape[0] != count or factors.shape[1] not in (1, batch):
-        expected = f"({count},) or ({count}, {batch}), one a message (and item)"
+    if factors.dim() != 2 or factors.shape[0] != count or (batch is not None and factors.shape[1] not in (1, batch)):
+        expected = f"({count},) or ({count}, {'B' if batch is None else batch}), one a message (and item)"
         raise ShapeError("weights", expected=expected, got=str(tuple(torch.as_tensor(weights).shape)))
     if factors.device.type == "cpu" and not bool(torch.isfinite(factors).all()):
         raise MessageError("weights", expected="finite numbers", got=repr(weights)[:80])

@@ -38,7 +38,9 @@ def rms_norm(z: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 def gather_rows(cache: Tensor, sharer_index: Tensor) -> Tensor:
-    """Rows of ``(B, H, M, D)`` that ``sharer_index (B, N)`` names, as ``(B, H, N, D)``; -1 reads row 0."""
+    """Rows of ``(B, H, M, D)`` that ``sharer_index (B, N)`` names, as ``(B, H, N, D)``; -1 reads row 0, or zeros."""
+    if not cache.shape[2]:
+        return cache.new_zeros(*cache.shape[:2], sharer_index.shape[1], cache.shape[3])
     rows = sharer_index.long().clamp_min(0)[:, None, :, None]
     return cache.gather(2, rows.expand(-1, cache.shape[1], -1, cache.shape[3]))
 

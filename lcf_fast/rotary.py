@@ -34,10 +34,17 @@ _known: weakref.WeakKeyDictionary[Any, Rotary] = weakref.WeakKeyDictionary()
 
 
 class Rotary:
-    """How each layer of a model rotates its keys. Make one with `Rotary.of`; `kinds` has a name a layer."""
+    """How each layer of a model rotates its keys. Make one with `Rotary.of`.
 
-    def __init__(self, embedding: Any, apply: Callable[..., Any], kinds: Sequence[str]) -> None:
-        self._embedding, self._apply, self.kinds = embedding, apply, tuple(kinds)
+    Attributes:
+        kinds: a name a layer.
+        heads: ``(KV heads, head dim)`` a layer, of the keys that it rotates.
+    """
+
+    def __init__(
+        self, embedding: Any, apply: Callable[..., Any], kinds: Sequence[str], heads: Sequence[tuple[int, int]]
+    ) -> None:
+        self._embedding, self._apply, self.kinds, self.heads = embedding, apply, tuple(kinds), tuple(heads)
 
     @classmethod
     def of(cls, model: Any) -> Rotary:
@@ -69,7 +76,8 @@ class Rotary:
         if "layer_type" in inspect.signature(embedding.forward).parameters:
             names = sorted(set(model.config.layer_types))
         keys, positions = _keys_of_one_token(model)
-        rotary = cls(embedding, apply, [_NONE] * len(keys))
+        heads = [(key.shape[1], key.shape[3]) for key in keys]
+        rotary = cls(embedding, apply, [_NONE] * len(keys), heads)
         kinds = []
         for layer, key in enumerate(keys):
             here, there = key.split(1)
@@ -84,14 +92,14 @@ class Rotary:
             if not errors[kind] <= _TOLERANCE:
                 raise _unserved(model, f"keys of layer {layer} that turn otherwise (off by {errors[kind]:.2g})")
             kinds.append(kind)
-        return cls(embedding, apply, kinds)
+        return cls(embedding, apply, kinds, heads)
 
     def rotate(self, keys: Sequence[Tensor], positions: Tensor) -> list[Tensor]:
         """Keys that are at no position, ``(B, H, n, D)`` a layer of the model, to ``positions (B, n)``; new tensors.
 
         Raises:
-            GeometryError: another number of layers. ShapeError, DTypeError, IndexRangeError: ``positions`` that do not
-                fit, are no ints, or (looked at where they lie on the CPU) negative.
+            GeometryError: other layers, KV heads or head dim than the model's. ShapeError, DTypeError, IndexRangeError:
+                ``positions`` that do not fit, are no ints, or (looked at where they lie on the CPU) negative.
         """
         return self._all(keys, positions, inverse=False)
 
@@ -103,6 +111,9 @@ class Rotary:
         """Raises what `rotate` raises for keys ``(B, H, n, D)`` of so many layers at ``positions``."""
         if layers != len(self.kinds):
             raise GeometryError("keys", expected=f"{len(self.kinds)} layers, as the model's", got=str(layers))
+        for own in {*self.heads} - {(shape[1], shape[3])}:
+            expected = f"{own[0]} KV heads of dim {own[1]}, as the model's"
+            raise GeometryError("keys", expected=expected, got=f"{shape[1]} of dim {shape[3]}")
         if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
             got = str(getattr(positions, "dtype", type(positions).__name__))
             raise DTypeError("positions", expected="a tensor of ints", got=got)

@@ -229,7 +229,7 @@ class Summarizes(ReadsSharer):
         summary = ops.finish_ranges(pool.states, pool.stats, self._weights()["global_query"])
         with torch.no_grad():
             latent = ops.fold_summary(summary, self._weights())
-        return self._message(latent, summary, max(1, *pool.spans))
+        return self._message(latent, summary, max((1, *pool.spans)))
 
 
 class SideOf(ReadsSharer, nn.Module):
@@ -434,7 +434,7 @@ def _in_order(shares: Tensor, spans: Spans) -> Tensor:
     """Shares ``(L, B, H, T·P)`` of all ranges as ``(L, B, H, P')`` in the order of ``spans.bounds()``, zeros after."""
     ranges = spans.offsets.shape[2] - 1
     places = spans.places()
-    width = max(1, *(len(row) for row in places))
+    width = max((1, *map(len, places)))
     index = torch.zeros(len(places), width, dtype=torch.int64)
     there = torch.zeros(len(places), width, dtype=torch.bool)
     for b, row in enumerate(places):

@@ -46,7 +46,8 @@ def span_groups(spans: Any, key: Tensor, mask: Tensor | None) -> Tensor:
         if len(set(counts)) > 1:
             expected = "as many spans in every row (lcf_fast.slot_spans.summarize_spans takes rows that differ)"
             raise SpanError("spans", expected=expected, got=f"{counts} of them"[:200])
-        sides = torch.tensor(bounds, dtype=torch.int64).reshape(len(bounds), -1, 2).to(key.device, non_blocking=True)
+        sides = torch.tensor(bounds, dtype=torch.int64).reshape(len(bounds), max(counts, default=1), 2)
+        sides = sides.to(key.device, non_blocking=True)
         starts, stops = sides.unbind(-1)
     at = torch.arange(key.shape[2], device=key.device)
     inside = (at >= starts[..., None]) & (at < stops[..., None])

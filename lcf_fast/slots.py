@@ -141,8 +141,9 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
             New tensors in float32; or those of ``into``.
 
         Raises:
-            As :meth:`expand` and `Rotary.of`; ShapeError, DTypeError, IndexRangeError for positions; ShapeError,
-            GeometryError, DTypeError, DeviceError for ``into``. All of it before anything is written.
+            As :meth:`expand` and `Rotary.of`; GeometryError for a model of another geometry; ShapeError, DTypeError,
+            IndexRangeError for positions; ShapeError, GeometryError, DTypeError, DeviceError for ``into``. All of it
+            before anything is written.
         """
         rotary = Rotary.of(receiver)
         if into is None:
@@ -150,11 +151,13 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
             keys = rotary.rotate([key for key, _ in expanded], positions)
             return [(key, value) for key, (_, value) in zip(keys, expanded)]
         latent, geometry = self._latent(message, "message"), self.config.receiver
-        rotary.check(geometry.layers, (latent.shape[1], geometry.kv_heads, latent.shape[2]), positions)
+        made = (latent.shape[1], geometry.kv_heads, latent.shape[2], geometry.head_dim)
+        rotary.check(geometry.layers, made, positions)
         return ops.expand_slots_layers_(
             latent,
             self._weights(),
             into,
+            kv_heads=geometry.kv_heads,
             norm_eps=self.config.norm_eps,
             turn=lambda keys: rotary.rotate(keys, positions),
         )

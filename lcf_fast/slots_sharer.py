@@ -126,13 +126,13 @@ class SummarizesSlots(ReadsSharer):
         except LCFError:
             check_pairs(sharer, "sharer_cache", self.sharer_geometry)
             raise
-        shares = None
+        shares, groups = None, latent.shape[2] // count
         if slot_weights:
             with torch.no_grad():
                 shares = eager_slots.slot_weights(layers, weights["slot_query"], mask)
                 # A row a span: the slots of an item's spans side by side.
-                shares = shares.unflatten(1, (latent.shape[1], -1)).transpose(2, 3).flatten(3, 4)
-        return self._message(latent, shares, latent.shape[2] // count)
+                shares = shares.unflatten(1, (latent.shape[1], groups)).transpose(2, 3).flatten(3, 4)
+        return self._message(latent, shares, groups)
 
     def _message(self, latent: Tensor, slot_weights: Tensor | None = None, spans: int = 1) -> Message:
         return Message(

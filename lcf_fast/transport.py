@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .errors import DTypeError, MessageError
+from .errors import DTypeError, IndexRangeError, MessageError
 from .message import MAX_BYTES, Message
 from .wire import PREAMBLE, check_preamble, decode, stated_length
 
 __all__ = ["receive_message", "send_message"]
+
+#: A year. Sockets count in 64-bit nanoseconds, and some platforms in fewer.
+_MAX_TIMEOUT = 366 * 24 * 3600
 
 
 def send_message(
@@ -44,6 +47,7 @@ def send_message(
     else:
         expected = "a Message, or bytes and no further arguments"
         raise DTypeError("message", expected=expected, got=type(message).__name__)
+    _check_timeout(timeout)
     with _own_timeout(sock):
         sock.settimeout(timeout)
         sock.sendall(data)
@@ -64,6 +68,7 @@ def receive_message(
         MessageError: what `Message.from_bytes` refuses; too much of it; the stream ends, breaks off or is too slow.
             Close the socket then: where the next message would begin is not known.
     """
+    _check_timeout(timeout)
     deadline = None if timeout is None else time.monotonic() + timeout
     with _own_timeout(sock):
         start = bytearray(PREAMBLE)
@@ -72,6 +77,16 @@ def receive_message(
         data[:PREAMBLE] = start
         _fill(sock, memoryview(data)[PREAMBLE:], deadline)
     return decode(data, key=key, max_bytes=max_bytes)
+
+
+def _check_timeout(timeout: float | None) -> None:
+    """None, or seconds that a socket can count."""
+    if timeout is None:
+        return
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise DTypeError("timeout", expected="seconds, or None", got=type(timeout).__name__)
+    if not 0 <= timeout <= _MAX_TIMEOUT:
+        raise IndexRangeError("timeout", expected=f"0 to {_MAX_TIMEOUT} seconds, or None", got=str(timeout)[:80])
 
 
 def _fill(sock: socket.socket, view: memoryview, deadline: float | None) -> None:

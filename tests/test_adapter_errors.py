@@ -39,6 +39,7 @@ FUSE_ERRORS: dict[str, tuple[dict[str, Any], type[LCFError], str]] = {
     "negative range": ({"positions": (-2, 4)}, IndexRangeError, "positions"),
     "reversed range": ({"positions": (4, 2)}, IndexRangeError, "positions"),
     "no range": ({"positions": 4}, DTypeError, "positions"),
+    "bool range": ({"positions": (False, True)}, DTypeError, "positions"),
     "float range": ({"positions": (0.0, 4.0)}, DTypeError, "positions"),
     "mask length": ({"attention_mask": masks(2, 8)}, ShapeError, "attention_mask"),
     "mask batch": ({"attention_mask": masks(1, 7)}, ShapeError, "attention_mask"),
@@ -222,3 +223,17 @@ def test_methods_of_the_other_kind_say_so() -> None:
     for inject in (lcf.inject, lcf.inject_):
         with pytest.raises(GeometryError, match="to inject with, got LCF: use fuse"):
             inject(receiver, message)
+
+
+@pytest.mark.parametrize(
+    ("spans", "error"),
+    [([[0, 2**70]] * 2, SpanError), ([[-(2**64), 3]] * 2, SpanError), ([[False, True]] * 2, DTypeError)],
+)
+def test_offsets_that_are_none(spans: Any, error: type[LCFError]) -> None:
+    with pytest.raises(error, match=r"^spans: "):
+        make_adapter(True).summarize(make_caches()[0], spans)
+
+
+def test_layers_to_keep_that_are_no_list() -> None:
+    with pytest.raises(DTypeError, match=r"^keep_layers: "):
+        make_adapter().prune(3)  # type: ignore[arg-type]

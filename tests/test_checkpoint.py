@@ -54,6 +54,27 @@ def test_dtype_and_device_on_loading(tmp_path: Path) -> None:
     assert adapter.receiver_layers.dtype == torch.int64
 
 
+@pytest.mark.parametrize("cross_context", [False, True])
+@pytest.mark.parametrize("size", [10**30, 2**40])
+def test_sizes_beyond_any_tensor(size: int, cross_context: bool, tmp_path: Path) -> None:
+    adapter = make_adapter(cross_context)
+    (adapter.sharer_side() if cross_context else adapter).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    description = json.loads(path.read_text())
+    description.get("config", description)["bottleneck"] = size
+    path.write_text(json.dumps(description))
+    with pytest.raises(CheckpointError):
+        checkpoint.load_any(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"config": ' * 100_000])
+def test_json_nested_beyond_reason(text: str, tmp_path: Path) -> None:
+    make_adapter().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="JSON"):
+        LatentCacheFlow.from_pretrained(tmp_path)
+
+
 def test_loading_leaves_the_random_state_alone(tmp_path: Path) -> None:
     make_adapter().save_pretrained(tmp_path)
     state = torch.get_rng_state()

@@ -266,6 +266,9 @@ BAD: dict[str, tuple[type[errors.LCFError], str, Callable[[Inputs], Any]]] = {
     "message's shape": (
         errors.ShapeError, "message",
         lambda x: ops.fuse_layers(None, x.receiver, x.weights, message=torch.zeros(2, 3, 64))),
+    "gates that are no pairs": (
+        errors.GeometryError, "live",
+        lambda x: ops.fuse_layers(x.sharer, x.receiver, x.weights, live=[True] * 2)),  # type: ignore[list-item]
     "index too high": (
         errors.IndexRangeError, "sharer_index",
         lambda x: ops.fuse_layers(x.sharer, x.receiver, x.weights, sharer_index=torch.full((2, 12), 12))),
@@ -336,9 +339,13 @@ def test_no_cache_is_half_edited(backend: Backend, inputs: Inputs) -> None:
     expanded = last[1][:, :1].expand(-1, 2, -1, -1)
     halved = [inputs.receiver[0], (last[0], expanded)]
     far = torch.full((2, 12), 40)
+    same, twice, view = [inputs.receiver[0], (last[0], last[0])], [inputs.receiver[0]] * 2, last[0][:]
     self_weights = make_weights(RECEIVER, RECEIVER, 64, device=inputs.latent.device)
     attempts: list[tuple[str, Callable[[], Any]]] = [
         ("receiver[1].value", lambda: ops.fuse_layers_(inputs.sharer, halved, inputs.weights)),
+        ("receiver[1].value", lambda: ops.fuse_layers_(inputs.sharer, same, inputs.weights)),
+        ("receiver[1].key", lambda: ops.fuse_layers_(inputs.sharer, twice, inputs.weights)),
+        ("receiver_value", lambda: ops.gated_injection_(last[0], view, inputs.latent, inputs.one)),
         ("sharer", lambda: ops.fuse_layers_(inputs.receiver, inputs.receiver, self_weights)),
         ("sharer_index", lambda: ops.fuse_layers_(inputs.sharer, inputs.receiver, inputs.weights, sharer_index=far)),
         ("receiver_value", lambda: ops.gated_injection_(last[0], expanded, inputs.latent, inputs.one)),
@@ -349,6 +356,92 @@ def test_no_cache_is_half_edited(backend: Backend, inputs: Inputs) -> None:
         assert caught.value.argument == argument
     for tensor, old in zip((t for pair in inputs.receiver for t in pair), before):
         assert torch.equal(tensor, old)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_without_elements_share_no_memory(backend: Backend, inputs: Inputs) -> None:
+    """All of them have address 0."""
+    nothing = Inputs(inputs.latent.device, torch.Generator(), tokens=0)
+    with use_backend(backend):
+        ops.fuse_layers_(nothing.sharer, nothing.receiver, inputs.weights)
+        ops.gated_injection_(*nothing.receiver[0], nothing.latent, inputs.one)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autograd_sees_what_is_edited_in_place(backend: Backend, inputs: Inputs) -> None:
+    """And refuses gradients of what is no longer there; tensors of closed gates stay good."""
+
+    leaf = torch.ones((), device=inputs.latent.device, requires_grad=True)
+
+    def squared() -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+        receiver = [(key * leaf, value * leaf) for key, value in inputs.receiver]
+        return receiver, [(tensor**2).sum() for tensor in flatten(receiver)]
+
+    with use_backend(backend):
+        receiver, sums = squared()
+        ops.fuse_layers_(inputs.sharer, receiver, inputs.weights, live=LIVE)
+        for total, is_open in zip(sums, [is_open for pair in LIVE for is_open in pair]):
+            if is_open:
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    total.backward()
+            else:
+                total.backward()
+        receiver, sums = squared()
+        ops.gated_injection_(*receiver[0], inputs.latent, inputs.one)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            sums[0].backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("all_of_it", [True, False])
+def test_caches_made_in_inference_mode_are_edited_outside_it(all_of_it: bool, backend: Backend, inputs: Inputs) -> None:
+    """As generate() under inference_mode leaves them; also where only the last layer is one."""
+
+    def made() -> list[tuple[Tensor, Tensor]]:
+        plain = [(key.clone(), value.clone()) for key, value in inputs.receiver]
+        with torch.inference_mode():
+            inferred = [(key.clone(), value.clone()) for key, value in inputs.receiver]
+        return inferred if all_of_it else [*plain[:-1], inferred[-1]]
+
+    with use_backend(backend):
+        expected = ops.fuse_layers(inputs.sharer, inputs.receiver, inputs.weights)
+        for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with context():
+                fused = ops.fuse_layers_(inputs.sharer, made(), inputs.weights)
+                key, value = ops.gated_injection_(*made()[-1], inputs.latent, inputs.one)
+                wanted = ops.gated_injection(*inputs.receiver[-1], inputs.latent, inputs.one)
+            for got, same in zip(flatten([fused, key, value]), flatten([expected, *wanted])):
+                torch.testing.assert_close(got.clone(), same.clone())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_what_nobody_has_looked_at_counts_as_none_out_of_range(
+    is_compiled: bool, dtype: torch.dtype, backend: Backend, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 12 rows; also what a cast to 32 bits would make row 2 of. Nothing is looked at, as on a GPU."""
+    far = [12, 40, -2, -(1 << 31), (1 << 31) - 1] + [(1 << 32) + 2, -(1 << 32) + 2, 1 << 62] * (dtype == torch.int64)
+    index = torch.arange(12).repeat(2, 1)
+    index[1, : len(far)] = -1
+    wild, whole = index.clone(), torch.tensor([[0, 5, 12]]).repeat(2, 1)
+    wild[1, : len(far)] = torch.tensor(far)
+    past = whole.clone()
+    past[:, 0], past[:, -1] = min(far), max(far)
+
+    def call(index: Tensor, offsets: Tensor, weights: dict[str, Tensor]) -> list[Tensor]:
+        fused = ops.fuse_layers(inputs.sharer, inputs.receiver, weights, live=LIVE, sharer_index=index)
+        latent = ops.joint_projection(*inputs.sharer[0], *inputs.receiver[0], inputs.one, sharer_index=index)
+        return flatten([fused, latent, *ops.summarize_layers(inputs.sharer, weights, offsets)])
+
+    # Once with a graph, which takes the eager path to the reference.
+    weights = {name: tensor.clone().requires_grad_(not is_compiled) for name, tensor in inputs.weights.items()}
+    with use_backend(backend):
+        expected = call(index, whole, weights)
+        monkeypatch.setattr("lcf_fast.checks.reads_values", lambda tensor: False)
+        run = torch.compile(call, fullgraph=True, backend="aot_eager") if is_compiled else call
+        for ours, same in zip(run(wild.to(dtype), past.to(dtype), weights), expected):
+            torch.testing.assert_close(ours, same, rtol=1e-5, atol=1e-5)
 
 
 def test_values_are_read_on_the_cpu_only(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:

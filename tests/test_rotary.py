@@ -113,3 +113,12 @@ def test_bad_positions(positions: Any, error: type[LCFError]) -> None:
         rotary.rotate(keys, positions)
     with pytest.raises(GeometryError):
         rotary.rotate(keys[:2], torch.zeros(1, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3, 16), (2, 2, 3, 32), (2, 4, 3, 8)])
+def test_keys_of_other_heads_are_refused(shape: tuple[int, ...]) -> None:
+    """Also of as many channels in all: a head is what turns."""
+    rotary = Rotary.of(family_model("qwen3"))
+    assert rotary.heads == ((2, 16),) * 3
+    with pytest.raises(GeometryError, match="2 KV heads of dim 16"):
+        rotary.rotate([torch.randn(shape)] * 3, torch.zeros(1, 3, dtype=torch.int64))

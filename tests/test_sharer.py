@@ -17,7 +17,8 @@ from messages import assert_same
 from torch import Tensor
 
 from helpers import Pair, assert_within_budget, make_cache, to_double
-from lcf_fast import CacheGeometry, LatentCacheFlow, reference
+from lcf_fast import CacheGeometry, LatentCacheFlow, reference, use_backend
+from lcf_fast.backends import Backend
 from lcf_fast.errors import (
     CheckpointError,
     DeviceError,
@@ -90,6 +91,23 @@ def test_pieces_of_known_spans() -> None:
     hold(message, adapter, cache, spans.offsets, spans.to_mask(60))
     torch.testing.assert_close(message.latent, whole.latent)
     assert message.spans == whole.spans == 5
+
+
+@pytest.mark.parametrize("back_end", ["eager", "triton"])
+def test_a_batch_of_none(back_end: Backend) -> None:
+    """At once and in pieces, with and without spans, to the edit."""
+    adapter, cache = make_adapter(True), sharer_cache(0, 5)
+    forms: list[Any] = [None, torch.zeros(0, 3, dtype=torch.int64), [], Spans.given([])]
+    with use_backend(back_end):
+        for spans in forms:
+            pool = adapter.pool(cache, spans)
+            growing = adapter.begin()
+            growing.extend(cache, spans)
+            made = [adapter.summarize(cache, spans, span_weights=True), growing.finish(), adapter.finish(pool)]
+            for message in (*made, adapter.finish(adapter.merge([pool, pool]))):
+                assert message.tensors["latent"].shape == (5, 0, 64)
+        edited = adapter.inject(make_caches(batch=0)[1], message)
+    assert edited[4][0].shape == (0, RECEIVER.kv_heads, 7, RECEIVER.head_dim)
 
 
 def test_ragged_rows_and_padding() -> None:
@@ -321,6 +339,24 @@ def test_several_sharers_add_up() -> None:
     torch.testing.assert_close(off.latent, first.latent)
     one_row = Message(first.tensors["latent"][:, :1], first.receiver_layers, 1)
     assert adapter.combine([one_row, second]).tensors["latent"].shape[1] == 2
+
+
+def test_messages_for_every_row_are_weighed_row_by_row() -> None:
+    """Of batch size 1: rows of one batch have different sharers, both, or none."""
+    adapter = make_adapter(True)
+    first, second = adapter.summarize(sharer_cache(1, 5)), adapter.summarize(sharer_cache(1, 9))
+    _, receiver = make_caches(batch=4)
+    factors = [[1.0, 0.0, 0.5, 0.0], [0.0, 1.0, 0.5, 0.0]]
+    bias = adapter.get_parameter("down_bias")
+    rows = [bias + sum(w[row] * (m.tensors["latent"][:, 0] - bias) for w, m in zip(factors, (first, second)))
+            for row in range(4)]  # fmt: skip
+    expected = expected_of(adapter, receiver, message=torch.stack(rows, 1).double())
+    assert_close(adapter.inject(receiver, [first, second], weights=factors), expected)
+    assert_close(adapter.inject(receiver, adapter.combine([first, second], factors)), expected)
+    assert adapter.combine([first, second], [1.0, 0.5]).tensors["latent"].shape[1] == 1
+    for wrong in ([[1.0] * 3, [0.0] * 3], [[1.0], [0.5], [0.5]]):
+        with pytest.raises(ShapeError, match=r"^weights: expected \(2,\) or \(2, 4\)"):
+            adapter.inject(receiver, [first, second], weights=wrong)
 
 
 def test_one_edit_whatever_the_number_of_sharers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,17 @@ def by_hand(adapter: Any, cache: list[Pair], row: int, bounds: list[tuple[int, i
     return torch.cat([latent(adapter.summarize(cut(cache, row, *pair)))[:, 0] for pair in bounds], 1)
 
 
+@pytest.mark.parametrize("per_span", [False, True])
+def test_a_batch_of_none(per_span: bool) -> None:
+    adapter, cache = adapter_of(per_span=per_span), cache_of(0)
+    forms: list[Any] = [None, torch.zeros(0, 3, dtype=torch.int64), [], Spans.given([])]
+    for spans in forms:
+        message = adapter.summarize(cache, spans, slot_weights=True)
+        assert latent(message).shape == (3, 0, 2, 64)
+        assert message.tensors["slot_weights"].shape == (3, 0, SIDE.kv_heads, 2, 9)
+    assert adapter.expand(message)[0][0].shape == (0, SIDE.kv_heads, 2, SIDE.head_dim)
+
+
 @pytest.mark.parametrize("form", ["lists", "offsets", "Spans"])
 def test_each_span_is_pooled_by_itself(form: str) -> None:
     adapter, cache = adapter_of(), cache_of()

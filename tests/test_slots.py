@@ -501,3 +501,5 @@ def test_bad_input(models: tuple[Any, Any], adapter: LatentSlots) -> None:
         with_slots(torch.ones(1, 2, dtype=torch.int64), None, 2, placement="between")  # type: ignore[arg-type]
     with pytest.raises(LCFError):
         with_slots(torch.ones(1, 2, dtype=torch.int64), None, 2.0)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="slots"):
+        with_slots(torch.ones(1, 2, dtype=torch.int64), None, -1)

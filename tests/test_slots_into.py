@@ -165,6 +165,36 @@ def test_the_free_room_is_written_and_nothing_else(backend: Backend, dtype: torc
     assert all(not side.requires_grad for layer in static.layers for side in (layer.keys, layer.values))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("turned", [True, False])
+def test_autograd_sees_what_is_written(turned: bool, backend: Backend, generator: torch.Generator) -> None:
+    weights, leaf = make_slot_weights(3, SLOTS, 64, 16, 2 * 16, generator), torch.ones((), requires_grad=True)
+    pool = torch.ones(3, 2, 2, 2, SLOTS, 16) * leaf
+    into = [(key, value) for key, value in pool.detach()]  # views, as of pages
+    total = (pool**2).sum()
+    with use_backend(backend):
+        turn = (lambda keys: keys) if turned else None
+        ops_slots.expand_slots_layers_(torch.randn(3, 2, SLOTS, 64), weights, into, kv_heads=2, turn=turn)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cache_made_in_inference_mode_is_filled_outside_it(backend: Backend) -> None:
+    """Its counters are tensors of that mode, too."""
+    receiver = family_model("qwen3")
+    adapter, message = told(receiver)
+    ids, mask = ragged_ids([8, 5], 4)
+    plain = static_cache(receiver, ids, mask)
+    with torch.inference_mode():
+        inferred = static_cache(receiver, ids, mask)
+    assert inferred.layers[0].keys.is_inference()
+    with use_backend(backend):
+        for cache in (plain, inferred):
+            adapter.append_(receiver, cache, message, attention_mask=mask)
+    assert all(torch.equal(a, b) for a, b in zip(buffers(inferred), buffers(plain)))
+
+
 def test_one_message_serves_every_row_and_positions_count_what_is_real() -> None:
     receiver = family_model("qwen3")
     adapter, message = told(receiver, [9])
@@ -224,7 +254,7 @@ def test_within_the_error_budget(
                 for key, value in torch.full((layers, 2, 2, 2, SLOTS, 16), torch.nan, dtype=dtype, device=device)
             ]
             with use_backend(backend):
-                ops_slots.expand_slots_layers_(sent, weights, pairs, norm_eps=EPS, turn=turn)
+                ops_slots.expand_slots_layers_(sent, weights, pairs, kv_heads=2, norm_eps=EPS, turn=turn)
             for i, (key, value) in enumerate(pairs):
                 assert_within_budget(value, truth[i][1], plain[i][1])
                 exact, same = (truth[i][0], plain[i][0]) if turn is None else (turned[0][i], turned[1][i].to(dtype))
@@ -289,8 +319,10 @@ def test_places_that_do_not_fit(backend: Backend) -> None:
     receiver = family_model("qwen3")
     adapter, message = told(receiver)
 
-    def fresh(*, batch: int = 2, slots: int = SLOTS, layers: int = 3, dtype: Any = torch.float32) -> list[Pair]:
-        sevens = torch.full((layers, 2, batch, 2, slots, 16), 7.0).to(dtype)
+    def fresh(
+        *, batch: int = 2, heads: int = 2, slots: int = SLOTS, layers: int = 3, dtype: Any = torch.float32
+    ) -> list[Pair]:
+        sevens = torch.full((layers, 2, batch, heads, slots, 32 // heads), 7.0).to(dtype)
         return [(key, value) for key, value in sevens]
 
     def last(change: Callable[[Tensor], Tensor]) -> list[Pair]:
@@ -302,10 +334,13 @@ def test_places_that_do_not_fit(backend: Backend) -> None:
         (GeometryError, fresh(layers=2), at, "into"),
         (ShapeError, fresh(slots=4), at, "into"),
         (ShapeError, fresh(batch=1), at, "into"),
+        (ShapeError, fresh(heads=1), at, r"into\[0\].key: expected .* = \(2, 2, 3, 16\)"),
         (DTypeError, fresh(dtype=torch.int64), at, "into"),
         (DTypeError, last(lambda x: x.double()), at, r"into\[2\].value"),
         (ShapeError, last(lambda x: x[:, :, :1].expand(-1, -1, SLOTS, -1)), at, r"into\[2\].value"),
         (ShapeError, last(lambda x: torch.full((2, 2, SLOTS, 32), 7.0)[..., ::2]), at, r"into\[2\].value"),
+        (ShapeError, [fresh()[0]] * 3, at, r"into\[1\].key: expected memory of its own, got that of into\[0\].key"),
+        (ShapeError, [(key, key) for key, _ in fresh()], at, r"into\[0\].value"),
         (DeviceError, last(lambda x: x.to("meta")), at, r"into\[2\].value"),
         (ShapeError, fresh(), at[:, 1:], "positions"),
         (ShapeError, fresh(), at.repeat(3, 1), "positions"),
@@ -317,3 +352,24 @@ def test_places_that_do_not_fit(backend: Backend) -> None:
             adapter.place(receiver, message, positions, into=into)
         for pair in into:
             assert all(side.is_meta or bool((side == 7.0).all()) for side in pair)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", [{"head_dim": 32}, {"num_key_value_heads": 4}, {"num_hidden_layers": 2}], ids=str)
+def test_a_model_of_another_geometry_is_refused_before_anything_is_written(
+    sizes: dict[str, int], backend: Backend
+) -> None:
+    receiver, other = family_model("qwen3"), family_model("qwen3", **sizes)
+    adapter, message = told(receiver)
+    ids, mask = ragged_ids([8, 5], 4)
+    static = static_cache(receiver, ids, mask)
+    before = buffers(static)
+    calls: list[Callable[[], Any]] = [
+        lambda: adapter.append_(other, static, message, attention_mask=mask),
+        lambda: adapter.append(other, cache_layers(static), message, attention_mask=mask),
+        lambda: adapter.prefix(other, message),
+    ]
+    for call in calls:
+        with use_backend(backend), pytest.raises(GeometryError, match="as the model's"):
+            call()
+    assert all(torch.equal(a, b) for a, b in zip(buffers(static), before))

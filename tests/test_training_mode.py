@@ -53,6 +53,12 @@ def test_dropout_keeps_its_share(dropout: float, seed: int) -> None:
     assert noise.keep_scale == pytest.approx(1 / (1 - dropout), rel=1e-6)
 
 
+def test_of_a_probability_next_to_one_some_are_kept() -> None:
+    noise = TrainingNoise(0, dropout=1 - 1e-12)
+    assert noise.threshold == 2**31 - 1
+    assert math.isfinite(noise.keep_scale)
+
+
 def test_soft_gates_are_gumbel_sigmoids() -> None:
     noise = TrainingNoise(5, temperature=0.5)
     gate = noise.gate(0, 1, torch.tensor(0.3, dtype=torch.float64), (4, 500, 16))
@@ -145,6 +151,20 @@ def test_training_compiles_whole(method: str, device: torch.device) -> None:
     assert graphs == [1, 1]
 
 
+def test_slots_train_compiled_whole_on_a_batch_of_one() -> None:
+    torch.manual_seed(0)
+    adapter = LatentSlots(LCFConfig(RECEIVER, RECEIVER, bottleneck=64, slots=2)).train()
+    _, cache = make_caches(batch=1)
+    compiled = torch.compile(
+        lambda: adapter.expand(adapter.summarize(cache))[0][0], fullgraph=True, backend="aot_eager"
+    )
+    first = compiled()
+    assert not torch.equal(first, compiled())
+    first.sum().backward()
+    grad = adapter.get_parameter("slot_embedding").grad
+    assert grad is not None and float(grad.abs().max()) > 0
+
+
 @pytest.mark.parametrize("cross_context", [False, True])
 def test_eval_mode_and_edits_in_place_have_none(cross_context: bool) -> None:
     adapter = trained(cross_context)
@@ -173,6 +193,20 @@ def test_no_gate_is_closed_in_training() -> None:
     for name, parameter in adapter.named_parameters():
         assert parameter.grad is not None, name
         assert all(float(row.abs().max()) > 0 for row in parameter.grad), name
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+@pytest.mark.parametrize("train", [False, True])
+def test_a_sharer_of_no_tokens_edits_nothing_and_gives_no_gradient(train: bool, back_end: Backend) -> None:
+    adapter = trained().train(train).requires_grad_(True)
+    sharer, receiver = make_caches(sharer_length=0)
+    nowhere = torch.full((2, 7), -1)
+    with use_backend(back_end):
+        fused = adapter.fuse(sharer, receiver, sharer_index=nowhere)
+        torch.stack([t.square().mean() for pair in fused for t in pair]).sum().backward()
+    assert_equal(fused, receiver)
+    for name, parameter in adapter.named_parameters():
+        assert parameter.grad is None or not parameter.grad.any(), name
 
 
 def test_a_fresh_adapter_trains_and_a_loaded_one_does_not(tmp_path: object) -> None:

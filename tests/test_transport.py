@@ -17,7 +17,7 @@ import pytest
 import torch
 from messages import EVERYTHING, PREAMBLE, PUBLISHED, assert_same, make_message, resigned
 
-from lcf_fast import DTypeError, Message, MessageError
+from lcf_fast import DTypeError, LCFError, Message, MessageError
 from lcf_fast.transport import receive_message, send_message
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,6 +116,14 @@ def test_what_is_received_is_not_copied_again(pair: Pair) -> None:
     thread.join(SOON)
     assert_same(received, message, ("summary",))
     assert len(data) < peak < len(data) + 500_000
+
+
+@pytest.mark.parametrize("timeout", [1e12, float("nan"), float("inf"), -1.0, "1", True])
+def test_a_timeout_that_a_socket_cannot_count(timeout: Any, pair: Pair) -> None:
+    for call in (lambda: send_message(pair[0], make_message(), timeout=timeout),
+                 lambda: receive_message(pair[1], timeout=timeout)):  # fmt: skip
+        with pytest.raises(LCFError, match=r"^timeout: "):
+            call()
 
 
 def test_the_timeout_of_the_socket_is_left_as_it_was(pair: Pair) -> None:

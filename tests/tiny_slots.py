@@ -46,8 +46,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def family_model(name: str, seed: int = 0) -> Any:
-    """A random model of three layers, width 32, with an answer that depends on what it reads."""
+def family_model(name: str, seed: int = 0, **more: Any) -> Any:
+    """A random model of three layers, width 32, with an answer that depends on what it reads; ``more``: sizes."""
     import transformers
 
     stem, changes = FAMILIES[name]
@@ -64,6 +64,7 @@ def family_model(name: str, seed: int = 0) -> Any:
         "bos_token_id": 1,
         "eos_token_id": None,
         **changes,
+        **more,
     }
     torch.manual_seed(seed)
     model = "Gemma3" if stem == "Gemma3Text" else stem
