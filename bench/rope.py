@@ -56,8 +56,9 @@ def make_rope(receiver: CacheGeometry, first: int, slots: int, device: torch.dev
             "num_hidden_layers": receiver.layers,
             "layer_types": ["full_attention"] * receiver.layers,
             "head_dim": receiver.head_dim,
-            # What `Rotary.of` looks at is one token's keys: a narrow model with one head shows them.
-            **{"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1},
+            # What `Rotary.of` looks at is one token's keys: a narrow model shows them.
+            **{"hidden_size": 16, "intermediate_size": 16},
+            **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), receiver.kv_heads),
         }
     )
     from transformers import AutoModel

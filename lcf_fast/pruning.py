@@ -133,14 +133,14 @@ def closed_gates(adapter: LatentCacheFlow, layers: Iterable[int]) -> Iterator[La
     for layer in layers:
         if layer not in held:
             raise IndexRangeError("layers", expected=f"receiver layers among {tuple(held)}", got=repr(layer))
-    gates = adapter.gate_logit
+    gates, seen = adapter.gate_logit, adapter._seen
     closed = gates.detach().clone()
     closed[[held.index(layer) for layer in layers]] = -1.0
     adapter.gate_logit = torch.nn.Parameter(closed, requires_grad=gates.requires_grad)
     try:
         yield adapter
     finally:
-        adapter.gate_logit = gates
+        adapter.gate_logit, adapter._seen = gates, seen
 
 
 def rank_layers(

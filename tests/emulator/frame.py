@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import triton
 from numpy.typing import NDArray
 
 from .memory import WARP, Findings, GlobalMemory, SharedMemory
@@ -83,6 +84,8 @@ class Frame:
 
 #: An instruction: it changes a frame, and returns the statement that it jumps to, if it does.
 Step = Callable[[Frame], "int | None"]
+#: Whether a copy that wgmma reads needs a proxy fence as a store does. It does, says PTX; older Triton has none there.
+COPIES_ARE_FENCED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 #: Where a return goes.
 END = -1
 
@@ -111,7 +114,7 @@ def arrive(frame: Frame, left: int, *, everything: bool = False) -> None:
     for group in frame.copies[: max(closed - left, 0)]:
         for program, there, words, warp, value in group:
             frame.shared.coming.reshape(-1)[words] = 0
-            frame.shared.mark_written(words, warp[:, None], frame.epoch, needs_fence=False)
+            frame.shared.mark_written(words, warp[:, None], frame.epoch, needs_fence=COPIES_ARE_FENCED)
             for i in range(value.shape[1]):
                 frame.shared.store(program, there + 4 * i, 4, value[:, i])
     del frame.copies[: max(closed - left, 0)]

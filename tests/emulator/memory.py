@@ -253,7 +253,7 @@ class SharedMemory:
             coming[flat] = 1
 
     def mark_written(self, flat: Lanes, warp: Lanes, epoch: int, *, needs_fence: bool = True) -> None:
-        """Asynchronous copies need none, by the practice of Triton and of CUTLASS's multistage kernels for sm_90."""
+        """By Triton before 3.7, copies need none: it puts none between them and wgmma, and gets away with it."""
         self.wrote.reshape(-1)[flat] = (epoch << 16) | warp
         self.fence.reshape(-1)[flat] = self.fences if needs_fence else 0
 

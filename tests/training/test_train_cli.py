@@ -274,11 +274,11 @@ def test_a_store_is_made_by_one_process(
     assert "one process" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+@pytest.mark.parametrize("absent", ["foo", "cuda:99"])
 def test_a_store_is_made_on_a_device_that_is_there(
-    device: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    absent: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--device", device, "--quiet"]
+    more = ["--device", absent, "--quiet"]
     assert main(arguments(folder, "cache", tmp_path / "store", "shared", *more)) == 2
     assert capsys.readouterr().err.startswith("lcf-fast cache: error: --device: expected ")
     assert not (tmp_path / "store").exists()
