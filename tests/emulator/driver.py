@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from launching.arguments import bits, given
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -24,23 +24,6 @@ from .translator import Translator
 
 #: Bytes of shared memory that a program may have.
 SHARED = {80: 166_912, 90: 232_448}
-
-
-def _given(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
-    """A launch's arguments that the kernel has parameters for, tuples flattened."""
-    if isinstance(kind, tuple):
-        for one, part in zip(kind, value, strict=True):
-            yield from _given(one, part)
-    elif kind != "constexpr":
-        yield kind, value
-
-
-def _bits(kind: str, value: Any) -> int:
-    if kind.startswith("*"):
-        return 0 if value is None else int(value.data_ptr())
-    if kind in ("fp32", "fp64"):
-        return int.from_bytes(struct.pack("<f" if kind == "fp32" else "<d", value), "little")
-    return int(value) & (1 << 64) - 1
 
 
 class _Utilities:
@@ -104,33 +87,27 @@ class Emulator:
     Attributes:
         findings: races and the like, of all launches.
         launches: how often each kernel ran.
-        executed: instructions that groups of programs ran.
     """
 
     def __init__(self, chip: int) -> None:
         self.chip = chip
         self.findings = Findings()
         self.launches: dict[str, int] = {}
-        self.executed = 0
         self._parsed: dict[Path, Any] = {}
-        #: Whether races in global memory are looked for.
-        self.watches_global = True
 
     def launch(self, path: Path, kinds: list[Any], shared: int, grid: tuple[int, int, int], arguments: Any) -> None:
         if path not in self._parsed:
             self._parsed[path] = parse(path.read_text(encoding="utf-8"))
         kernel = self._parsed[path]
-        values = [
-            _bits(*pair) for kind, value in zip(kinds, arguments, strict=True) for pair in _given(kind, value)
-        ]  # fmt: skip
+        pairs = [pair for kind, value in zip(kinds, arguments, strict=True) for pair in given(kind, value)]
+        values = [bits(*pair)[1] for pair in pairs]
         values += [0] * (len(kernel.parameters) - len(values))  # scratch memory, of which there is none
         self.findings.kernel = kernel.name
         self.launches[kernel.name] = self.launches.get(kernel.name, 0) + 1
         memory = GlobalMemory(self.findings)
-        memory.is_watching = self.watches_global
         with np.errstate(all="ignore"):
             steps = Translator(kernel, dict(zip(kernel.parameters, values, strict=True))).steps
-            self.executed += run(kernel, steps, grid, shared, memory, self.findings)
+            run(kernel, steps, grid, shared, memory, self.findings)
 
     def check(self) -> None:
         """Raise if anything was found.

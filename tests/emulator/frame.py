@@ -81,6 +81,29 @@ class Frame:
         chosen = self.full(guard)
         return tuple(array[chosen] for array in arrays)
 
+    def touch_global(
+        self, program: Lanes, warp: Lanes, where: Lanes, size: int, source: str, hint: list[int], *, writes: bool
+    ) -> None:
+        """Check an access of flat lanes to global memory, and remember it.
+
+        Args:
+            hint: where an instruction's last access was, which the next is likely to be near.
+        """
+        holder = self.memory.check(where, size, source, hint)
+        self.memory.watch(where, size, self.programs[program] + 1, warp, self.epoch, source, holder, writes=writes)
+
+    def touch_shared(
+        self, program: Lanes, warp: Lanes, where: Lanes, size: int, source: str, *, writes: bool, arrives: bool = True
+    ) -> Lanes:
+        """The same for shared memory; the words that it touches. ``arrives`` is False for a copy on its way."""
+        self.shared.check(where, size, source)
+        words = self.shared.words(program, where, size)
+        if writes:
+            self.shared.watch_write(words, warp, self.epoch, source, arrives=arrives)
+        else:
+            self.shared.watch_read(words, warp, self.epoch, source)
+        return words
+
 
 #: An instruction: it changes a frame, and returns the statement that it jumps to, if it does.
 Step = Callable[[Frame], "int | None"]

@@ -222,8 +222,8 @@ def _widened(wide: str) -> Callable[..., Lanes]:
     return product
 
 
-def operation(opcode: str) -> tuple[Callable[..., Lanes], str, tuple[str, ...]]:
-    """An instruction's function, the type of its result, those of its operands.
+def operation(opcode: str) -> tuple[Callable[..., Lanes], tuple[str, ...]]:
+    """An instruction's function, and the types of its operands.
 
     Raises:
         NotImplementedError: an instruction that is not known here.
@@ -232,39 +232,39 @@ def operation(opcode: str) -> tuple[Callable[..., Lanes], str, tuple[str, ...]]:
     kind = modifiers[-1] if modifiers else ""
     if name == "cvt" and modifiers[-2] in ("bf16x2", "f16x2"):
         half = to_bfloat if modifiers[-2] == "bf16x2" else _to_half
-        return (lambda a, b: (half(a).astype(np.uint32) << 16) | half(b)), "b32", (kind, kind)
+        return (lambda a, b: (half(a).astype(np.uint32) << 16) | half(b)), (kind, kind)
     if name == "cvt":
-        return _convert(modifiers[-2], kind, modifiers), modifiers[-2], (kind,)
+        return _convert(modifiers[-2], kind, modifiers), (kind,)
     if name == "setp" and len(modifiers) == 2:
-        return _compare(modifiers[0]), "pred", (kind, kind)
+        return _compare(modifiers[0]), (kind, kind)
     if name == "selp":
-        return _select, kind, (kind, kind, "pred")
+        return _select, (kind, kind, "pred")
     if name == "fma":
-        return _fused, kind, (kind, kind, kind)
+        return _fused, (kind, kind, kind)
     if name in ("min", "max"):
         # Of a NaN and a number it is the number, unless asked otherwise.
-        return _SMALLEST[f"{name}.NaN" if "NaN" in modifiers else name], kind, (kind, kind)
+        return _SMALLEST[f"{name}.NaN" if "NaN" in modifiers else name], (kind, kind)
     if name in ("mul", "mad") and not is_float(kind):
         extra = (kind,) if name == "mad" else ()
         if modifiers[0] == "wide":
             wide = f"{kind[0]}{2 * int(kind[1:])}"
-            return _widened(TYPES[wide]), wide, (kind, kind, *((wide,) if extra else ()))
+            return _widened(TYPES[wide]), (kind, kind, *((wide,) if extra else ()))
         if modifiers[0] == "hi":
-            return (lambda a, b, c=0: _high(a, b, kind) + np.asarray(c, a.dtype)), kind, (kind, kind, *extra)
-        return (lambda a, b, c=0: a * b + np.asarray(c, a.dtype)), kind, (kind, kind, *extra)
+            return (lambda a, b, c=0: _high(a, b, kind) + np.asarray(c, a.dtype)), (kind, kind, *extra)
+        return (lambda a, b, c=0: a * b + np.asarray(c, a.dtype)), (kind, kind, *extra)
     if name == "mul":
-        return (lambda a, b: a * b), kind, (kind, kind)
+        return (lambda a, b: a * b), (kind, kind)
     if name == "div":
         quotient = (lambda a, b: a / b) if is_float(kind) else (lambda a, b: _divide(a, b)[0])
-        return quotient, kind, (kind, kind)
+        return quotient, (kind, kind)
     if name in ("shl", "shr"):
-        return _BINARY[name], kind, (kind, "u32")
+        return _BINARY[name], (kind, "u32")
     if name in _BINARY:
-        return _BINARY[name], kind, (kind, kind)
+        return _BINARY[name], (kind, kind)
     if name == "bfe":
-        return _extract, kind, (kind, "u32", "u32")
+        return _extract, (kind, "u32", "u32")
     if name == "prmt":
-        return _permute, "b32", ("b32", "b32", "b32")
+        return _permute, ("b32", "b32", "b32")
     if name in _UNARY:
-        return _UNARY[name], kind, (kind,)
+        return _UNARY[name], (kind,)
     raise NotImplementedError(opcode)

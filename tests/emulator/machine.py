@@ -41,13 +41,13 @@ def run(
     shared: int,
     memory: GlobalMemory,
     findings: Findings,
-) -> int:
-    """All programs of a launch, one group after another; how many instructions the groups ran.
+) -> None:
+    """All programs of a launch, one group after another.
 
     Raises:
         EmulationError: an access out of bounds or not aligned, or a barrier that some threads miss.
     """
-    total, executed = grid[0] * grid[1] * grid[2], 0
+    total = grid[0] * grid[1] * grid[2]
     size = max(GROUP_THREADS // kernel.threads, 1)
     runner = _Runner(kernel, steps)
     for begin in range(0, total, size):
@@ -66,11 +66,10 @@ def run(
         while waiting:
             frame = waiting.pop()
             try:
-                executed += runner.run(frame, frame.statement, END)
+                runner.run(frame, frame.statement, END)
             except Parting as parting:
                 waiting.append(frame.take(parting.jumping, parting.to))
                 waiting.append(frame.take(parting.staying, parting.after))
-    return executed
 
 
 class _Runner:
@@ -78,11 +77,9 @@ class _Runner:
         self._kernel, self._steps = kernel, steps
         self._meeting: dict[int, int] | None = None
 
-    def run(self, frame: Frame, number: int, end: int) -> int:
-        """From one statement to another, where it stops; how many ran."""
-        count = 0
+    def run(self, frame: Frame, number: int, end: int) -> None:
+        """From one statement to another, where it stops."""
         while number != end:
-            count += 1
             try:
                 to = self._steps[number](frame)
             except Diverging as parting:
@@ -91,7 +88,6 @@ class _Runner:
                 to, mask = self._meeting[parting.at], frame.mask
                 for part, begin in ((parting.staying, parting.at + 1), (parting.jumping, parting.to)):
                     frame.mask = part
-                    count += self.run(frame, begin, to)
+                    self.run(frame, begin, to)
                 frame.mask = mask
             number = number + 1 if to is None else to
-        return count

@@ -37,9 +37,7 @@ def _rows(frame: Frame, address: Lanes, count: int) -> tuple[Lanes, Lanes, Lanes
 def load(frame: Frame, address: Lanes, count: int, source: str, *, is_turned: bool) -> Lanes:
     """Registers (programs, threads, count) with two elements each."""
     program, warp, where = _rows(frame, address, count)
-    frame.shared.check(where, 16, source)
-    words = frame.shared.words(program.reshape(-1), where.reshape(-1), 16)
-    frame.shared.watch_read(words, warp.reshape(-1), frame.epoch, source)
+    frame.touch_shared(program.reshape(-1), warp.reshape(-1), where.reshape(-1), 16, source, writes=False)
     elements = np.stack([frame.shared.load(program, where + 2 * i, 2) for i in range(8)], -1)
     if is_turned:
         elements = elements.swapaxes(-1, -2)
@@ -51,9 +49,7 @@ def load(frame: Frame, address: Lanes, count: int, source: str, *, is_turned: bo
 def store(frame: Frame, address: Lanes, registers: Lanes, source: str, *, is_turned: bool) -> None:
     count = registers.shape[-1]
     program, warp, where = _rows(frame, address, count)
-    frame.shared.check(where, 16, source)
-    words = frame.shared.words(program.reshape(-1), where.reshape(-1), 16)
-    frame.shared.watch_write(words, warp.reshape(-1), frame.epoch, source)
+    frame.touch_shared(program.reshape(-1), warp.reshape(-1), where.reshape(-1), 16, source, writes=True)
     held = registers.reshape(len(frame.programs), -1, WARP, count).swapaxes(2, 3)
     elements = np.zeros((*held.shape[:3], 8, 8), np.uint16)
     elements[..., ROW, 2 * PAIR] = held & 0xFFFF

@@ -75,9 +75,8 @@ class GlobalMemory:
         self.allocations = [Allocation(*span) for span in sorted(spans)]
         self._begins = np.array([a.begin for a in self.allocations], np.int64)
         self._ends = np.array([a.end for a in self.allocations], np.int64)
+        self._base = int(self._begins[0]) // 64 * 64
         self._views: dict[int, Lanes] = {}
-        #: Whether tags are kept. They cost most of the time.
-        self.is_watching = True
 
     def _holder(self, address: Lanes, size: int, hint: list[int]) -> Lanes | int | None:
         """Which allocation each address lies in; one number if it is the same for all; None if one is in none."""
@@ -96,9 +95,8 @@ class GlobalMemory:
     def _view(self, size: int) -> Lanes:
         """All of the address space that tensors lie in, as elements of ``size`` bytes."""
         if size not in self._views:
-            begin = int(self._begins[0]) // 64 * 64
-            count = (int(self._ends[-1]) - begin) // size + 1
-            raw = (ctypes.c_uint8 * (count * size)).from_address(begin)
+            count = (int(self._ends[-1]) - self._base) // size + 1
+            raw = (ctypes.c_uint8 * (count * size)).from_address(self._base)
             self._views[size] = np.ctypeslib.as_array(raw).view(f"u{size}")
         return self._views[size]
 
@@ -112,20 +110,16 @@ class GlobalMemory:
         return holder
 
     def load(self, address: Lanes, size: int) -> Lanes:
-        begin = int(self._begins[0]) // 64 * 64
-        return self._view(size)[(address - begin) // size]
+        return self._view(size)[(address - self._base) // size]
 
     def store(self, address: Lanes, size: int, value: Lanes) -> None:
-        begin = int(self._begins[0]) // 64 * 64
-        self._view(size)[(address - begin) // size] = value
+        self._view(size)[(address - self._base) // size] = value
 
     def watch(
         self, address: Lanes, size: int, program: Lanes, warp: Lanes, epoch: int, source: str, holder: Lanes | int,
         *, writes: bool,
     ) -> None:  # fmt: skip
         """Tags of flat lanes' accesses: ``program`` counts from 1, ``epoch`` is the same for all."""
-        if not self.is_watching:
-            return
         if not isinstance(holder, int):
             for one in np.unique(holder):
                 chosen = holder == one

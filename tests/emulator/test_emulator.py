@@ -156,7 +156,7 @@ $L__B:
 
 def test_arithmetic() -> None:
     def evaluate(opcode: str, *operands: float) -> Any:
-        function, _, kinds = operation(opcode)
+        function, kinds = operation(opcode)
         types: dict[str, Any] = {"s32": "i4", "u32": "u4", "b32": "u4", "f32": "f4", "u64": "u8"}
         arrays = [np.array([[x]], types[kind]) for x, kind in zip(operands, kinds, strict=True)]
         with np.errstate(all="ignore"):

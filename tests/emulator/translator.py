@@ -99,7 +99,7 @@ class Translator:
         head = statement.opcode.split(".")[0]
         special = getattr(self, f"_{head}", None)
         try:
-            if special is not None and statement.opcode not in ("mov.pred",):
+            if special is not None:
                 return special(statement)  # type: ignore[no-any-return]
             return self._arithmetic(statement)
         except (NotImplementedError, KeyError, ValueError, StopIteration) as error:
@@ -108,18 +108,10 @@ class Translator:
     def _arithmetic(self, statement: Statement) -> Step:
         if statement.opcode.startswith("mov.") and "{" in "".join(statement.operands):
             return self._pack(statement)
-        function, result, kinds = operation(statement.opcode)
+        function, kinds = operation(statement.opcode)
         put = self.target(statement.operands[0], statement)
         sources = [self.source(text, kind) for text, kind in zip(statement.operands[1:], kinds, strict=True)]
-        del result
-        if len(sources) == 1:
-            (one,) = sources
-            return lambda frame: put(frame, function(one(frame)))
-        if len(sources) == 2:
-            first, second = sources
-            return lambda frame: put(frame, function(first(frame), second(frame)))
-        first, second, third = sources
-        return lambda frame: put(frame, function(first(frame), second(frame), third(frame)))
+        return lambda frame: put(frame, function(*[source(frame) for source in sources]))
 
     def _pack(self, statement: Statement) -> Step:
         """``mov`` between one register and the two or four that make it up."""
@@ -221,16 +213,10 @@ class Translator:
                     put(frame, np.zeros((1, 1), dtype))
                 return
             if space == "global":
-                holder = frame.memory.check(where, whole, statement.source, hint)
-                numbers = frame.programs[program] + 1
-                frame.memory.watch(
-                    where, whole, numbers, warp, frame.epoch, statement.source, holder, writes=False
-                )  # fmt: skip
+                frame.touch_global(program, warp, where, whole, statement.source, hint, writes=False)
                 values = [frame.memory.load(where + size * i, size) for i in range(len(puts))]
             else:
-                frame.shared.check(where, whole, statement.source)
-                words = frame.shared.words(program, where, whole)
-                frame.shared.watch_read(words, warp, frame.epoch, statement.source)
+                frame.touch_shared(program, warp, where, whole, statement.source, writes=False)
                 values = [frame.shared.load(program, where + size * i, size) for i in range(len(puts))]
             for put, value in zip(puts, values, strict=True):
                 if allowed is None:
@@ -255,17 +241,11 @@ class Translator:
             if not len(where):
                 return
             if space == "global":
-                holder = frame.memory.check(where, whole, statement.source, hint)
-                numbers = frame.programs[program] + 1
-                frame.memory.watch(
-                    where, whole, numbers, warp, frame.epoch, statement.source, holder, writes=True
-                )  # fmt: skip
+                frame.touch_global(program, warp, where, whole, statement.source, hint, writes=True)
                 for i, value in enumerate(given):
                     frame.memory.store(where + size * i, size, value)
             else:
-                frame.shared.check(where, whole, statement.source)
-                words = frame.shared.words(program, where, whole)
-                frame.shared.watch_write(words, warp, frame.epoch, statement.source)
+                frame.touch_shared(program, warp, where, whole, statement.source, writes=True)
                 for i, value in enumerate(given):
                     frame.shared.store(program, where + size * i, size, value)
 
@@ -289,20 +269,14 @@ class Translator:
             program, warp, there, here, bytes_ = frame.flat(guard(frame), target(frame), origin(frame), count(frame))
             if not len(there):
                 return
-            frame.shared.check(there, size, statement.source)
-            words = frame.shared.words(program, there, size)
-            frame.shared.watch_write(words, warp, frame.epoch, statement.source, arrives=False)
+            words = frame.touch_shared(program, warp, there, size, statement.source, writes=True, arrives=False)
             if np.any((bytes_ != 0) & (bytes_ != size)):
                 raise NotImplementedError("a copy of some of its bytes")
             value = np.zeros((len(there), size // 4), np.uint32)
             some = bytes_ != 0
             if np.any(some):
                 source = here[some]
-                holder = frame.memory.check(source, size, statement.source, hint)
-                numbers = frame.programs[program[some]] + 1
-                frame.memory.watch(
-                    source, size, numbers, warp[some], frame.epoch, statement.source, holder, writes=False
-                )  # fmt: skip
+                frame.touch_global(program[some], warp[some], source, size, statement.source, hint, writes=False)
                 for i in range(size // 4):
                     value[some, i] = frame.memory.load(source + 4 * i, 4)
             frame.copies[-1].append((program, there, words, warp, value))

@@ -15,12 +15,13 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SIZES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u64": 8, "fp32": 4, "fp64": 8}
 TESTS = Path(__file__).resolve().parents[1]
+sys.path.append(str(TESTS))
+
+from launching.arguments import bits, given  # noqa: E402
 
 
 def parameter_sizes(cubin: bytes) -> list[tuple[int, int]]:
@@ -30,24 +31,6 @@ def parameter_sizes(cubin: bytes) -> list[tuple[int, int]]:
         _, ordinal, offset, flags = struct.unpack_from("<IHHI", cubin, match.end())
         found[ordinal] = offset, flags >> 18 & 0x3FFF
     return [found[i] for i in sorted(found)]
-
-
-def given(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
-    """A launch's arguments that the kernel has parameters for, tuples flattened."""
-    if isinstance(kind, tuple):
-        for one, part in zip(kind, value, strict=True):
-            yield from given(one, part)
-    elif kind != "constexpr":
-        yield kind, value
-
-
-def bits(kind: str, value: Any) -> tuple[int, int]:
-    """What a parameter's bytes are to be, and how many."""
-    if kind.startswith("*"):
-        return 8, 0 if value is None else value.data_ptr()
-    if kind in ("fp32", "fp64"):
-        return SIZES[kind], int.from_bytes(struct.pack("<f" if kind == "fp32" else "<d", value), "little")
-    return SIZES[kind], int(value) & (1 << 8 * SIZES[kind]) - 1
 
 
 def watch(stub: ctypes.CDLL, capability: tuple[int, int]) -> list[dict[str, Any]]:
@@ -125,7 +108,7 @@ def main() -> None:
 
     backends._obstacle = lambda *_: None
     common._target = lambda _: chip  # type: ignore[assignment]
-    sys.path += [str(TESTS / "gpu"), str(TESTS)]
+    sys.path.append(str(TESTS / "gpu"))
     sanitize = importlib.import_module("sanitize")
 
     with torch.no_grad(), lcf_fast.use_backend("triton"):
