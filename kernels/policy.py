@@ -66,7 +66,7 @@ _HALF: dict[str, dict[int, tuple[TileConfig, ...]]] = {
 }
 # At d = 512 the 64-row tile compiles to an empty kernel for sm_100 (Triton 3.7.1), so the next smaller one leads.
 _HALF["sm_100"] = {**_HALF["sm_90"], 512: _HALF["sm_90"][512][1:]}
-# At d = 256 this one spills least there, 14 times in place and twice out of place; others 30 times and more.
+# At d = 256 this one spills least there, 14 times in place and twice out of place; others 29 times and more in all.
 _HALF["sm_100"][256] = (TileConfig(128, 32, 64, 8, 2), *_HALF["sm_90"][256][1:])
 
 #: float32 multiplies on the plain cores: small tiles, or the unrolled products fill the register file.
