@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .autocast import without_autocast
 from .eager_pooling import span_of_token, with_tracks
+from .eager_tiles import Workspace
 from .reference import Pair, accumulation_dtype
 
 LEFT, RIGHT, INNER = range(3)
@@ -98,7 +99,9 @@ def pool_range(
     offsets, mask = with_tracks(span_offsets, attention_mask)
     tracks, ranges = offsets.shape[1], offsets.shape[2] - 1
     span = span_of_token(offsets, mask, length)
-    outside = (span == ranges).all(1)
+    outside = (span == ranges).all(1)[:, None, :, None]
+    # Looked at on a CPU, where a copy of both halves is most of the work; elsewhere looking would wait for the device.
+    fills = key.device.type != "cpu" or bool(outside.any())
     begins_before, ends_after = offsets[..., :-1] < 0, offsets[..., 1:] > length
     through = (begins_before & ends_after).any(2)
     is_left = begins_before & (offsets[..., 1:] > 0)
@@ -113,8 +116,9 @@ def pool_range(
     stats = torch.zeros(len(caches), batch, heads, tracks, STATS, dtype=dtype, device=key.device)
     stats[..., THROUGH] = through[:, None]
     wide = dtype if key.device.type == "mps" else torch.float64  # sums by span run token by token
+    space = Workspace(key.device)
     for layer, pair in enumerate(caches):
-        rows = [tensor.to(dtype).masked_fill(outside[:, None, :, None], 0.0) for tensor in pair]
+        rows = [tensor.to(dtype).masked_fill(outside, 0.0) if fills else tensor.to(dtype) for tensor in pair]
         queries = torch.stack([span_query[layer], global_query[layer]], 1).to(dtype) * dim**-0.5  # (H, 2, D)
         scores = rows[0] @ queries.mT  # (B, H, N, 2)
         for track in range(tracks):
@@ -140,7 +144,7 @@ def pool_range(
                 one[..., 2 * part + 1] = torch.where(chosen, total, 0.0).sum(2)
             one[..., 2 * INNER], one[..., 2 * INNER + 1] = top[..., 0], share.sum(2)
             for half, x in enumerate(rows):
-                product = x * weight[..., None]
+                product = torch.mul(x, weight[..., None], out=space("product", x.shape, dtype))
                 for b, (first, last) in enumerate(row[track] for row in cuts):
                     target = states[layer, b, :, track, :, half]
                     target[:, LEFT] = product[b, :, :first].sum(1)

@@ -6,6 +6,7 @@ The error budget, guard bands, and makers of caches and stacked weights, random 
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Literal, NamedTuple, Protocol, get_args
@@ -89,6 +90,16 @@ def assert_within_budget(got: Tensor, reference64: Tensor, same_dtype: Tensor, k
             f"{name} error {measure(error):.3e} is over the budget {bound:.3e} = "
             f"{k} * {measure(plain):.3e} (plain torch) + {tiny:.1e}; values are {measure(truth):.2e}"
         )
+
+
+def assert_same_rows(got: Tensor, expected: Tensor) -> None:
+    """Rows that took another place in a tile: alike to the bit, but in the interpreter to rounding.
+
+    There numpy multiplies, and some BLAS add up the last rows of a matrix in another order than the others.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        assert torch.equal(got, expected)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=float(expected.abs().max()) * 1e-6)
 
 
 def guarded(
