@@ -10,7 +10,16 @@ import torch
 from slot_formulas import EPS, Weights, expand_formula, fold_formula, make_slot_weights
 from torch import Tensor
 
-from helpers import ADVERSARIES, Adversary, Pair, adversarial, assert_same_rows, assert_within_budget, beyond_int32, guarded
+from helpers import (
+    ADVERSARIES,
+    Adversary,
+    Pair,
+    adversarial,
+    assert_same_rows,
+    assert_within_budget,
+    beyond_int32,
+    guarded,
+)
 from lcf_fast.kernels import slot_projection
 from lcf_fast.kernels.slot_policy import SlotExpandConfig, slot_expand_config, slot_expand_options, slot_fold_config
 from lcf_fast.kernels.slot_projection import expand_slots, fold_slots
