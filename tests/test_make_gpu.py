@@ -114,6 +114,16 @@ def test_steps_of_a_phase_run_side_by_side_and_share_a_log(runner: ModuleType, t
     assert sorted(file.name for file in tmp_path.iterdir()) == ["both.log", "first", "last.log", "second"]
 
 
+def test_less_time_for_all_of_it(runner: ModuleType, tmp_path: Path) -> None:
+    """The first step is cut short, the next one is not begun."""
+    steps = [runner.Step(f"step {i}", [sys.executable, "-c", "import time; time.sleep(60)"], 60, i) for i in (0, 1)]
+    started = time.monotonic()
+    results = runner.run_all(steps, tmp_path, 6.0)
+    assert [result.status for result in results] == ["timeout", "timeout"] and time.monotonic() - started < 30
+    assert "stopped after 6 s" in results[0].note and results[1].note == "no time left for it"
+    assert runner.parser().parse_args(["--out", "x", "--seconds", "200"]).seconds == 200
+
+
 def test_a_step_at_its_limit_is_told_first(runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = "import signal, time\nsignal.signal(signal.SIGTERM, signal.default_int_handler)\n"
     told += "try:\n    print('up', flush=True)\n    time.sleep(60)\n"
