@@ -77,9 +77,12 @@ def steps(out: Path) -> list[Step]:
     """All steps, phase after phase."""
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "--maxfail=20"]
-    # Most of their time is the compiler's, so workers are worth more than the one device that they share.
-    workers = min(6, max(1, (os.cpu_count() or 2) // 2 - 1))
-    beside = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
+    # Most of their time is the compiler's (over 500 kernels for "numerics"), so workers are worth more than the one
+    # device that they share; past 14 its memory is.
+    cores = min(16, os.cpu_count() or 2)
+    few, many = max(1, cores // 4), max(1, cores - cores // 4 - 2)
+    has_xdist = importlib.util.find_spec("xdist") is not None
+    checks = {name: [*pytest, *(["-n", str(n)] if has_xdist else [])] for name, n in (("gpu", few), ("numerics", many))}
     on_gpu = {"LCF_FAST_TEST_DEVICE": "cuda"}
     sanitizer = shutil.which("compute-sanitizer") or ""
     absent = "" if sanitizer else "compute-sanitizer is not on PATH"
@@ -91,8 +94,8 @@ def steps(out: Path) -> list[Step]:
     bench = [python, "-m", "bench", "--device", "cuda"]
     latency = [python, "-m", "lcf_fast.cli", "latency", "--device", "cuda", "--batch", "1", "--rounds", "5"]
     return [
-        Step("gpu", [*pytest, *beside, str(HERE), "-m", "gpu"], 250, 0, on_gpu),
-        Step("numerics", [*pytest, *beside, *map(str, on_device()), "-m", chosen], 250, 0, on_gpu),
+        Step("gpu", [*checks["gpu"], str(HERE), "-m", "gpu"], 250, 0, on_gpu),
+        Step("numerics", [*checks["numerics"], *map(str, on_device()), "-m", chosen], 250, 0, on_gpu),
         Step("bench", [*bench, "--quick", "--out", str(out / "bench")], 215, 1),
         Step("memcheck", [*sanitize, "--tool", "memcheck", *script], 110, 2, bare, log="sanitizer", absent=absent),
         Step("racecheck", [*sanitize, "--tool", "racecheck", *script], 110, 2, bare, log="sanitizer", absent=absent),
