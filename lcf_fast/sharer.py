@@ -182,7 +182,7 @@ class Summarizes(ReadsSharer):
         Raises: as :meth:`summarize`, but a row may have no token.
         """
         self._check_cross_context("pool")
-        sharer, mask = self._read(cache_piece, attention_mask)
+        sharer, mask = self._read(cache_piece, attention_mask, "cache_piece")
         key = sharer[0][0]
         given = host_spans(spans, key)
         return self._pool(sharer, given, without_gaps(given, key, mask))

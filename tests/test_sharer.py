@@ -25,6 +25,7 @@ from lcf_fast.errors import (
     DTypeError,
     GeometryError,
     IndexRangeError,
+    LCFError,
     MessageError,
     ShapeError,
     SpanError,
@@ -193,6 +194,16 @@ def test_growing_refuses_and_stays_as_it_was() -> None:
         growing.extend(cache)
 
 
+def test_errors_of_a_piece_name_its_arguments() -> None:
+    adapter, cache = make_adapter(True), sharer_cache(1, 10)
+    for call in (adapter.pool, adapter.begin().extend):
+        with pytest.raises(GeometryError, match=r"^cache_piece: expected"):
+            call(cache[:2])
+        for spans in ([[5, 4]], [[0, 4], [1]], [[0.5, 2]], torch.zeros(2), 3):
+            with pytest.raises(LCFError, match=r"^spans"):
+                call(cache, spans)  # type: ignore[arg-type]
+
+
 def test_a_row_without_a_token_has_no_message() -> None:
     adapter = make_adapter(True)
     growing = adapter.begin().extend(sharer_cache(2, 6), [[0, 6], [3, 3]], open=True)
@@ -357,6 +368,8 @@ def test_messages_for_every_row_are_weighed_row_by_row() -> None:
     for wrong in ([[1.0] * 3, [0.0] * 3], [[1.0], [0.5], [0.5]]):
         with pytest.raises(ShapeError, match=r"^weights: expected \(2,\) or \(2, 4\)"):
             adapter.inject(receiver, [first, second], weights=wrong)
+    with pytest.raises(DTypeError, match=r"^weights: expected numbers"):
+        adapter.inject(receiver, [first, second], weights=[10**400, 1.0])
 
 
 def test_one_edit_whatever_the_number_of_sharers(monkeypatch: pytest.MonkeyPatch) -> None:
