@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,6 @@ from lcf_fast.errors import (
     DTypeError,
     GeometryError,
     IndexRangeError,
-    LCFError,
     MessageError,
     ShapeError,
     SpanError,
@@ -196,16 +193,6 @@ def test_growing_refuses_and_stays_as_it_was() -> None:
         growing.extend(cache)
 
 
-def test_errors_of_a_piece_name_its_arguments() -> None:
-    adapter, cache = make_adapter(True), sharer_cache(1, 10)
-    for call in (adapter.pool, adapter.begin().extend):
-        with pytest.raises(GeometryError, match=r"^cache_piece: expected"):
-            call(cache[:2])
-        for spans in ([[5, 4]], [[0, 4], [1]], [[0.5, 2]], torch.zeros(2), 3):
-            with pytest.raises(LCFError, match=r"^spans"):
-                call(cache, spans)  # type: ignore[arg-type]
-
-
 def test_a_row_without_a_token_has_no_message() -> None:
     adapter = make_adapter(True)
     growing = adapter.begin().extend(sharer_cache(2, 6), [[0, 6], [3, 3]], open=True)
@@ -372,26 +359,6 @@ def test_messages_for_every_row_are_weighed_row_by_row() -> None:
             adapter.inject(receiver, [first, second], weights=wrong)
     with pytest.raises(DTypeError, match=r"^weights: expected numbers"):
         adapter.inject(receiver, [first, second], weights=[10**400, 1.0])
-
-
-def test_two_threads_make_the_first_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they have seen of the weights is one and the same: either message still knows its origin."""
-    adapter, cache = make_adapter(True), sharer_cache(1, 4)
-    with torch.no_grad():
-        adapter.get_parameter("span_query").add_(1.0)  # not seen before
-    weights = adapter._weights
-
-    def slowly() -> Any:
-        time.sleep(0.05)
-        return weights()
-
-    monkeypatch.setattr(adapter, "_weights", slowly)
-    with ThreadPoolExecutor(2) as pool:
-        states = list(pool.map(lambda _: adapter._state(), range(2)))
-    assert states[0] is states[1]
-    with ThreadPoolExecutor(2) as pool:
-        messages = list(pool.map(lambda _: adapter.summarize(cache), range(2)))
-    assert messages[0].origin == messages[1].origin == adapter.origin
 
 
 def test_one_edit_whatever_the_number_of_sharers(monkeypatch: pytest.MonkeyPatch) -> None:
