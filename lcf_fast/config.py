@@ -13,8 +13,10 @@ from typing import Any, Literal
 from .errors import DTypeError, GeometryError, IndexRangeError
 from .geometry import geometry_fields
 
-__all__ = ["CacheGeometry", "LCFConfig", "c2c_parameters_per_layer", "layer_map"]
+__all__ = ["MAX_LAYERS", "CacheGeometry", "LCFConfig", "c2c_parameters_per_layer", "layer_map"]
 
+#: Far above what any model has: a damaged number must not become a list of so many.
+MAX_LAYERS = 1 << 12
 LAYER_MAPS = ("last_aligned", "relative_depth")
 
 
@@ -48,7 +50,7 @@ class CacheGeometry:
 
     Raises:
         DTypeError: a field is no int.
-        GeometryError: a field is below 1.
+        GeometryError: a field is below 1, or more layers than ``MAX_LAYERS``.
     """
 
     layers: int
@@ -58,6 +60,8 @@ class CacheGeometry:
     def __post_init__(self) -> None:
         for field in fields(self):
             _positive_int(field.name, getattr(self, field.name))
+        if self.layers > MAX_LAYERS:
+            raise GeometryError("layers", expected=f"at most {MAX_LAYERS}", got=str(self.layers))
 
     @property
     def channels(self) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from .config import CacheGeometry
+from .config import MAX_LAYERS, CacheGeometry
 from .errors import MessageError
 from .fingerprint import Origin, is_digest
 from .message import BATCH_AXIS
@@ -27,8 +27,8 @@ FORMAT = "lcf_fast.message"
 SCALE_AXES = {"latent": 2, "summary": 3}
 
 _MAX_METADATA = 1 << 14
-#: Far above what any model has, far below where a product of them or a list of layers could hurt.
-_MAX_LAYERS, _MAX_SIZE, _MAX_COUNT = 1 << 12, 1 << 20, 1 << 31
+#: Far above what any model has, far below where a product of them could hurt.
+_MAX_SIZE, _MAX_COUNT = 1 << 20, 1 << 31
 _RANGES = r"[0-9]{1,5}(?:[,-][0-9]{1,5})*"
 _FIELDS = {"batch", "dtype", "format", "layers", "metadata", "origin", "receiver", "sharer", "spans", "width"}
 #: There only where they say something: messages without are what they were before there were slots.
@@ -131,7 +131,7 @@ def parsed(text: str) -> Description:
         sizes = fields[side]
         if not isinstance(sizes, list) or len(sizes) != 3:
             refuse(side, "layers, KV heads and head dim", sizes)
-        most = (_MAX_LAYERS, _MAX_SIZE, _MAX_SIZE)
+        most = (MAX_LAYERS, _MAX_SIZE, _MAX_SIZE)
         geometries[side] = CacheGeometry(*(_whole(side, size, limit) for size, limit in zip(sizes, most)))
     origin = fields["origin"]
     if not isinstance(origin, list) or len(origin) != 2 or not all(map(is_digest, origin)):
@@ -182,7 +182,7 @@ def _layers(text: Any, count: int) -> tuple[int, ...]:
     """The layers that :func:`_ranges` wrote as ``text``, in ``[0, count)``."""
     expected = f"ascending layers in [0, {count}), as 6,8-10"
     # No text that could be right is longer, and matching a long one would take memory.
-    if not isinstance(text, str) or len(text) > 4 * _MAX_LAYERS or not re.fullmatch(_RANGES, text):
+    if not isinstance(text, str) or len(text) > 4 * MAX_LAYERS or not re.fullmatch(_RANGES, text):
         refuse("layers", expected, text)
     layers: list[int] = []
     for run in text.split(","):

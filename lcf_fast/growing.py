@@ -184,7 +184,7 @@ class GrowingMessage(_Growing["Summarizes", PartialPool]):
         """
         half = self._half
         self._check_weights()
-        sharer, mask = half._read(cache_piece, attention_mask)
+        sharer, mask = half._read(cache_piece, attention_mask, "cache_piece")
         key = sharer[0][0]
         self._check_batch(key)
         given = host_spans(spans, key)

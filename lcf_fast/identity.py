@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from .errors import MessageError
 from .fingerprint import Origin
 
 __all__ = ["HasOrigin", "Pending"]
+
+_seeing = Lock()
 
 #: Weights with their numbers of changes: equal stamps, equal weights.
 Stamp = tuple[tuple[int, int], ...]
@@ -98,9 +101,13 @@ class HasOrigin(nn.Module):
     def _state(self) -> State:
         """The same object as long as no weight changes."""
         stamp, seen = self._stamp(), self._seen
-        if seen is None or seen[0] != stamp:
-            seen = self._seen = (stamp, list(self._weights().values()), State())
-        return seen[2]
+        if seen is not None and seen[0] == stamp:
+            return seen[2]
+        with _seeing:  # of two threads that come first, both must get the one that stays
+            seen = self._seen
+            if seen is None or seen[0] != stamp:
+                seen = self._seen = (stamp, list(self._weights().values()), State())
+            return seen[2]
 
     def _see(self, state: State) -> None:
         """The weights now held are those of ``state``, in whatever dtype and wherever they lie."""

@@ -14,6 +14,7 @@ from .spans import Spans
 
 __all__ = [
     "check_device",
+    "given_spans",
     "hide_padding",
     "host_spans",
     "known_length",
@@ -98,7 +99,7 @@ def host_spans(spans: Any, key: Tensor) -> Spans:
         return spans
     if spans is None:
         return Spans(torch.tensor([0, length], dtype=torch.int32).repeat(batch, 1, 1))
-    given = Spans.given(spans.cpu() if isinstance(spans, Tensor) else spans)
+    given = given_spans(spans)
     if given.batch != batch:
         raise ShapeError("spans", expected=f"spans of {batch} items", got=f"of {given.batch}")
     last = max(map(max, given.offsets.flatten(1).tolist()), default=0)
@@ -106,6 +107,15 @@ def host_spans(spans: Any, key: Tensor) -> Spans:
         expected = f"offsets within [0, {length}] (Spans.piece marks those that go on)"
         raise SpanError("spans", expected=expected, got=f"values up to {last}")
     return given
+
+
+def given_spans(spans: Any) -> Spans:
+    """`Spans.given`, whose errors name ``spans`` as the caller calls them."""
+    try:
+        return Spans.given(spans.cpu() if isinstance(spans, Tensor) else spans)
+    except LCFError as error:
+        name = error.argument.replace("bounds", "spans", 1)
+        raise type(error)(name, expected=error.expected, got=error.got) from None
 
 
 def _padded(spans: Any) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .caches import check_pairs
 from .errors import DTypeError, LCFError, ShapeError, SpanError
 from .growing import PartialPool
-from .inputs import without_gaps
+from .inputs import given_spans, without_gaps
 from .message import Message
 from .slot_states import SlotStates
 from .slots_sharer import SummarizesSlots
@@ -120,7 +120,7 @@ def _exchange_states(
 def _given(spans: Any, batch: int, has_slots: bool) -> Spans:
     if has_slots:
         raise SpanError("spans", expected="None, since slots know no spans", got=type(spans).__name__)
-    given = spans if isinstance(spans, Spans) else Spans.given(spans.cpu() if isinstance(spans, Tensor) else spans)
+    given = spans if isinstance(spans, Spans) else given_spans(spans)
     if given.batch != batch:
         raise ShapeError("spans", expected=f"spans of {batch} items", got=f"of {given.batch}")
     return given

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .checks import check_mask
+from .checks import check_mask, reads_values
 from .errors import DTypeError, GeometryError, ShapeError
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ def with_slots(
         Ids and int64 mask, ``(B, N + k)``.
 
     Raises:
-        ShapeError, DTypeError, GeometryError: naming the argument.
+        ShapeError, DTypeError, GeometryError: naming the argument; also rows that end in padding, which is looked for
+            on the CPU.
     """
     check_placement(placement)
     if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.shape[1]:
@@ -76,6 +77,9 @@ def with_slots(
     batch, length = ids.shape
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     check_mask("attention_mask", mask, batch, length)
+    if reads_values(mask) and not bool((mask[:, -1] != 0).all()):
+        got = f"rows that end in it: {(mask[:, -1] == 0).nonzero().flatten().tolist()}"
+        raise ShapeError("attention_mask", expected="padding on the left alone", got=got[:200])
     if isinstance(slots, int) and not isinstance(slots, bool):
         if slots < 0:
             raise ShapeError("slots", expected="0 or more", got=str(slots))

@@ -141,7 +141,7 @@ def _factors(weights: Any, count: int, batch: int | None, like: Tensor) -> Tenso
         return None
     try:
         factors = torch.as_tensor(weights, dtype=like.dtype, device=like.device)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise DTypeError("weights", expected="numbers, (n,) or (n, B)", got=repr(weights)[:80]) from error
     factors = factors[:, None] if factors.dim() == 1 else factors
     if factors.dim() != 2 or factors.shape[0] != count or (batch is not None and factors.shape[1] not in (1, batch)):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .caches import cache_layers
-from .errors import DTypeError, GeometryError, IndexRangeError, ShapeError
+from .errors import DTypeError, GeometryError, IndexRangeError, LCFError, ShapeError
 
 __all__ = ["Rotary"]
 
@@ -75,7 +75,12 @@ class Rotary:
         names = [_ONLY]
         if "layer_type" in inspect.signature(embedding.forward).parameters:
             names = sorted(set(model.config.layer_types))
-        keys, positions = _keys_of_one_token(model)
+        try:
+            keys, positions = _keys_of_one_token(model)
+        except LCFError:
+            raise
+        except (IndexError, TypeError, ValueError) as error:  # as models of other caches complain of this one
+            raise _unserved(model, f"one that does not read into a DynamicCache: {error}") from error
         heads = [(key.shape[1], key.shape[3]) for key in keys]
         rotary = cls(embedding, apply, [_NONE] * len(keys), heads)
         kinds = []
@@ -85,6 +90,8 @@ class Rotary:
             for kind in (_NONE, *names):
                 try:
                     turned = here if kind == _NONE else rotary._turned(here, positions[:1], positions[1:], kind)
+                except KeyError:  # a type of layers that do not rotate, of which the embedding knows nothing
+                    continue
                 except RuntimeError as error:  # sizes: only a part of each key turns, and the module cuts it out
                     raise _unserved(model, f"keys that do not turn whole: {error}") from error
                 errors[kind] = float((turned.float() - there.float()).norm() / there.float().norm())

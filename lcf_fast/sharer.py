@@ -182,7 +182,7 @@ class Summarizes(ReadsSharer):
         Raises: as :meth:`summarize`, but a row may have no token.
         """
         self._check_cross_context("pool")
-        sharer, mask = self._read(cache_piece, attention_mask)
+        sharer, mask = self._read(cache_piece, attention_mask, "cache_piece")
         key = sharer[0][0]
         given = host_spans(spans, key)
         return self._pool(sharer, given, without_gaps(given, key, mask))
@@ -266,8 +266,9 @@ class SideOf(ReadsSharer, nn.Module):
     @property
     def adapter_digest(self) -> str:
         adapter = self._receiver()
-        # Asked of the adapter itself as long as it is there: it may be in training, too.
-        return self._digest if adapter is None else cast(str, adapter.origin.adapter)
+        if adapter is not None:  # asked of itself as long as it is there: it may be in training, too
+            self._digest = cast(str, adapter.origin.adapter)
+        return self._digest
 
     def _receiver(self) -> Any:
         return None if self._adapter is None else self._adapter()
@@ -409,6 +410,7 @@ class SharerSide(Summarizes, SideOf):
             bottleneck=adapter.config.bottleneck,
             receiver_layers=adapter._kept,
             sharer_layers=reads,
+            adapter_digest=adapter.origin.adapter,  # for when the adapter is gone
             device=bias.device,
             dtype=bias.dtype,
         )

@@ -6,7 +6,6 @@ of a kind together, fills up the others' rows, and says which slots a row has.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .caches import check_pairs
 from .checks import reads_values
 from .errors import ShapeError, SpanError
 from .inputs import host_spans, span_offsets
@@ -22,7 +22,6 @@ from .span_text import Bounds
 from .spans import Spans
 
 if TYPE_CHECKING:
-    from .caches import Pair
     from .slots_sharer import SummarizesSlots
 
 __all__ = ["slots_there", "span_groups", "summarize_spans"]
@@ -56,7 +55,7 @@ def span_groups(spans: Any, key: Tensor, mask: Tensor | None) -> Tensor:
 
 def summarize_spans(
     side: SummarizesSlots,
-    sharer_cache: Sequence[Pair],
+    sharer_cache: Any,
     spans: Any,
     *,
     attention_mask: Tensor | None = None,
@@ -66,8 +65,8 @@ def summarize_spans(
 
     Args:
         side: what summarizes.
-        sharer_cache: one ``(key, value)`` a layer, ``(B, Hs, N, Ds)`` each.
-        spans, attention_mask, slots: as `SummarizesSlots.summarize` takes them; a span without a real token is none.
+        sharer_cache, spans, attention_mask, slots: as `SummarizesSlots.summarize` takes them; a span without a real
+            token is none.
 
     Returns:
         The message, ``latent (L, B, S, d)``, S slots of the row that has most, zeros where one has fewer; and which
@@ -76,19 +75,18 @@ def summarize_spans(
     Raises:
         SpanError: a row without a span. As `SummarizesSlots.summarize`.
     """
-    key = sharer_cache[0][0]
-    if attention_mask is not None and tuple(attention_mask.shape) != (key.shape[0], key.shape[2]):
-        expected = f"(B, N) = ({key.shape[0]}, {key.shape[2]})"
-        raise ShapeError("attention_mask", expected=expected, got=str(tuple(attention_mask.shape)))
-    bounds = _bounds_of(spans, key, attention_mask)
+    sharer, real = side._read(sharer_cache, attention_mask)
+    check_pairs(sharer, "sharer_cache", side.sharer_geometry)  # all layers, whose rows are taken here
+    key = sharer[0][0]
+    bounds = _bounds_of(spans, key, real)
     alike: dict[int, list[int]] = {}
     for row, found in enumerate(bounds):
         alike.setdefault(len(found), []).append(row)
     parts = []
-    for rows in alike.values():
+    for rows in alike.values() or [[]]:
         is_all = len(rows) == len(bounds)
-        part = list(sharer_cache) if is_all else [(k[rows], v[rows]) for k, v in sharer_cache]
-        mask = attention_mask if is_all or attention_mask is None else attention_mask[rows]
+        part = sharer if is_all else [(k[rows], v[rows]) for k, v in sharer]
+        mask = real if is_all or real is None else real[rows]
         parts.append(side.summarize(part, Spans.given([bounds[r] for r in rows]), attention_mask=mask, slots=slots))
     most = max(part.slots for part in parts)
     latents = []
@@ -96,7 +94,7 @@ def summarize_spans(
         assert made.latent is not None
         latents.append(pad(made.latent, (0, 0, 0, most - made.slots)))
     order = torch.tensor([row for rows in alike.values() for row in rows], device=key.device).argsort()
-    message = replace(parts[0], latent=torch.cat(latents, 1)[:, order], spans=max(alike))
+    message = replace(parts[0], latent=torch.cat(latents, 1)[:, order], spans=max(alike, default=1))
     return message, _there([len(found) for found in bounds], most).to(key.device)
 
 
@@ -110,8 +108,8 @@ def slots_there(spans: Spans, attention_mask: Tensor, most: int) -> Tensor:
 
 
 def _there(counts: list[int], most: int) -> Tensor:
-    each = most // max(counts)
-    return (torch.arange(most) < each * torch.tensor(counts)[:, None]).long()
+    each = most // max(counts, default=1)
+    return (torch.arange(most) < each * torch.tensor(counts, dtype=torch.int64)[:, None]).long()
 
 
 def _bounds_of(spans: Any, key: Tensor, mask: Tensor | None) -> list[Bounds]:

@@ -238,14 +238,16 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
         Returns:
             A ``DynamicCache`` of k positions.
 
-        Raises: as :meth:`place`.
+        Raises: as :meth:`place`; DTypeError for ``dtype``.
         """
         from .reading.prefill import dynamic_cache
 
+        wanted = getattr(receiver, "dtype", torch.float32) if dtype is None else dtype
+        if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
+            raise DTypeError("dtype", expected="a float dtype of torch, or None", got=repr(wanted))
         latent = self._latent(message, "message")
         positions = torch.arange(latent.shape[2], device=latent.device)[None]
         placed = self.place(receiver, message, positions)
-        wanted = getattr(receiver, "dtype", torch.float32) if dtype is None else dtype
         return dynamic_cache((key.to(wanted), value.to(wanted)) for key, value in placed)
 
     # --- messages

@@ -277,6 +277,7 @@ class SlotsSharerSide(SummarizesSlots, SideOf):
             slots=slots,
             sharer_layers=reads,
             per_span=adapter.per_span,
+            adapter_digest=adapter.origin.adapter,  # for when the adapter is gone
             device=like.device,
             dtype=like.dtype,
         )

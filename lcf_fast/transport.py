@@ -106,7 +106,7 @@ def _fill(sock: socket.socket, view: memoryview, deadline: float | None) -> None
             count = sock.recv_into(view[done:])
         except TimeoutError:
             raise failed("the time was up") from None
-        except ConnectionError as error:
+        except OSError as error:  # reset, unreachable, not connected; TLS that does not come out right
             raise failed(error.strerror or str(error)) from error
         if count == 0:
             raise failed("the end of the stream")

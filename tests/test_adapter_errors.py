@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import assert_equal, cloned, make_adapter, make_caches
+from adapters import SHARER, assert_equal, cloned, make_adapter, make_caches
 from torch import Tensor
 
 from helpers import Geometry, make_cache
@@ -237,3 +237,13 @@ def test_offsets_that_are_none(spans: Any, error: type[LCFError]) -> None:
 def test_layers_to_keep_that_are_no_list() -> None:
     with pytest.raises(DTypeError, match=r"^keep_layers: "):
         make_adapter().prune(3)  # type: ignore[arg-type]
+
+
+def test_errors_of_a_piece_name_its_arguments() -> None:
+    adapter, cache = make_adapter(True), make_cache(SHARER, 1, 10)
+    for call in (adapter.pool, adapter.begin().extend):
+        with pytest.raises(GeometryError, match=r"^cache_piece: expected"):
+            call(cache[:2])
+        for spans in ([[5, 4]], [[0, 4], [1]], [[0.5, 2]], torch.zeros(2), 3):
+            with pytest.raises(LCFError, match=r"^spans"):
+                call(cache, spans)  # type: ignore[arg-type]

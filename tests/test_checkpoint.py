@@ -67,6 +67,18 @@ def test_sizes_beyond_any_tensor(size: int, cross_context: bool, tmp_path: Path)
         checkpoint.load_any(tmp_path)
 
 
+@pytest.mark.parametrize("side", ["sharer", "receiver"])
+def test_layers_beyond_any_model_are_not_listed(side: str, tmp_path: Path) -> None:
+    """A layer map of so many would take all memory before anything were found wrong."""
+    make_adapter().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    description = json.loads(path.read_text())
+    description["config"][side]["layers"] = 10**7
+    path.write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match="at most 4096"):
+        checkpoint.load_any(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"config": ' * 100_000])
 def test_json_nested_beyond_reason(text: str, tmp_path: Path) -> None:
     make_adapter().save_pretrained(tmp_path)

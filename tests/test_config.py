@@ -266,8 +266,8 @@ def test_what_has_no_slots_is_written_as_before_there_were_any() -> None:
     assert LCFConfig(QWEN25, QWEN3, slots=4).to_dict()["slots"] == 4
 
 
-@pytest.mark.parametrize("fields", [(0, 2, 64), (24, -2, 64), (24, 2, 0)])
-def test_geometry_fields_are_positive(fields: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("fields", [(0, 2, 64), (24, -2, 64), (24, 2, 0), (4097, 2, 64)])
+def test_geometry_fields_are_within_reason(fields: tuple[int, int, int]) -> None:
     with pytest.raises(GeometryError):
         CacheGeometry(*fields)
 

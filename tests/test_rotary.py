@@ -89,7 +89,39 @@ def half_turned() -> Any:
     return model
 
 
-@pytest.mark.parametrize("make", [gpt2, half_turned, lambda: torch.nn.Linear(2, 2), lambda: None])
+def test_layers_without_a_rotation_of_which_the_embedding_knows_nothing() -> None:
+    """Its rotary embedding has angles for the layers with a window alone; the others see no positions."""
+    model = family_model("gemma3")
+    body = model.base_model
+    angles = body.rotary_emb.forward
+    still = torch.ones(1), torch.zeros(1)
+    reading = [True]
+
+    def forward(x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+        if layer_type == "full_attention":
+            if not reading:
+                raise KeyError(layer_type)
+            return tuple(part.expand_as(x[..., :1, :16]) for part in still)
+        return angles(x, position_ids, layer_type)
+
+    body.rotary_emb.forward = forward
+    with body.register_forward_hook(lambda *_: reading.clear()):
+        rotary = Rotary.of(model)
+    assert rotary.kinds == ("sliding_attention", "none", "sliding_attention")
+
+
+def reads_elsewhere() -> Any:
+    """As models whose caches are of another kind complain of a DynamicCache."""
+    model = family_model("qwen3")
+
+    def forward(**_: Any) -> Any:
+        raise IndexError("list index out of range")
+
+    model.base_model.forward = forward
+    return model
+
+
+@pytest.mark.parametrize("make", [gpt2, half_turned, reads_elsewhere, lambda: torch.nn.Linear(2, 2), lambda: None])
 def test_a_model_that_cannot_be_served_is_refused(make: Any) -> None:
     with pytest.raises(GeometryError) as caught:
         Rotary.of(make())

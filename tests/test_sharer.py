@@ -357,6 +357,8 @@ def test_messages_for_every_row_are_weighed_row_by_row() -> None:
     for wrong in ([[1.0] * 3, [0.0] * 3], [[1.0], [0.5], [0.5]]):
         with pytest.raises(ShapeError, match=r"^weights: expected \(2,\) or \(2, 4\)"):
             adapter.inject(receiver, [first, second], weights=wrong)
+    with pytest.raises(DTypeError, match=r"^weights: expected numbers"):
+        adapter.inject(receiver, [first, second], weights=[10**400, 1.0])
 
 
 def test_one_edit_whatever_the_number_of_sharers(monkeypatch: pytest.MonkeyPatch) -> None:

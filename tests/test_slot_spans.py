@@ -136,6 +136,24 @@ def test_rows_of_different_numbers_of_spans(drawn: list[list[tuple[int, int]]]) 
         assert not latent(message)[:, row, 2 * len(own) :].any()
 
 
+@torch.no_grad()
+def test_rows_that_differ_are_taken_as_summarize_takes_them() -> None:
+    """A model's own cache, a batch of none; what is wrong is named."""
+    adapter, cache = adapter_of(), cache_of(2)
+    spans, mask = [[0, 4, 9], [0, 9]], torch.ones(2, 9, dtype=torch.bool)
+    message, there = summarize_spans(adapter, dynamic_cache(cache), spans, attention_mask=mask)
+    assert torch.equal(latent(message), latent(summarize_spans(adapter, cache, spans)[0]))
+    assert there.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    message, there = summarize_spans(adapter, cache_of(0), Spans.given([]))
+    assert (latent(message).shape, there.shape) == ((3, 0, 2, 64), (0, 2))
+    short = [*cache[:2], (cache[2][0], cache[2][1][:, :, 1:])]
+    for bad in (None, [], cache[:2], short):
+        with pytest.raises(LCFError, match="sharer_cache"):
+            summarize_spans(adapter, bad, spans)
+    with pytest.raises(DTypeError, match="attention_mask"):
+        summarize_spans(adapter, cache, spans, attention_mask=mask.tolist())  # type: ignore[arg-type]
+
+
 def test_gradients_reach_rows_that_differ() -> None:
     adapter, cache = adapter_of(), cache_of(2)
     spans = Spans.given([[(0, 4)], [(0, 2), (3, 9)]])

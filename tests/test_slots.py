@@ -503,3 +503,9 @@ def test_bad_input(models: tuple[Any, Any], adapter: LatentSlots) -> None:
         with_slots(torch.ones(1, 2, dtype=torch.int64), None, 2.0)  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match="slots"):
         with_slots(torch.ones(1, 2, dtype=torch.int64), None, -1)
+    for where in PLACEMENTS:
+        with pytest.raises(ShapeError, match=r"attention_mask: .* rows that end in it: \[1\]"):
+            with_slots(torch.ones(2, 2, dtype=torch.int64), torch.tensor([[0, 1], [1, 0]]), 2, placement=where)
+    for dtype in (torch.int8, "float16"):
+        with pytest.raises(DTypeError, match="dtype: expected a float dtype"):
+            adapter.prefix(receiver, message, dtype=dtype)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -215,6 +216,24 @@ def test_a_connection_that_is_reset() -> None:
             sender.close()
             with pytest.raises(MessageError, match="socket: expected"):
                 receive_message(receiver, timeout=SOON)
+
+
+def test_a_line_that_fails_otherwise(pair: Pair) -> None:
+    """As one that was never connected, is closed on this side, or carries what is no TLS."""
+
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(pair[1], name)
+
+        def recv_into(self, view: Any) -> int:
+            raise ssl.SSLError("wrong version number")
+
+    with socket.socket() as unconnected:
+        for line in (unconnected, Broken()):
+            with pytest.raises(MessageError, match="socket: expected 56 more bytes of a message, got 0, then"):
+                receive_message(line, timeout=SOON)  # type: ignore[arg-type]
+    with pytest.raises(MessageError, match="Bad file descriptor"):
+        receive_message(unconnected)
 
 
 @pytest.mark.parametrize("pause", [0.02, 0.0])
