@@ -52,7 +52,8 @@ class Evidence:
         if "steps" in data:
             self.steps |= {step["step"]: step["status"] for step in data["steps"]}
         elif "cells" in data:
-            self.cells += data["cells"]
+            new = {(cell["group"], cell["batch"]) for cell in data["cells"]}
+            self.cells = [cell for cell in self.cells if (cell["group"], cell["batch"]) not in new] + data["cells"]
         elif data["settings"].get("sweep"):
             self.swept, self.sweep_left_out, self.sweep_failures = data["rows"], data["left_out"], data["failures"]
         else:

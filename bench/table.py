@@ -78,7 +78,7 @@ def section(results: dict[str, Any]) -> str:
     regime = next((row["time"]["regime"] for row in results["rows"] if row["time"]), "hot")
     inputs = "inputs rotated past three times the L2" if regime == "cold" else "inputs repeated"
     threads = "" if about["device_type"] == "cuda" else f", {plural(about['threads'], 'thread')}"
-    commit = (about["commit"] or "unknown")[:12]
+    commit = (about["commit"] or "unknown")[:12] + (" with uncommitted changes" if about["uncommitted_changes"] else "")
     ours = [row for row in results["rows"] if row["kind"] == "ours"]
     groups = list(dict.fromkeys(row["group"] for row in results["rows"]))
     ours.sort(key=lambda row: (groups.index(row["group"]), row["bottleneck"], row.get("batch", 1), row["tokens"]))
@@ -106,10 +106,19 @@ def section(results: dict[str, Any]) -> str:
 
 
 def table(files: Sequence[Path]) -> str:
-    """Everything between the markers, for these results, by file name."""
+    """Everything between the markers, for these results, by file name.
+
+    Raises:
+        ValueError: a file that holds no results of the benchmark. OSError: one that cannot be read.
+    """
     parts = []
     for file in sorted(files, key=lambda file: file.name):
-        results = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            results = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        if not isinstance(results, dict) or not {"about", "input", "rows", "settings"} <= results.keys():
+            raise ValueError(f"{file}: expected results of `python -m bench`")
         parts.append(section(results))
         if file.with_suffix(".svg").exists():
             parts.append(f"![{results['about']['device']}: times](bench/results/{file.stem}.svg)")
@@ -138,12 +147,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("results", type=Path, nargs="+", metavar="JSON", help="files of bench/results/")
     parser.add_argument("--write", type=Path, metavar="FILE", help=f"put it between {BEGIN} and {END} there")
     given = parser.parse_args(arguments)
-    content = table(given.results)
-    if given.write is None:
+    try:
+        content = table(given.results)
+        page = None if given.write is None else given.write.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        print(f"bench.table: {error}", file=sys.stderr)
+        return 1
+    if given.write is None or page is None:
         print(content)
         return 0
     try:
-        text = replaced(given.write.read_text(encoding="utf-8"), content)
+        text = replaced(page, content)
     except ValueError as error:
         print(f"{given.write}: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Writing a file so that no reader ever sees half of it."""
+"""Writing a file so that no reader ever sees half of it, and into a folder that no other process writes to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["whole_file", "write_whole"]
+__all__ = ["only_writer", "whole_file", "write_whole"]
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder until the block or the process ends, against all others that would hold it.
+
+    Where the system or the file system has no such locks, nothing is held.
+
+    Raises:
+        BlockingIOError: another holds it. OSError: the folder cannot be opened.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(error.errno, "another run is writing there", str(folder)) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

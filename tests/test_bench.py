@@ -442,6 +442,25 @@ def test_committed_results_name_no_machine() -> None:
         assert json.loads(text)["failures"] == []
 
 
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"cells": []}', '{"sets": []}'])
+def test_what_is_no_result_is_refused_by_name(
+    content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "some.json"
+    if content is not None:
+        file.write_text(content, encoding="utf-8")
+    assert table.main([str(file)]) == 1
+    printed = capsys.readouterr()
+    assert str(file) in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_a_table_says_that_its_commit_is_not_all() -> None:
+    results = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text(encoding="utf-8"))
+    assert "uncommitted" not in table.section(results)
+    results["about"]["uncommitted_changes"] = True
+    assert f"commit {results['about']['commit'][:12]} with uncommitted changes;" in table.section(results)
+
+
 def test_markers_must_be_there() -> None:
     assert table.replaced(f"a\n{table.BEGIN}\nold\n{table.END}\nz", "new") == f"a\n{table.BEGIN}\nnew\n{table.END}\nz"
     for text in ("none", table.BEGIN, f"{table.END}{table.BEGIN}", f"{table.BEGIN}{table.BEGIN}{table.END}"):

@@ -266,6 +266,16 @@ def test_results_of_a_cpu_are_no_evidence() -> None:
         evidence_of([{"sets": []}])
 
 
+def test_a_later_latency_takes_the_place_of_an_earlier_one() -> None:
+    given = files()
+    later = deepcopy(given[2])
+    (cell,) = [cell for cell in later["cells"] if cell["group"] == "shared context"]
+    cell["channels"]["lcf"]["communication_share"] = 0.5
+    name = next(target.name for target in targets.TARGETS if target.name.startswith("LCF's communication"))
+    found = {key[1]: outcome for key, outcome in outcomes([*given, later]).items()}
+    assert (found[name].measured, found[name].met) == (0.5, False)
+
+
 def test_each_gpu_has_its_own_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = deepcopy(files()[0])
     other["about"] = {"device": "Another", "device_type": "cuda"}

@@ -89,7 +89,8 @@ def _weighted(summary: Summary) -> str:
 
 def _notes(summary: Summary) -> str:
     text = (
-        "Scores in percent, with 95% intervals (accuracy: Wilson; F1 and differences: bootstrap, paired). "
+        "Scores in percent, with 95% intervals (accuracy: Wilson; F1 and differences: bootstrap, paired; where all are"
+        " alike: exact). "
         "Bytes and times: medians with the matching message; times are of the call that the question was in."
     )
     if summary.judged:

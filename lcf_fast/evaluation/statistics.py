@@ -154,10 +154,13 @@ def one_sided(first: Sequence[float], second: Sequence[float]) -> OneSided:
 def mean_interval(scores: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> Interval:
     """The mean score with its bootstrap interval (BCa, items drawn again).
 
+    Where all scores are the same, every resample is, too, and knows no error: then the interval is all means at which
+    the chance to see that is ``(1 - confidence) / 2`` or more. Of scores of 0 or 1 it is Clopper's and Pearson's.
+
     Raises:
         ShapeError: no score. EvaluationError: a score outside 0 to 1.
     """
-    return _bootstrap(_scores("scores", scores), confidence, seed)
+    return _bootstrap(_scores("scores", scores), 0.0, confidence, seed)
 
 
 def paired_interval(
@@ -165,11 +168,13 @@ def paired_interval(
 ) -> Interval:
     """The mean of first minus second with its paired bootstrap interval (BCa): items are drawn with both scores.
 
+    Where all differences are the same: as `mean_interval`, of differences from -1 to 1.
+
     Raises:
         ShapeError: not the same number of items, or none. EvaluationError: a score outside 0 to 1.
     """
     one, two = _pair(first, second)
-    return _bootstrap(one - two, confidence, seed)
+    return _bootstrap(one - two, -1.0, confidence, seed)
 
 
 def equivalence(
@@ -204,7 +209,7 @@ def equivalence(
     elif np.ptp(differences) <= 1e-12:
         off = min(abs(mean), margin)
         p_value = ((1 - margin) / (1 - off)) ** len(differences)
-        interval = Interval(mean, mean, mean)
+        interval = _of_one_value(mean, -1.0, len(differences), 1 - 2 * alpha)
     else:
         stats = _stats()
         above = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
@@ -244,12 +249,22 @@ def check_scipy() -> None:
     _stats()
 
 
-def _bootstrap(values: np.ndarray[Any, Any], confidence: float, seed: int) -> Interval:
+def _of_one_value(value: float, least: float, items: int, confidence: float) -> Interval:
+    """Of the mean of numbers from ``least`` to 1, all ``items`` of which are ``value``.
+
+    Among all items there may be so many others that these show none of them with a chance of ``(1 - confidence) / 2``;
+    those are then as far off as they can be.
+    """
+    others = 1 - ((1 - confidence) / 2) ** (1 / items)
+    return Interval(value, value - others * (value - least), value + others * (1 - value))
+
+
+def _bootstrap(values: np.ndarray[Any, Any], least: float, confidence: float, seed: int) -> Interval:
     if not 0 < confidence < 1:
         raise EvaluationError("confidence", expected="between 0 and 1", got=str(confidence))
     mean = float(values.mean())
-    if np.ptp(values) <= 1e-12:  # every resample is the same: BCa would divide by zero
-        return Interval(mean, mean, mean)
+    if np.ptp(values) <= 1e-12:
+        return _of_one_value(mean, least, len(values), confidence)
     stats = _stats()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)

@@ -24,7 +24,7 @@ from ..config import CacheGeometry
 from ..counting import counted
 from ..devices import chosen_device
 from ..errors import GeometryError, IndexRangeError
-from ..files import write_whole
+from ..files import only_writer, write_whole
 from ..reading.model_fingerprint import model_fingerprint, model_sample, weights_sample
 from ..reading.prefill import DTYPES, prefill
 from .failures import RunError
@@ -174,8 +174,8 @@ def write_prefills(
 
     Raises:
         GeometryError: models of another geometry than the plan's. DeviceError: ``plan.settings.device`` is not here.
-            RunError: ``folder`` holds another store; not enough room on the disk, found before the first prefill; it
-            cannot be written. What is finished stays.
+            RunError: ``folder`` holds another store; another process is writing it; not enough room on the disk, found
+            before the first prefill; it cannot be written. What is finished stays.
     """
     folder = Path(folder)
     for name, model, geometry in (("sharer", sharer, plan.sharer), ("receiver", receiver, plan.receiver)):
@@ -202,31 +202,39 @@ def write_prefills(
         plan=plan.digest(),
     )
     try:
-        waiting = _begin(folder, plan, manifest)
-        written = [0]
-        every = [(n, place) for n in waiting for place in plan.shards[n].batches]
-        rows: list[dict[str, Tensor]] = []
-        for n, (step, index) in counted(
-            every,
-            "micro-batches stored",
-            total=len(every),
-            shown=progress,
-            more=lambda: f"{_size(written[0])} of {_size(sum(plan.bytes_of(plan.shards[n]) for n in waiting))}",
-        ):
-            shard = plan.shards[n]
-            rows += _compute(plan, data.batch(step, index), shard.entries[len(rows) :], sharer, receiver)
-            if (step, index) == shard.batches[-1]:
-                _write_shard(folder, n, shard.entries, rows)
-                rows = []
-                written[0] += plan.bytes_of(shard)
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_writer(folder):
+            _store(folder, plan, data, manifest, sharer, receiver, progress)
     except OSError as error:
         raise RunError(str(folder), expected="a folder to write to", got=error.strerror or str(error)) from error
     return manifest
 
 
+def _store(
+    folder: Path, plan: StorePlan, data: Data, manifest: Manifest, sharer: Any, receiver: Any, progress: bool
+) -> None:
+    """All shards that are not there yet."""
+    waiting = _begin(folder, plan, manifest)
+    written = [0]
+    every = [(n, place) for n in waiting for place in plan.shards[n].batches]
+    rows: list[dict[str, Tensor]] = []
+    for n, (step, index) in counted(
+        every,
+        "micro-batches stored",
+        total=len(every),
+        shown=progress,
+        more=lambda: f"{_size(written[0])} of {_size(sum(plan.bytes_of(plan.shards[n]) for n in waiting))}",
+    ):
+        shard = plan.shards[n]
+        rows += _compute(plan, data.batch(step, index), shard.entries[len(rows) :], sharer, receiver)
+        if (step, index) == shard.batches[-1]:
+            _write_shard(folder, n, shard.entries, rows)
+            rows = []
+            written[0] += plan.bytes_of(shard)
+
+
 def _begin(folder: Path, plan: StorePlan, manifest: Manifest) -> list[int]:
     """Numbers of the shards that are not there yet; the manifest is, and the disk has room for them."""
-    folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).exists():
         held = Manifest.read(folder)
         changed = [name for name, value in asdict(manifest).items() if getattr(held, name) != value]

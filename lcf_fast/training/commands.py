@@ -56,7 +56,7 @@ _SHARED_SETTINGS = {
     "batch_size": (int, "examples a step, over all devices; default: 260, with --cross-context 256"),
     "micro_batch_size": (int, "examples that a device handles at a time: for memory; default: 4"),
     "seed": (int, "of the order of the data, the noise and the fresh adapter; default: 42"),
-    "max_tokens": (int, "longest sequence; longer examples are of no use; default: 2048"),
+    "max_tokens": (int, "longest sequence; longer examples are of no use; default: 2048, or the models' limit if less"),
 }
 _TRAINING_SETTINGS = {
     "learning_rate": (float, "of AdamW, at its highest; default: 1e-4"),
@@ -255,7 +255,7 @@ def _prepare(arguments: argparse.Namespace, *, shown: bool, first: bool) -> _Run
     from ..errors import IndexRangeError
     from .batches import ExampleData
     from .data import read_examples
-    from .models import hide_loading, load_geometry, load_tokenizer
+    from .models import hide_loading, load_geometry, load_tokenizer, longest_sequence
 
     if not shown:
         hide_loading()
@@ -263,15 +263,15 @@ def _prepare(arguments: argparse.Namespace, *, shown: bool, first: bool) -> _Run
         _check_slots(arguments)
         arguments.cross_context = True
     settings = _settings(arguments)
-    sharer, receiver = (load_geometry(role, getattr(arguments, role)) for role in ("sharer", "receiver"))
+    models = {role: getattr(arguments, role) for role in ("sharer", "receiver")}
+    settings = replace(settings, max_tokens=longest_sequence(models, settings.max_tokens, arguments.max_tokens))
+    sharer, receiver = (load_geometry(role, name) for role, name in models.items())
     config = _config(arguments, sharer, receiver)
     kept = tuple(range(receiver.layers)) if arguments.keep_layers is None else arguments.keep_layers
     if any(not 0 <= layer < receiver.layers for layer in kept):
         expected = f"receiver layers in [0, {receiver.layers})"
         raise IndexRangeError("--keep-layers", expected=expected, got=",".join(map(str, kept)))
-    tokenizers = {
-        f"{role}_tokenizer": load_tokenizer(role, getattr(arguments, role)) for role in ("sharer", "receiver")
-    }
+    tokenizers = {f"{role}_tokenizer": load_tokenizer(role, name) for role, name in models.items()}
     examples = read_examples(
         arguments.data,
         kind="cross" if arguments.cross_context else "shared",

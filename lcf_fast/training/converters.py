@@ -276,6 +276,11 @@ def add_convert_command(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    if arguments.broken is not None:
+        for name in ("source", "target"):
+            if arguments.broken.resolve() == getattr(arguments, name).resolve():
+                what = {"source": "IN", "target": "OUT"}[name]
+                raise DataError("--broken", expected=f"another file than {what}", got=str(arguments.broken))
     options: dict[str, Any] = {"on_error": arguments.on_error, "progress": True}
     if arguments.layout == "hotpotqa":
         result = convert_hotpotqa(arguments.source, arguments.target, seed=arguments.seed, **options)

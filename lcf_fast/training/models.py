@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from ..config import CacheGeometry
@@ -11,7 +12,7 @@ from ..errors import BackendError, LCFError
 from ..reading.prefill import DTYPES
 from .failures import RunError
 
-__all__ = ["hide_loading", "load_config", "load_geometry", "load_model", "load_tokenizer"]
+__all__ = ["hide_loading", "load_config", "load_geometry", "load_model", "load_tokenizer", "longest_sequence"]
 
 
 def load_model(role: str, name: str, precision: str, *, downloads: bool = True) -> Any:
@@ -46,6 +47,26 @@ def load_geometry(role: str, name: str) -> CacheGeometry:
         return CacheGeometry.of(config)
     except LCFError as error:
         raise type(error)(f"{role} {name}: {error.argument}", expected=error.expected, got=error.got) from error
+
+
+def longest_sequence(models: Mapping[str, str], default: int, given: int | None) -> int:
+    """``--max-tokens``: what is given, else the default, or what the models have positions for, if that is less.
+
+    Args:
+        models: names by role.
+
+    Raises:
+        RunError: more was given than a model has positions for. Else as `load_config`.
+    """
+    for role, name in models.items():
+        limit = getattr(load_config(role, name).get_text_config(), "max_position_embeddings", None)
+        if not isinstance(limit, int) or limit < 1:
+            continue
+        if given is not None and given > limit:
+            expected = f"{limit} at most, the max_position_embeddings of the {role} {name}"
+            raise RunError("--max-tokens", expected=expected, got=str(given))
+        default = min(default, limit)
+    return default if given is None else given
 
 
 def hide_loading() -> None:

@@ -70,7 +70,8 @@ def add_prune_command(commands: Any) -> None:
     data.add_argument("--examples", type=int, default=256, metavar="N", help="read at most N of them; default: 256")
     data.add_argument("--seed", type=int, default=42, help="which N; default: 42")
     data.add_argument("--micro-batch-size", type=int, default=4, metavar="N", help="examples at a time; default: 4")
-    data.add_argument("--max-tokens", type=int, default=2048, metavar="N", help="longest sequence; default: 2048")
+    most = "longest sequence; default: 2048, or the models' limit if less"
+    data.add_argument("--max-tokens", type=int, metavar="N", help=most)
     data.add_argument("--cached", metavar="DIR", type=Path, help="prefills of them that lcf-fast cache stored")
     data.add_argument("--on-error", choices=["skip", "refuse"], default="skip", help="of broken ones; default: skip")
     data.add_argument("--template-options", type=json_object, metavar="JSON", help="for both chat templates")
@@ -170,7 +171,7 @@ def _measure(arguments: argparse.Namespace, adapter: LatentCacheFlow, report: Pr
     from ..reading.data_errors import DataError
     from .batches import ExampleData
     from .data import read_examples
-    from .models import hide_loading, load_model, load_tokenizer
+    from .models import hide_loading, load_model, load_tokenizer, longest_sequence
     from .settings import TrainingSettings
     from .step import OnlinePrefills, frozen
 
@@ -203,7 +204,9 @@ def _measure(arguments: argparse.Namespace, adapter: LatentCacheFlow, report: Pr
         steps=min(len(examples), arguments.examples),
         batch_size=1,
         micro_batch_size=1,
-        max_tokens=arguments.max_tokens,
+        max_tokens=longest_sequence(
+            {role: getattr(arguments, role) for role in _NEEDED[:2]}, TrainingSettings.max_tokens, arguments.max_tokens
+        ),
         seed=arguments.seed,
         precision=arguments.precision,
         device=arguments.device,

@@ -12,7 +12,7 @@ import hashlib
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..config import CacheGeometry
 from ..errors import GeometryError
+from ..files import only_writer
 from ..placement import check_placement
 from ..reading.model_fingerprint import model_sample, weights_sample
 from .checkpoints import Checkpoint, Checkpoints, read_state
@@ -45,6 +46,7 @@ LOG_FILE = "log.jsonl"
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 TENSORBOARD = "tensorboard"
+WRITABLE = "a folder to write to"
 
 
 class Data(Protocol):
@@ -164,9 +166,14 @@ class Trainer:
             resume: go on from the newest checkpoint in ``out``, or begin where there is none.
 
         Raises:
-            RunError: ``out`` holds a run already and ``resume`` is False; a run with other settings, models or data; a
-                full disk. LossError: a loss or gradient that is not finite; what there was before that step is saved.
+            RunError: ``out`` holds a run already and ``resume`` is False; a run with other settings, models or data;
+                another process is writing there; a full disk. LossError: a loss or gradient that is not finite; what
+                there was before that step is saved.
         """
+        with self._alone() if self.ranks.first else contextlib.nullcontext():
+            return self._run(resume)
+
+    def _run(self, resume: bool) -> LatentCacheFlow | LatentSlots:
         done, log_bytes = self._resume() if resume else self._begin()
         log = self._log = RunLog(self.out / LOG_FILE, log_bytes) if self.ranks.first else None
         scalars = Scalars(self.out / TENSORBOARD, done + 1) if self.ranks.first else None
@@ -196,6 +203,17 @@ class Trainer:
     _log: RunLog | None = None
 
     # --- beginning, resuming, saving
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the folder: two runs in one would mix their logs and checkpoints, and sweep up each other's."""
+        with contextlib.ExitStack() as stack:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(only_writer(self.out))
+            except OSError as error:
+                raise RunError(str(self.out), expected=WRITABLE, got=error.strerror or str(error)) from error
+            yield
 
     def _begin(self) -> tuple[int, int]:
         check_unused(self.out, self.ranks)
@@ -231,10 +249,9 @@ class Trainer:
         """Refuse a disk that cannot hold the run's checkpoints: weights and two moments each, one more than stay."""
         needed = 3 * sum(p.nbytes for p in self.adapter.parameters()) * (self.checkpoints.keep + 1)
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.out).free
         except OSError as error:
-            raise RunError(str(self.out), expected="a folder to write to", got=error.strerror or str(error)) from error
+            raise RunError(str(self.out), expected=WRITABLE, got=error.strerror or str(error)) from error
         if free < needed:
             raise RunError(str(self.out), expected=f"{needed:,} bytes free for checkpoints", got=f"{free:,} bytes")
 
@@ -247,7 +264,7 @@ class Trainer:
             self.adapter.save_pretrained(self.out / ADAPTER)
         except OSError as error:
             got = f"{error.strerror or error}; it is in {self.checkpoints.latest()}"
-            raise RunError(str(self.out / ADAPTER), expected="a folder to write to", got=got) from error
+            raise RunError(str(self.out / ADAPTER), expected=WRITABLE, got=got) from error
 
     # --- one step
 

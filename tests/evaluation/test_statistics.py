@@ -166,12 +166,26 @@ def test_intervals_repeat_and_hold_the_mean() -> None:
     assert back.value == -0.12
     assert (-back.high, -back.low) == pytest.approx((found.low, found.high), abs=0.011)
     assert mean_interval(one).value == 0.6
-    assert mean_interval([1, 1, 1]) == statistics.Interval(1, 1, 1)
-    assert paired_interval(one, one) == statistics.Interval(0, 0, 0)
     few = mean_interval([0, 1])
     assert 0 <= few.low <= 0.5 <= few.high <= 1
     narrow, wide = mean_interval(one, confidence=0.5), mean_interval(one, confidence=0.99)
     assert wide.low < narrow.low < 0.6 < narrow.high < wide.high
+
+
+@pytest.mark.parametrize("items", [1, 3, 1000])
+@pytest.mark.parametrize("right", [0, 1])
+def test_scores_that_are_all_alike_are_not_certain(items: int, right: int) -> None:
+    exact = scipy_stats.binomtest(right * items, items).proportion_ci(method="exact")
+    found = mean_interval([right] * items)
+    assert (found.value, found.low, found.high) == pytest.approx((right, exact.low, exact.high))
+    apart = paired_interval([right] * items, [1 - right] * items)
+    assert apart.value == 2 * right - 1
+    assert ((1 + apart.low) / 2, (1 + apart.high) / 2) == pytest.approx((exact.low, exact.high))
+    share = mean_interval([0.25] * items)  # others could be 0 or 1
+    unseen = 1 - 0.025 ** (1 / items)
+    assert (share.low, share.high) == pytest.approx((0.25 - 0.25 * unseen, 0.25 + 0.75 * unseen))
+    alike = paired_interval([right] * items, [right] * items)
+    assert (alike.low, alike.high) == pytest.approx((-unseen, unseen))
 
 
 @pytest.mark.parametrize("count", [5_899, 12_032])
@@ -222,7 +236,7 @@ def test_equivalence_both_ways_and_with_a_wider_margin(pairs: list[tuple[float, 
     assert found.p_value == pytest.approx(equivalence(two, one, margin=margin).p_value, abs=1e-12)
     assert equivalence(one, two, margin=2 * margin).p_value <= found.p_value + 1e-12
     inside = -margin < found.difference.low and found.difference.high < margin
-    if np.ptp(np.array(one) - np.array(two)) > 0 and not (is_binary(one) and is_binary(two)):
+    if not (is_binary(one) and is_binary(two)):
         assert found.equivalent == inside  # the interval of 1 - 2 alpha says the same
 
 

@@ -266,6 +266,11 @@ def test_command_names_what_is_broken(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([*options, "--broken", str(tmp_path / "broken.txt")]) == 0
     assert "1 broken item (2: the item is no object with fields)" in capsys.readouterr().err
     assert (tmp_path / "broken.txt").read_text() == "2\tthe item is no object with fields\n"
+    for name in ("in.json", "out.jsonl"):  # which the list would take the place of
+        before = (tmp_path / name).read_bytes()
+        assert main([*options, "--broken", str(tmp_path / "." / name)]) == 2
+        assert "--broken: expected another file than" in capsys.readouterr().err
+        assert (tmp_path / name).read_bytes() == before
     target.unlink()
     assert main([*options, "--on-error", "refuse"]) == 2
     assert "item 2: expected a sound one, got the item is no object" in capsys.readouterr().err

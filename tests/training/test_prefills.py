@@ -20,6 +20,7 @@ from tiny_training import KINDS, RandomData, read_log, tiny_adapter, tiny_model,
 
 from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig
 from lcf_fast.errors import GeometryError, IndexRangeError
+from lcf_fast.files import only_writer
 from lcf_fast.reading.model_fingerprint import model_fingerprint, model_sample
 from lcf_fast.training import caching
 from lcf_fast.training.batches import Batch
@@ -377,6 +378,16 @@ def test_another_store_in_the_folder_is_left_alone(store: Path, tmp_path: Path) 
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(RunError, match="something else"):
         tiny_store(tmp_path / "mine", SETTINGS)
+
+
+def test_two_processes_do_not_write_one_store(tmp_path: Path) -> None:
+    sharer, receiver = models()
+    data = Mixed(False)
+    plan = plan_prefills(data, SETTINGS, CacheGeometry.of(sharer), CacheGeometry.of(receiver))
+    (others := tmp_path / ".shard-00000.safetensors.0123456789abcdef").write_bytes(b"")
+    with only_writer(tmp_path), pytest.raises(RunError, match="another run is writing there"):
+        write_prefills(tmp_path, plan, data, sharer, receiver)
+    assert list(tmp_path.iterdir()) == [others]
 
 
 def test_two_texts_of_one_id_are_refused() -> None:

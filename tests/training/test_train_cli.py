@@ -19,7 +19,7 @@ from lcf_fast.cli import main
 from lcf_fast.training.batches import ExampleData
 from lcf_fast.training.commands import layer_list
 from lcf_fast.training.data import read_examples
-from lcf_fast.training.models import load_model, load_tokenizer
+from lcf_fast.training.models import load_model, load_tokenizer, longest_sequence
 from lcf_fast.training.step import OnlinePrefills, TrainingStep
 from lcf_fast.training.trainer import Trainer
 
@@ -27,7 +27,7 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["--steps", "3", "--batch-size", "4", "--micro-batch-size", "2", "--max-tokens", "200", "--bottleneck", "64"]
+SMALL = ["--steps", "3", "--batch-size", "4", "--micro-batch-size", "2", "--max-tokens", "128", "--bottleneck", "64"]
 SMALL += ["--precision", "fp32", "--device", "cpu", "--learning-rate", "1e-3", "--held-out", "0"]
 
 
@@ -110,6 +110,17 @@ def test_train_then_cache_then_train_on_what_is_cached(
     assert not (tmp_path / "third").exists()
 
 
+def test_sequences_end_where_the_models_positions_do(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = {"sharer": str(folder / "sharer"), "receiver": str(folder / "receiver")}  # of 128 positions each
+    assert [longest_sequence(models, *limits) for limits in ((2048, None), (100, None), (2048, 128))] == [128, 100, 128]
+    for command in ("train", "cache"):
+        assert main(arguments(folder, command, tmp_path / "run", "shared", "--max-tokens", "129")) == 2
+        assert "--max-tokens: expected 128 at most, the max_position_embeddings of" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_options_reach_what_they_are_for(folder: Path, tmp_path: Path) -> None:
     more = ["--keep-layers", "1", "--layer-map", "0,0", "--dropout", "0", "--gate-init", "0.5"]
     more += ["--gate-temperature", "2", "0.5", "--save-every", "1", "--keep", "3", "--weight-decay", "0.2"]
@@ -125,7 +136,7 @@ def test_options_reach_what_they_are_for(folder: Path, tmp_path: Path) -> None:
         "steps": 3,
         "batch_size": 4,
         "micro_batch_size": 2,
-        "max_tokens": 200,
+        "max_tokens": 128,
         "learning_rate": 1e-3,
     }
     wanted |= {"weight_decay": 0.2, "warmup": 0.5, "clip_norm": 2.0, "seed": 7, "precision": "fp32"}

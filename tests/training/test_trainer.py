@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig
 from lcf_fast.errors import GeometryError
+from lcf_fast.files import only_writer
 from lcf_fast.reading.model_fingerprint import weights_sample
 from lcf_fast.training import trainer as trainer_module
 from lcf_fast.training.batches import Batch
@@ -285,6 +286,18 @@ def test_a_folder_with_a_run_is_refused_and_left_as_it_is(tmp_path: Path) -> Non
     with pytest.raises(RunError, match="resume"):
         tiny_trainer(tmp_path, tiny_settings(steps=2)).run()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == held
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_runs_do_not_write_into_one_folder(resume: bool, tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, tiny_settings(steps=1))
+    remains = tmp_path / "checkpoints" / ".step-00000001.0123456789abcdef"
+    remains.mkdir(parents=True)
+    with only_writer(tmp_path), pytest.raises(RunError, match="another run is writing there"):
+        trainer.run(resume=resume)
+    assert remains.exists()  # what the other one writes
+    assert not (tmp_path / "log.jsonl").exists()
+    trainer.run(resume=resume)
 
 
 def test_a_run_of_other_settings_data_or_adapter_is_not_resumed(tmp_path: Path) -> None:
