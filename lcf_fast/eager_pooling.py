@@ -114,6 +114,9 @@ def _pool(
                         scores = torch.bmm(query, x.reshape(-1, tokens, dim).mT).view(*shape[:3], -1, tokens)
                         entry = span[tile.items, :, tile.tokens].flatten(1)
                         weight = _token_weights(scores.tile(tracks), entry, spans)
+                        if tracks > 1 and tile.keep is not None:
+                            # NaN in padding is in what one track leaves out and another may have: it weighs nothing.
+                            weight.masked_fill_(entry[:, None] == spans, 0.0)
                         weight = weight.unflatten(-1, (tracks, tokens)).sum(-2)[..., None]
                     # Not a product of matrices: with one row on the left, torch.bmm is slower and adds token by token.
                     torch.mul(x, weight, out=product)

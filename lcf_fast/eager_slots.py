@@ -5,8 +5,9 @@ receiver's half) goes through one batched product for all layers.
 
 Masks: ``(B, N)`` bool, False at padding, which may hold anything; or ``(B, P, N)``, P groups of an item's tokens, which
 may overlap, each pooled by itself. Results then have R = B·P rows for B, row b·P + p of group p of item b. Scores are
-made once for all groups, and P·k softmaxes of them; what is of no group may hold anything, but a number that is not
-finite in one group reaches the other groups of its item, as it does not in the kernels.
+made once for all groups, and P·k softmaxes of them; what is of no group may hold anything. A number that is not finite
+in one group would reach the others of its item by a weight of zero: where a result is not finite, groups are pooled one
+by one. That is seen on a CPU only, and not while tracing; elsewhere looking would wait for the device.
 """
 
 from __future__ import annotations
@@ -49,16 +50,24 @@ def pool_states(sharer: Sequence[Pair], slot_query: Tensor, attention_mask: Tens
     """
     found = []
     for key, value, query in _stacks(sharer, slot_query):
-        key, value = _cleared(key, attention_mask), _cleared(value, attention_mask)
-        scores = _scores(key, query, attention_mask)
-        nothing = scores.new_full((*scores.shape[:-1], 1), -torch.inf)  # a piece may be empty
-        greatest = torch.cat([scores, nothing], -1).amax(-1)
-        weights = (scores - _finite(greatest)[..., None]).exp()
-        states = torch.stack([torch.matmul(weights, side) for side in (key, value)], 4)
-        stats = torch.stack([greatest, weights.sum(-1)], -1)
-        found.append((_rows(states, attention_mask), _rows(stats, attention_mask)))
+        found.append(_state(key, value, query, attention_mask))
     states, stats = (torch.cat(part) if len(part) > 1 else part[0] for part in zip(*found))
     return states, stats
+
+
+def _state(key: Tensor, value: Tensor, query: Tensor, mask: Tensor | None) -> Pair:
+    cleared = _cleared(key, mask), _cleared(value, mask)
+    scores = _scores(cleared[0], query, mask)
+    nothing = scores.new_full((*scores.shape[:-1], 1), -torch.inf)  # a piece may be empty
+    greatest = torch.cat([scores, nothing], -1).amax(-1)
+    weights = (scores - _finite(greatest)[..., None]).exp()
+    states = torch.stack([torch.matmul(weights, side) for side in cleared], 4)
+    stats = torch.stack([greatest, weights.sum(-1)], -1)
+    found = [_rows(states, mask), _rows(stats, mask)]
+    if _must_part(found[:1], mask):
+        assert mask is not None
+        found = _interleaved([_state(key, value, query, group) for group in mask.unbind(1)])
+    return found[0], found[1]
 
 
 def merge_states(states: Tensor, stats: Tensor) -> Pair:
@@ -100,9 +109,7 @@ def _stacks(sharer: Sequence[Pair], slot_query: Tensor) -> list[tuple[Tensor, Te
     if len(sharer) > 1 and sharer[0][0].numel() <= _STACK_ELEMENTS:
         keys, values = (torch.stack(side).to(dtype) for side in zip(*sharer))
         return [(keys, values, queries)]
-    return [
-        (key[None].to(dtype), value[None].to(dtype), query[None]) for (key, value), query in zip(sharer, queries)
-    ]
+    return [(key[None].to(dtype), value[None].to(dtype), query[None]) for (key, value), query in zip(sharer, queries)]
 
 
 def _cleared(cache: Tensor, mask: Tensor | None) -> Tensor:
@@ -136,10 +143,25 @@ def _weights(key: Tensor, query: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _pool(key: Tensor, value: Tensor, query: Tensor, mask: Tensor | None) -> Pair:
-    key, value = _cleared(key, mask), _cleared(value, mask)
-    weights = _weights(key, query, mask)
-    slot_key, slot_value = (_rows(torch.matmul(weights, side), mask).transpose(2, 3) for side in (key, value))
-    return slot_key, slot_value
+    cleared = _cleared(key, mask), _cleared(value, mask)
+    weights = _weights(cleared[0], query, mask)
+    pooled = [_rows(torch.matmul(weights, side), mask).transpose(2, 3) for side in cleared]
+    if _must_part(pooled, mask):
+        assert mask is not None
+        pooled = _interleaved([_pool(key, value, query, group) for group in mask.unbind(1)])
+    return pooled[0], pooled[1]
+
+
+def _must_part(found: Sequence[Tensor], mask: Tensor | None) -> bool:
+    """Whether groups must be pooled one by one, since what is not finite in one may have reached another."""
+    if mask is None or mask.dim() == 2 or mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not all(bool(side.detach().isfinite().all()) for side in found)
+
+
+def _interleaved(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """One result ``(l, B, ..)`` a group as one of all rows, ``(l, B·P, ..)``."""
+    return [torch.stack(side, 2).flatten(1, 2) for side in zip(*groups)]
 
 
 @without_autocast

@@ -84,7 +84,7 @@ def fold_slots(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str, Tenso
         ShapeError, DTypeError, DeviceError, GeometryError, BackendError: named by argument.
     """
     check.check_pair(slot_key, slot_value, ("slot_key", "slot_value"))
-    one = {name: weights[name][None] for name in ("down_weight", "down_bias", "slot_embedding") if name in weights}
+    one = _one_layer(weights, library.FOLD_WEIGHTS)
     slots, columns = slot_key.shape[1], 2 * slot_key.shape[2] * slot_key.shape[3]
     width = _check_fold(one, 1, slots, columns, slot_key.device)
     return _fold(slot_key[None], slot_value[None], one, slots, width)[0]
@@ -156,7 +156,7 @@ def expand_slots(
     check.check_tensor("latent", latent)
     if latent.dim() != 3:
         raise ShapeError("latent", expected="(B, k, d)", got=check.describe(latent))
-    one = {name: weights[name][None] for name in library.EXPANSION_WEIGHTS if name in weights}
+    one = _one_layer(weights, library.EXPANSION_WEIGHTS)
     return _expand(latent[None], one, kv_heads, norm_eps, noise, layer)[0]
 
 
@@ -299,6 +299,12 @@ def _token_mask(attention_mask: Tensor | None, key: Tensor) -> Tensor | None:
         if mask.dim() == 2 and bool(mask.all()):
             return None
     return mask.to(key.device, non_blocking=True)
+
+
+def _one_layer(weights: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """One layer's parameters as stacked ones; what is no tensor stays what it is, to be refused."""
+    found = {name: weights[name] for name in names if name in weights}
+    return {name: value[None] if isinstance(value, Tensor) else value for name, value in found.items()}
 
 
 def _check_fold(

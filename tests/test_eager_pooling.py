@@ -87,6 +87,19 @@ def test_padding_is_not_pooled(generator: torch.Generator, dtype: torch.dtype) -
         assert all(same_bits(a, b) for a, b in zip(clean, dirty))
 
 
+def test_padding_between_the_spans_of_tracks_is_not_pooled(generator: torch.Generator) -> None:
+    """A token that one track leaves out, as it does the padding, counts in the other track."""
+    sharer = make_cache(SHARER, 2, 16, generator=generator)
+    weights = make_weights(SHARER, RECEIVER, 8, cross_context=True, generator=generator)
+    offsets = torch.tensor([[[1, 3, 4], [8, 9, 15]], [[0, 2, 6], [4, 9, 16]]])
+    check_pooling(sharer, weights, offsets)
+    clean = eager.summarize_layers(sharer, weights, offsets)
+    for pair in sharer:
+        for side, spoil in zip(pair, (torch.nan, torch.inf)):
+            side[0, :, 4:8] = side[0, :, 15] = side[0, :, 0] = spoil
+    assert all(map(torch.equal, eager.summarize_layers(sharer, weights, offsets), clean))
+
+
 def test_far_scores_do_not_overflow_and_far_spans_do_not_vanish(generator: torch.Generator) -> None:
     """Span scores a thousand apart: each span has its own maximum, so none underflows before the second softmax."""
     key = torch.zeros(1, 1, 6, 4)

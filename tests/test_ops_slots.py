@@ -476,3 +476,11 @@ def test_no_rows(backend: Backend, generator: torch.Generator) -> None:
         found = trained(sharer, weights, torch.ones(0, 9, dtype=torch.bool), None)
     assert found["latent"].shape == (4, 0, 3, WIDTH)
     assert all(found[name].shape == weights[name].shape for name in weights)
+
+
+def test_a_weight_of_one_layer_that_is_no_tensor_is_named() -> None:
+    slots, latent = torch.randn(1, 2, 2, 8), torch.randn(1, 2, 64)
+    with pytest.raises(DTypeError, match="down_weight"):
+        ops.fold_slots(slots, slots, {"down_weight": None})  # type: ignore[dict-item]
+    with pytest.raises(DTypeError, match="norm_weight"):
+        ops.expand_slots(latent, {"norm_weight": None}, kv_heads=1)  # type: ignore[dict-item]

@@ -203,3 +203,28 @@ def test_groups_compile_whole_forward_and_backward(backend: Backend, generator: 
             got = latent_and_gradients(compiled, sharer, weights, mask)
             for ours, expected in zip(got, latent_and_gradients(summary, sharer, weights, mask), strict=True):
                 torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("spoil", [torch.nan, torch.inf])
+def test_what_is_not_finite_in_one_group_stays_there(
+    backend: Backend, spoil: float, generator: torch.Generator
+) -> None:
+    """Forward, as a state of a piece, and in the gradient of the cache."""
+    sharer, weights = make_cache(SHARER, 2, 9, generator=generator), weights_of(2, generator)
+    mask = torch.zeros(2, 2, 9, dtype=torch.bool)
+    mask[:, 0, :5] = mask[:, 1, 3:] = True
+    for side in sharer[1]:
+        side[1, :, 0] = spoil  # of item 1's first group
+    truth = reference.summarize_slots_layers(sharer, weights, attention_mask=mask)
+    flat = [tensor.requires_grad_() for pair in sharer for tensor in pair]
+    with use_backend(backend):
+        latent = ops.summarize_slots_layers(sharer, weights, attention_mask=mask)
+        states = ops_slots.pool_slot_states(sharer, weights["slot_query"], mask)
+        grads = torch.autograd.grad(latent[1, 1, 2:].sum(), flat[2:4])
+    assert torch.equal(latent.isfinite(), truth.isfinite())
+    assert not latent[1, 1, :2].isfinite().any() and latent[1, 1, 2:].isfinite().all()
+    finite = truth.isfinite()
+    torch.testing.assert_close(latent.detach()[finite], truth[finite])
+    assert states.states[1, 3].isfinite().all() and not states.states[1, 2].isfinite().all()
+    assert all(grad[1, :, 5:].isfinite().all() and grad[1, :, 5:].any() for grad in grads)
