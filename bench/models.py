@@ -18,6 +18,7 @@ from torch import Tensor
 from lcf_fast import CacheGeometry
 from lcf_fast.architectures import PUBLISHED_VOCABULARY, published_config, random_model
 from lcf_fast.caches import cache_layers
+from lcf_fast.reading.prefill import prefill as prefill_of
 
 Pair = tuple[Tensor, Tensor]
 TEXT = Path(__file__).with_name("text.txt")
@@ -112,5 +113,4 @@ def tokenize(source: Source, parts: Sequence[str], tokens: int) -> tuple[list[in
 def prefill(source: Source, ids: Sequence[int]) -> list[Pair]:
     """The cache that the model makes of these ids: one ``(key, value)`` a layer, each ``(1, H, N, D)``."""
     tensor = torch.tensor([list(ids)], device=next(source.model.parameters()).device)
-    cache = source.model(tensor, use_cache=True).past_key_values
-    return cache_layers(cache, geometry=source.geometry)
+    return cache_layers(prefill_of(source.model, tensor, torch.ones_like(tensor)), geometry=source.geometry)

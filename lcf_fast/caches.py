@@ -7,6 +7,7 @@ and the given one is left as it was.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -17,8 +18,8 @@ from torch import Tensor
 from .config import CacheGeometry
 from .errors import DeviceError, DTypeError, GeometryError, ShapeError
 
-__all__ = ["Pair", "cache_layers", "check_growth", "check_pairs", "count_filled", "extend_cache", "free_room"]
-__all__ += ["is_cache", "rebuild_cache"]
+__all__ = ["Pair", "cache_argument", "cache_layers", "check_growth", "check_pairs", "count_filled", "extend_cache"]
+__all__ += ["free_room", "is_cache", "rebuild_cache"]
 
 #: One layer: key and value, each ``(B, H, N, D)``.
 Pair = tuple[Tensor, Tensor]
@@ -54,6 +55,15 @@ def _layer_kind(layer: Any) -> str:
 def is_cache(cache: Any) -> bool:
     """True for a transformers-like cache, False for a sequence of pairs (or for what is neither)."""
     return hasattr(cache, "layers") or hasattr(cache, "self_attention_cache")
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """The cache as a keyword of a model's ``forward`` and ``generate``, by the name that it has there.
+
+    transformers 5.24 calls it ``cache``, those before ``past_key_values``, which ``forward`` is to lose in 5.40.
+    """
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache}
 
 
 def cache_layers(

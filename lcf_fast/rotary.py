@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .caches import cache_layers
+from .caches import cache_argument, cache_layers
 from .errors import DTypeError, GeometryError, IndexRangeError, LCFError, ShapeError
 
 __all__ = ["Rotary"]
@@ -188,8 +188,8 @@ def _keys_of_one_token(model: Any) -> tuple[list[Tensor], Tensor]:
             input_ids=torch.full_like(positions, token),
             attention_mask=torch.ones_like(positions),
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **cache_argument(model.base_model, cache),
         )
     finally:
         for module, training in modes:  # a part may have another mode than the whole

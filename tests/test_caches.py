@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from helpers import Geometry, make_cache
 from lcf_fast import CacheGeometry, DeviceError, DTypeError, GeometryError, LCFError, ShapeError
-from lcf_fast.caches import Pair, cache_layers, is_cache, rebuild_cache
+from lcf_fast.caches import Pair, cache_argument, cache_layers, is_cache, rebuild_cache
+from lcf_fast.reading.prefill import prefill
 
 SHAPE = Geometry(3, 2, 16)
 GEOMETRY = CacheGeometry(*SHAPE)
@@ -340,3 +342,21 @@ def test_nothing_of_transformers_is_needed_to_tell_a_cache() -> None:
     layers = cache_layers(cache)
     assert len(layers) == 2
     assert isinstance(rebuild_cache(cache, layers).layers[0], DynamicLayer)
+
+
+def test_a_cache_is_given_by_the_name_that_the_model_has_for_it() -> None:
+    """transformers renames the argument within its fifth version; nothing of ours warns of it."""
+
+    class Earlier:
+        def forward(self, input_ids: Any, past_key_values: Any = None) -> None: ...
+
+    class Later:
+        def forward(self, input_ids: Any, cache: Any = None) -> None: ...
+
+    assert cache_argument(Earlier(), "it") == {"past_key_values": "it"}
+    assert cache_argument(Later(), "it") == {"cache": "it"}
+    model = make_model("Qwen3")
+    ids = torch.arange(5)[None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(prefill(model, ids, torch.ones_like(ids))) == 3

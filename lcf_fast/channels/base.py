@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..caches import Pair
+from ..caches import Pair, cache_argument
 from ..errors import GeometryError
 from ..reading.prefill import dynamic_cache
 from .agent import Agent
@@ -93,9 +93,9 @@ class Channel(ABC):
         out = self.receiver.model.generate(
             prepared.ids,
             attention_mask=prepared.mask,
-            past_key_values=cache,
             max_new_tokens=max_new_tokens,
             stopping_criteria=StoppingCriteriaList(criteria),
+            **cache_argument(self.receiver.model, cache),
             **options,
         )
         timings = clock.timings()
@@ -117,8 +117,8 @@ class Channel(ABC):
             input_ids=prepared.ids[:, -1:],
             attention_mask=prepared.mask,
             position_ids=prepared.mask.sum(1, keepdim=True) - 1,
-            past_key_values=cache,
             use_cache=True,
+            **cache_argument(self.receiver.model, cache),
         ).logits[:, -1]
         clock.token()
         return logits.float(), prepared.sent, clock.timings()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..caches import Pair
+from ..caches import Pair, cache_argument
 from ..config import CacheGeometry
 from ..errors import GeometryError, IndexRangeError, ShapeError
 from ..reading.model_fingerprint import model_sample
@@ -271,8 +271,8 @@ class KVCommChannel(Channel):
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions_of(mask)[:, shared.mask.shape[1] :],
-            past_key_values=cache,
             use_cache=True,
+            **cache_argument(self.receiver.model.base_model, cache),
         )
         return [(layer.keys, layer.values) for layer in cache.layers]
 
@@ -289,8 +289,8 @@ def _read(agent: Agent, rows: Sequence[Sequence[int]], starts: Sequence[int]) ->
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions_of(mask) + torch.tensor(starts, device=agent.device)[:, None],
-        past_key_values=cache,
         use_cache=True,
+        **cache_argument(agent.model.base_model, cache),
     )
     return mask, [(layer.keys, layer.values) for layer in cache.layers]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..caches import Pair, extend_cache
+from ..caches import Pair, cache_argument, extend_cache
 from ..errors import ShapeError
 from ..message import Message
 from ..placement import placement_of, slot_positions, with_slots
@@ -194,8 +194,8 @@ class SlotsChannel(Channel):
             input_ids=ids,
             attention_mask=whole,
             position_ids=positions_of(whole)[:, there.shape[1] :],
-            past_key_values=cache,
             use_cache=True,
+            **cache_argument(self.receiver.model.base_model, cache),
         )
         return [(layer.keys, layer.values) for layer in cache.layers]
 

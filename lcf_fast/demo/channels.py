@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import LatentCacheFlow
-from ..caches import Pair
+from ..caches import Pair, cache_argument
 from ..message import Message
 from ..reading.prefill import dynamic_cache, prefill
 from ..slots import LatentSlots
@@ -118,7 +118,9 @@ class SlotsChannels(CrossChannels):
         if self.adapter.placement == "prefix":
             cache = self.adapter.prefix(self.receiver, message)
             at = torch.arange(message.slots, message.slots + prompts.shape[1])[None]
-            read_behind = self.receiver(input_ids=prompts, position_ids=at, past_key_values=cache, use_cache=True)
+            read_behind = self.receiver(
+                input_ids=prompts, position_ids=at, use_cache=True, **cache_argument(self.receiver, cache)
+            )
             last: Tensor = read_behind.logits[:, -1]
             return last.argmax(-1)
         own = read(self.receiver, prompts[:, :-1])
@@ -186,7 +188,9 @@ def go_on(receiver: Any, edited: Sequence[Pair], ids: Tensor) -> Tensor:
     """``(B,)``: what the receiver says after the last token of ``ids (B, N)``, with a cache of all before it."""
     cache = dynamic_cache(edited)
     at = torch.full((len(ids), 1), edited[0][0].shape[2])
-    logits: Tensor = receiver(input_ids=ids[:, -1:], position_ids=at, past_key_values=cache, use_cache=True).logits
+    logits: Tensor = receiver(
+        input_ids=ids[:, -1:], position_ids=at, use_cache=True, **cache_argument(receiver, cache)
+    ).logits
     return logits[:, -1].argmax(-1)
 
 

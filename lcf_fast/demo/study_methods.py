@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..adapter import LatentCacheFlow
-from ..caches import Pair
+from ..caches import Pair, cache_argument
 from ..errors import GeometryError
 from ..message import Message
 from ..reading.prefill import positions_of
@@ -203,8 +203,8 @@ class PrefixChannels(SlotsChannels):
             input_ids=prompts,
             attention_mask=mask,
             position_ids=positions_of(mask)[:, message.slots :],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **cache_argument(self.receiver, cache),
         ).logits
         return logits[:, -1].argmax(-1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..caches import Pair, cache_layers
+from ..caches import Pair, cache_argument, cache_layers
 
 __all__ = ["DTYPES", "dynamic_cache", "positions_of", "prefill", "sliding_window"]
 
@@ -32,8 +32,8 @@ def prefill(model: Any, ids: Tensor, mask: Tensor) -> list[Pair]:
         input_ids=ids,
         attention_mask=mask.long(),
         position_ids=positions_of(mask),
-        past_key_values=cache,
         use_cache=True,
+        **cache_argument(model.base_model, cache),
     )
     return cache_layers(cache)
 

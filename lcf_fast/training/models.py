@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,8 +69,7 @@ def longest_sequence(models: Mapping[str, str], default: int, given: int | None)
 
 
 def hide_loading() -> None:
-    """No progress bars of transformers in this process, and no word of a name that some of its versions change."""
-    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
+    """No progress bars of transformers in this process."""
     with contextlib.suppress(ImportError):
         from transformers.utils import logging
 

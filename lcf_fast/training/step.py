@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..caches import Pair, extend_cache
+from ..caches import Pair, cache_argument, extend_cache
 from ..config import CacheGeometry
 from ..errors import GeometryError, ShapeError
 from ..message import Message
@@ -244,8 +244,8 @@ class TrainingStep(nn.Module):
             input_ids=batch.receiver_ids[:, :-1].to(receiver.device),
             attention_mask=whole,
             position_ids=positions_of(whole)[:, message.slots :],
-            past_key_values=cache,
             use_cache=True,
+            **cache_argument(receiver.base_model, cache),
         )
         return [(layer.keys, layer.values) for layer in cache.layers]
 
@@ -291,8 +291,8 @@ class TrainingStep(nn.Module):
             input_ids=torch.cat([last, response[:, :-1]], 1),
             attention_mask=mask,
             position_ids=positions_of(mask)[:, prompt_mask.shape[1] - 1 :],
-            past_key_values=cache,
             use_cache=True,
+            **cache_argument(receiver, cache),
         ).logits
         # Only rows that count become float32: the vocabulary is what takes memory here.
         return logits[response_mask].float(), response[response_mask]
