@@ -13,7 +13,7 @@ from torch import Tensor
 from helpers import Geometry, make_cache
 from lcf_fast import CacheGeometry, DeviceError, DTypeError, GeometryError, LCFError, ShapeError
 from lcf_fast.caches import Pair, cache_argument, cache_layers, is_cache, rebuild_cache
-from lcf_fast.reading.prefill import prefill
+from lcf_fast.reading.prefill import prefill as read_whole
 
 SHAPE = Geometry(3, 2, 16)
 GEOMETRY = CacheGeometry(*SHAPE)
@@ -359,4 +359,4 @@ def test_a_cache_is_given_by_the_name_that_the_model_has_for_it() -> None:
     ids = torch.arange(5)[None]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(prefill(model, ids, torch.ones_like(ids))) == 3
+        assert len(read_whole(model, ids, torch.ones_like(ids))) == 3
