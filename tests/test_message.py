@@ -349,7 +349,7 @@ WEIGHTS = "message.span_weights"
         ({"latent": [1.0]}, {}, DTypeError, "message.latent"),
         ({"spans": 0}, {}, MessageError, "message.spans"),
         ({"spans": 2.0}, {}, DTypeError, "message.spans"),
-        ({"sharer": CacheGeometry(5000, 2, 4)}, {}, MessageError, "message.sharer"),
+        ({"sharer": CacheGeometry(5, 1 << 21, 4)}, {}, MessageError, "message.sharer"),
         ({"metadata": {"a": 1}}, {}, DTypeError, "message.metadata"),
         ({"metadata": {1: "a"}}, {}, DTypeError, "message.metadata"),
         ({"metadata": None}, {}, DTypeError, "message.metadata"),
