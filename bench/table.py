@@ -149,11 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         content = table(given.results)
-        page = None if given.write is None else given.write.read_text(encoding="utf-8")
+        page = "" if given.write is None else given.write.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         print(f"bench.table: {error}", file=sys.stderr)
         return 1
-    if given.write is None or page is None:
+    if given.write is None:
         print(content)
         return 0
     try:

@@ -14,13 +14,14 @@ __all__ = ["only_writer", "whole_file", "write_whole"]
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder until the block or the process ends, against all others that would hold it.
+    """Hold a folder, made if need be, until the block or the process ends, against all others that would hold it.
 
     Where the system or the file system has no such locks, nothing is held.
 
     Raises:
-        BlockingIOError: another holds it. OSError: the folder cannot be opened.
+        BlockingIOError: another holds it. OSError: the folder cannot be made or opened.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:  # Windows

@@ -18,7 +18,7 @@ from ..caches import Pair, cache_argument
 from ..config import CacheGeometry
 from ..errors import GeometryError, IndexRangeError, ShapeError
 from ..reading.model_fingerprint import model_sample
-from ..reading.prefill import dynamic_cache, positions_of, sliding_window
+from ..reading.prefill import dynamic_cache, positions_of, read_on, sliding_window
 from .agent import Agent, padded_left
 from .base import Channel, Clock, Prepared, check_requests
 from .controls import Control, Noise, check_control, controlled_cache, sent_for
@@ -266,15 +266,7 @@ class KVCommChannel(Channel):
     def _read_prompt(self, shared: _Shared, ids: Tensor, mask: Tensor) -> list[Pair]:
         """The receiver's cache after ``ids (B, n)``, read behind what was shared."""
         cache = dynamic_cache(shared.cache)
-        mask = torch.cat([shared.mask, mask], 1)
-        self.receiver.model.base_model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions_of(mask)[:, shared.mask.shape[1] :],
-            use_cache=True,
-            **cache_argument(self.receiver.model.base_model, cache),
-        )
-        return [(layer.keys, layer.values) for layer in cache.layers]
+        return read_on(self.receiver.model, cache, ids, torch.cat([shared.mask, mask], 1))
 
 
 def _read(agent: Agent, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[Tensor, list[Pair]]:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..caches import Pair, cache_argument, extend_cache
+from ..caches import Pair, extend_cache
 from ..errors import ShapeError
 from ..message import Message
 from ..placement import placement_of, slot_positions, with_slots
 from ..quantization import storage_of
 from ..reading.chat import window_size
 from ..reading.padding import shifted_spans
-from ..reading.prefill import dynamic_cache, positions_of, sliding_window
+from ..reading.prefill import dynamic_cache, read_on, sliding_window
 from ..slot_spans import summarize_spans
 from ..slots import LatentSlots
 from ..span_text import Bounds
@@ -188,16 +187,8 @@ class SlotsChannel(Channel):
     def _read_behind(self, placed: Sequence[Pair], there: Tensor, ids: Tensor, mask: Tensor) -> list[Pair]:
         """The receiver's cache of slots and prompt, the prompt read behind the slots."""
         dtype = self.receiver.model.dtype
-        cache: Any = dynamic_cache((key.to(dtype), value.to(dtype)) for key, value in placed)
-        whole = torch.cat([there, mask], 1)
-        self.receiver.model.base_model(
-            input_ids=ids,
-            attention_mask=whole,
-            position_ids=positions_of(whole)[:, there.shape[1] :],
-            use_cache=True,
-            **cache_argument(self.receiver.model.base_model, cache),
-        )
-        return [(layer.keys, layer.values) for layer in cache.layers]
+        cache = dynamic_cache((key.to(dtype), value.to(dtype)) for key, value in placed)
+        return read_on(self.receiver.model, cache, ids, torch.cat([there, mask], 1))
 
 
 def _spread(part: Tensor, rows: Tensor, batch: int) -> Tensor:

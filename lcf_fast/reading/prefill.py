@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..caches import Pair, cache_argument, cache_layers
 
-__all__ = ["DTYPES", "dynamic_cache", "positions_of", "prefill", "sliding_window"]
+__all__ = ["DTYPES", "dynamic_cache", "positions_of", "prefill", "read_on", "sliding_window"]
 
 #: Of frozen models, by the name that settings give a precision.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -27,15 +27,24 @@ def prefill(model: Any, ids: Tensor, mask: Tensor) -> list[Pair]:
     from transformers import DynamicCache
 
     cache = DynamicCache()
+    read_on(model, cache, ids, mask)
+    return cache_layers(cache)
+
+
+def read_on(model: Any, cache: Any, ids: Tensor, mask: Tensor) -> list[Pair]:
+    """What a DynamicCache holds after ``ids (B, n)`` are read behind what it held; ``mask``, of both, is 0 at padding.
+
+    Its layers may be of different lengths.
+    """
     # Without the head on top, whose logits nobody reads.
     model.base_model(
         input_ids=ids,
         attention_mask=mask.long(),
-        position_ids=positions_of(mask),
+        position_ids=positions_of(mask)[:, mask.shape[1] - ids.shape[1] :],
         use_cache=True,
         **cache_argument(model.base_model, cache),
     )
-    return cache_layers(cache)
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def dynamic_cache(layers: Iterable[Pair]) -> Any:

@@ -202,7 +202,6 @@ def write_prefills(
         plan=plan.digest(),
     )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with only_writer(folder):
             _store(folder, plan, data, manifest, sharer, receiver, progress)
     except OSError as error:

@@ -24,7 +24,7 @@ from ..config import CacheGeometry
 from ..errors import GeometryError, ShapeError
 from ..message import Message
 from ..placement import check_placement, slot_positions
-from ..reading.prefill import DTYPES, dynamic_cache, positions_of, prefill
+from ..reading.prefill import DTYPES, dynamic_cache, positions_of, prefill, read_on
 from ..slot_spans import slots_there, summarize_spans
 from .timing import Stopwatch
 
@@ -238,16 +238,9 @@ class TrainingStep(nn.Module):
         if self.placement == "append":
             appended: Sequence[Pair] = extend_cache(caches.receiver, caches.receiver, placed)
             return appended
-        cache: Any = dynamic_cache((key.to(receiver.dtype), value.to(receiver.dtype)) for key, value in placed)
-        whole = torch.cat([there, mask.long()], 1)
-        receiver.base_model(
-            input_ids=batch.receiver_ids[:, :-1].to(receiver.device),
-            attention_mask=whole,
-            position_ids=positions_of(whole)[:, message.slots :],
-            use_cache=True,
-            **cache_argument(receiver.base_model, cache),
-        )
-        return [(layer.keys, layer.values) for layer in cache.layers]
+        cache = dynamic_cache((key.to(receiver.dtype), value.to(receiver.dtype)) for key, value in placed)
+        ids = batch.receiver_ids[:, :-1].to(receiver.device)
+        return read_on(receiver, cache, ids, torch.cat([there, mask.long()], 1))
 
     def _watch(self, edited: Sequence[Pair]) -> None:
         # The receiver's backward is over when all of the edited cache has its gradient; what follows is the adapter's.

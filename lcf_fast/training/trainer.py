@@ -209,7 +209,6 @@ class Trainer:
         """Hold the folder: two runs in one would mix their logs and checkpoints, and sweep up each other's."""
         with contextlib.ExitStack() as stack:
             try:
-                self.out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(only_writer(self.out))
             except OSError as error:
                 raise RunError(str(self.out), expected=WRITABLE, got=error.strerror or str(error)) from error
