@@ -7,6 +7,7 @@ or ``V*``. Nothing loops over spans or tokens.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -20,6 +21,9 @@ from .reference import Pair, accumulation_dtype
 _STACK_ELEMENTS = 1 << 16
 # ... and this many are worked on at a time, so that the second read of a key comes from the last-level cache.
 _POOL_ELEMENTS = 1 << 21
+# On a CPU, sums over the tokens of more elements a layer than this are taken in blocks of so many tokens.
+_BLOCKED_ELEMENTS = 1 << 20
+_BLOCK = 64
 
 
 def with_tracks(span_offsets: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -68,6 +72,27 @@ def _token_weights(scores: Tensor, span: Tensor, spans: int) -> Tensor:
     return weight.mul_(factor.gather(-1, index))
 
 
+def _weighted_sum(x: Tensor, weight: Tensor, product: Tensor) -> Tensor:
+    """``x (..., n, D)`` times ``weight (..., n)``, added up over the tokens; ``product``: room for it, or ``x`` itself.
+
+    Not one product of matrices: that of one row adds token by token. In blocks it is as exact as torch's sums, and
+    reads once what no cache holds, where a product and its sum move it three times.
+    """
+    blocks = x.shape[-2] // _BLOCK
+    if x[0].numel() <= _BLOCKED_ELEMENTS or not blocks or x.device.type != "cpu":
+        return torch.mul(x, weight[..., None], out=product).sum(-2)
+    whole = blocks * _BLOCK
+    heads = itertools.product(*map(range, x.shape[:-2]))  # one by one: their strides may be any
+    sums = [
+        torch.bmm(weight[head][:whole].view(blocks, 1, _BLOCK), x[head][:whole].unflatten(0, (blocks, _BLOCK)))
+        for head in heads
+    ]
+    found = torch.stack(sums).sum((1, 2)).view(*x.shape[:-2], -1)
+    if whole < x.shape[-2]:
+        found += torch.mul(x[..., whole:, :], weight[..., whole:, None]).sum(-2)
+    return found
+
+
 def _pool(
     caches: Sequence[Pair],
     span_query: Tensor,
@@ -89,6 +114,7 @@ def _pool(
         span = torch.where(span < ranges, span + torch.arange(tracks, device=device)[:, None] * ranges, spans)
     queries = torch.stack([span_query, global_query][: min(spans, 2)], 2).to(dtype) * dim**-0.5
     pooled = torch.full((len(caches), 2, batch, heads, dim), torch.nan, dtype=dtype, device=device)
+    zero = pooled.new_zeros(())
     space = Workspace(device)
     for tile in cut_tiles(inside, batch, (0, length), max(TILE_ROWS, length), device):
         items, tokens = tile.shape
@@ -109,20 +135,18 @@ def _pool(
                         for target, source in zip(product.unbind(0), rows):
                             target.copy_(source)
                     x = product if stacks else rows[0][None]
+                    if tile.keep is not None:  # a weight of zero does not stop a NaN in the padding
+                        x = torch.where(tile.keep[:, None, :, None], x, zero, out=product)
                     if weight is None:
                         query = queries[layers, None, part].expand(-1, items, -1, -1, -1).flatten(0, 2)
                         scores = torch.bmm(query, x.reshape(-1, tokens, dim).mT).view(*shape[:3], -1, tokens)
                         entry = span[tile.items, :, tile.tokens].flatten(1)
-                        weight = _token_weights(scores.tile(tracks), entry, spans)
+                        weight = _token_weights(scores if tracks == 1 else scores.tile(tracks), entry, spans)
                         if tracks > 1 and tile.keep is not None:
-                            # NaN in padding is in what one track leaves out and another may have: it weighs nothing.
+                            # A NaN may be in what one track leaves out and another has: there it weighs nothing.
                             weight.masked_fill_(entry[:, None] == spans, 0.0)
-                        weight = weight.unflatten(-1, (tracks, tokens)).sum(-2)[..., None]
-                    # Not a product of matrices: with one row on the left, torch.bmm is slower and adds token by token.
-                    torch.mul(x, weight, out=product)
-                    if tile.keep is not None:  # a weight of zero does not stop a NaN in the padding
-                        product.masked_fill_(~tile.keep[:, None, :, None], 0.0)
-                    pooled[layers, half, tile.items, part] = product.sum(-2)
+                        weight = weight.unflatten(-1, (tracks, tokens)).sum(-2)
+                    pooled[layers, half, tile.items, part] = _weighted_sum(x, weight, product)
     return pooled.masked_fill_(~inside.any(1)[:, None, None], torch.nan)
 
 

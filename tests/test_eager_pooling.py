@@ -61,6 +61,32 @@ def test_long_caches_are_pooled_some_heads_at_a_time(
     check_pooling(make_cache(sharer, 2, 600, dtype=torch.bfloat16, generator=generator), weights, offsets)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, F64])
+@pytest.mark.parametrize("tokens", [63, 64, 127, 128, 4133])
+@pytest.mark.parametrize("layout", ["heads first", "tokens first"])
+def test_large_sums_are_taken_in_blocks(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tokens: int, layout: str
+) -> None:
+    """Of all spans and masks, to the same bounds, whatever the strides."""
+    if tokens < 4133:
+        monkeypatch.setattr(eager_pooling, "_BLOCKED_ELEMENTS", 0)
+    sharer = Geometry(2, 4, 80)
+    weights = make_weights(sharer, sharer, 16, cross_context=True, dtype=dtype, generator=generator)
+    caches = make_cache(sharer, 2, tokens, dtype=dtype, generator=generator)
+    assert caches[0][0].numel() > eager_pooling._BLOCKED_ELEMENTS
+    if layout == "tokens first":
+        caches = [(key.mT.contiguous().mT, value.transpose(1, 2).contiguous().transpose(1, 2)) for key, value in caches]
+    offsets = torch.tensor([[0, 9, tokens // 2, tokens], [5, 5, 40, tokens - 3]])
+    check_pooling(caches, weights, offsets)
+    mask = torch.rand(2, tokens, generator=generator) < 0.7
+    for tensor in flat(caches):
+        tensor.transpose(1, 2)[~mask] = torch.nan
+    mask[:, 20] = True
+    for tensor in flat(caches):
+        tensor[:, :, 20] = 1.0
+    check_pooling(caches, weights, offsets, mask)
+
+
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
 def test_padding_is_not_pooled(generator: torch.Generator, dtype: torch.dtype) -> None:
     """Left and right padding and holes, all NaN; tokens outside the spans too."""
