@@ -1,12 +1,14 @@
 """Launch configurations as data. Imports neither torch nor triton, so that a choice can be tested anywhere.
 
 The rows come from cross-compilation (registers, spills, shared memory; tests/compile holds them to it). None has been
-measured on a GPU yet: they are where tuning starts.
+measured on a GPU yet: they are where tuning starts (`python -m bench.tune`, whose rows `tuned` puts in their place).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from .tuned import in_place_of
 
 DEFAULT_TARGET = "sm_90"
 #: What CPU tensors are served by, under TRITON_INTERPRET=1: few, large programs.
@@ -129,6 +131,10 @@ def tile_config(width: int, itemsize: int, target: str, rows: int, tokens: int) 
         rows: independent rows of tiles: layers times batch items.
         tokens: tokens to cover in each.
     """
+    return in_place_of(_tile(width, itemsize, target, rows, tokens), "tile", target, width, itemsize)
+
+
+def _tile(width: int, itemsize: int, target: str, rows: int, tokens: int) -> TileConfig:
     options = tile_options(width, itemsize, target)
     wanted = PROCESSORS[known_target(target)]
     for i, config in enumerate(options):
@@ -145,10 +151,12 @@ def backward_config(width: int, itemsize: int, target: str) -> TileConfig:
     """The tile of every backward kernel but the pool's, and of the forward pass in training, whose random numbers take
     registers (456 spills in the inference tile on sm_90, d = 128). Arguments as of `tile_options`."""
     if target == INTERPRETER:
-        return tile_options(width, itemsize, target)[0]
-    if itemsize == 4:
-        return _BACKWARD_SINGLE[width]
-    return _BACKWARD_OF.get((known_target(target), width), _BACKWARD[width])
+        row = tile_options(width, itemsize, target)[0]
+    elif itemsize == 4:
+        row = _BACKWARD_SINGLE[width]
+    else:
+        row = _BACKWARD_OF.get((known_target(target), width), _BACKWARD[width])
+    return in_place_of(row, "backward", target, width, itemsize)
 
 
 @dataclass(frozen=True)
@@ -230,7 +238,8 @@ def split_config(width: int, itemsize: int, target: str, rows: int, tokens: int)
     is_few = tokens <= SPLIT_TOKENS and 2 * rows * -(-tokens // SPLIT_TILE) <= PROCESSORS[known_target(target)]
     if not options or not is_few:
         return None
-    return next((config for config in options if 2 * config.block_tokens >= tokens), options[-1])
+    row = next((config for config in options if 2 * config.block_tokens >= tokens), options[-1])
+    return in_place_of(row, "split", target, width, itemsize)
 
 
 def split_counts(target: str, programs: int, steps: int, heads: int) -> tuple[int, int]:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from .common import TRITON_DTYPE, address_tables, cast, device_guard, pointer_of
 from .merging import finite_or_zero
-from .pooling import _config, _runs
+from .pooling import _runs
+from .pooling_policy import pooling_backward_config
 
 #: A token's numbers l, u, g; a span's max of l, 1/Σexp, s, G, β, δ and two unused.
 TOKEN = tl.constexpr(3)
@@ -317,7 +318,7 @@ def pool_backward(
         return grads[0], grads[1], [(k.new_zeros(k.shape), k.new_zeros(k.shape)) for k in keys] if wants_cache else []
     span_query, global_query = span_query.contiguous(), global_query.contiguous()
     grad = grad.float().contiguous()
-    config = _config(keys[0])
+    config = pooling_backward_config(head_dim, keys[0].element_size())
     chunks = triton.cdiv(tokens, config.block_tokens)
     block_d = triton.next_power_of_2(head_dim)
     with device_guard(keys[0]):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .tuned import in_place_of
+
 
 @dataclass(frozen=True)
 class PoolingConfig:
@@ -67,6 +69,12 @@ def pooling_config(head_dim: int, itemsize: int, target: str) -> PoolingConfig:
 
     32 chunks a merge: 2,000 tokens of width 128 in 16 bits take a single one.
     """
+    return in_place_of(pooling_backward_config(head_dim, itemsize), "pooling", target, head_dim, itemsize)
+
+
+def pooling_backward_config(head_dim: int, itemsize: int) -> PoolingConfig:
+    """The row of the backward kernels, which take a chunk and its warps from it: never one that the forward pass alone
+    was tuned to. Arguments as of `pooling_config`."""
     tokens = CHUNK_BYTES // (2 * _next_power_of_2(head_dim) * itemsize)
     fewest, most = CHUNK_TOKENS
     return PoolingConfig(

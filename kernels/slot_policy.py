@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from .tuned import in_place_of
+
 
 @dataclass(frozen=True)
 class SlotPoolConfig:
@@ -102,6 +104,10 @@ def slot_pool_config(head_dim: int, itemsize: int, slots: int, target: str) -> S
     four programs with two steps under way have 128 KB on a multiprocessor (latency times bandwidth of an H200 is about
     25 KB) and compute in turns. 32 KB take 250 registers for the same bytes, and spill where addresses are odd.
     """
+    return in_place_of(_slot_pool(head_dim, itemsize, slots, target), "slot_pool", target, head_dim, itemsize)
+
+
+def _slot_pool(head_dim: int, itemsize: int, slots: int, target: str) -> SlotPoolConfig:
     width = max(16, _next_power_of_2(head_dim))
     block_slots = min(slot_block(slots), 64)
     # 64 slots: of 256 channels 430 spills, 206 in the loop; float32 11,000; sm_100 compiles 128 channels to an empty
@@ -127,7 +133,7 @@ def slot_backward_config(head_dim: int, itemsize: int, slots: int, target: str) 
     256 channels and a step's tokens: 167 KB, more than an A100 has); on gfx942 in registers, so 16 there.
     """
     most = 32 if head_dim <= 128 and target != "gfx942" else 16
-    return slot_pool_config(head_dim, itemsize, min(slots, most), target)
+    return _slot_pool(head_dim, itemsize, min(slots, most), target)  # never what the forward pass alone was tuned to
 
 
 def chunk_tokens(config: SlotPoolConfig, rows: int, tokens: int, slots: int, itemsize: int, processors: int) -> int:
@@ -259,4 +265,5 @@ def slot_expand_config(
         splits = 1
     # Weights wait in shared memory in their own dtype.
     stages = config.num_stages if weight_size <= itemsize else max(config.num_stages // 2, 1)
-    return replace(config, splits=splits, num_stages=stages)
+    row = replace(config, splits=splits, num_stages=stages)
+    return in_place_of(row, "slot_expand", target, width, itemsize)

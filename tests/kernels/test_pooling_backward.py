@@ -24,6 +24,7 @@ BACK_ENDS: tuple[Backend, ...] = ("triton", "eager")
 @pytest.fixture(params=BACK_ENDS)
 def back_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     monkeypatch.setattr(pooling, "pooling_config", lambda *_: SMALL)
+    monkeypatch.setattr(pooling_backward, "pooling_backward_config", lambda *_: SMALL)
     monkeypatch.setattr(pooling_backward, "WALK", 16)
     name: Backend = request.param
     return name
