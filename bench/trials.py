@@ -58,6 +58,7 @@ class Task:
         case: what is timed, of `bench.cases`.
         sizes: at which; where there are several, their ratios' geometric mean counts.
         grid: values that each field may take.
+        first: fields of rows that are tried before all others, for a reason that stands beside them.
         also: cases that are launched with the same row, which must be right with it, too.
     """
 
@@ -67,6 +68,7 @@ class Task:
     sizes: tuple[Size, ...]
     grid: Mapping[str, tuple[int, ...]]
     also: tuple[str, ...] = ()
+    first: tuple[Mapping[str, int], ...] = ()
 
     def said(self) -> str:
         def said(size: Size) -> str:
@@ -91,10 +93,18 @@ _SPLIT = {
     "down_stages": (2, 3, 4, 5),
     "finish_stages": (2, 3, 4),
 }
+#: Two programs a multiprocessor, so that one reads while the other multiplies: 64 tokens on four warps take 203 to 254
+#: registers a thread and 48 to 96 KB on sm_90 at d = 128 (Triton 3.7.1), none of which spills.
+_TWO = tuple(
+    {"block_tokens": 64, "num_warps": 4, **more}
+    for more in (
+        {}, {"num_stages": 2}, {"num_stages": 2, "block_hidden": 32}, {"block_channels": 32, "block_hidden": 32}
+    )
+)  # fmt: skip
 _ALSO = ("adapter.inject", "joint_projection", "gated_injection", "fuse_layers" + INDEXED)
 #: In the order of what they are worth.
 TASKS = (
-    Task("tile", "tile", "fuse_layers", (Size(tokens=2048),), _TILE, _ALSO),
+    Task("tile", "tile", "fuse_layers", (Size(tokens=2048),), _TILE, _ALSO, _TWO),
     Task("one", "split", "fuse_layers", (Size(tokens=1),), _SPLIT, ("adapter.inject", "fuse_layers" + INDEXED)),
     Task("few", "split", "fuse_layers", (Size(tokens=128),), _SPLIT, ("adapter.inject", "fuse_layers" + INDEXED)),
     Task(
@@ -322,5 +332,8 @@ def asked(kind: str, case: str, operands: Operands) -> list[tuple[tuned.Place, R
 
 
 def candidates(task: Task, row: Row) -> list[Row]:
-    """Other rows for a task; None, not to split, where that can be."""
-    return [*([None] if task.kind == "split" else []), *near(row, task.grid)]
+    """Other rows for a task, those of ``first`` before the rest; None, not to split, where that can be."""
+    first = [replace(row, **dict(changes)) for changes in task.first]
+    found = dict.fromkeys([*first, *near(row, task.grid)])
+    found.pop(row, None)
+    return [*([None] if task.kind == "split" else []), *found]

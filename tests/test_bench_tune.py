@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench import trials, tune
-from bench.trials import TASKS, Bench, Size, Task, Trial, near
+from bench.trials import TASKS, Bench, Size, Task, Trial, candidates, near
 from lcf_fast import CacheGeometry, use_backend
 from lcf_fast.kernels import fusion_plan, policy, pooling_policy, slot_policy, tuned
 
@@ -127,6 +127,14 @@ def test_near_rows_come_first() -> None:
     assert set(found[:-1]) == {replace(ROW, num_stages=2), replace(ROW, num_warps=4)}
 
 
+def test_what_is_tried_first() -> None:
+    rows = candidates(BY_NAME["tile"], ROW)
+    assert rows[:2] == [policy.TileConfig(64, 64, 64, 4, 3), policy.TileConfig(64, 64, 64, 4, 2)]
+    assert len(set(rows)) == len(rows) == 161 and ROW not in rows
+    split = policy.split_config(128, 2, "sm_90", 28, 1)
+    assert candidates(BY_NAME["one"], split)[0] is None
+
+
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_each_task_has_a_row_of_the_policy_and_fields_of_it(task: Task) -> None:
     """At its size, on an H200."""
@@ -159,7 +167,7 @@ def bench() -> Bench:
 def small(monkeypatch: pytest.MonkeyPatch) -> Task:
     monkeypatch.setattr(tune, "MOST", 3)
     grid = {"block_hidden": (64, 128), "block_tokens": (16, 32)}
-    return replace(BY_NAME["tile"], sizes=(Size(tokens=20, context=20),), grid=grid)
+    return replace(BY_NAME["tile"], sizes=(Size(tokens=20, context=20),), grid=grid, first=())
 
 
 def tuned_by(task: Task, bench: Bench, folder: Path) -> tune.Found:
