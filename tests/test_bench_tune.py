@@ -270,6 +270,35 @@ def test_times_are_taken_with_the_row_that_they_are_of(small: Task, bench: Bench
     assert seen == [trial.row, other]
 
 
+def test_the_workers_launch_every_candidate_once_between_them(
+    small: Task, bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = replace(small, name="middle", grid={"block_hidden": (24, 64)})  # 24 is no power of two: it raises
+    with torch.no_grad(), use_backend("triton"):
+        for part in range(2):
+            tune.compile_some([small, other], bench, part, 2)
+    said = capsys.readouterr().out.splitlines()
+    assert sorted(said) == ["middle 0", "middle 1", "tile 0", "tile 1", "tile 2"]
+
+
+def test_workers_that_are_late_are_ended_and_what_they_said_counts(
+    small: Task, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def worker(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        assert command[:3] == [sys.executable, "-m", "bench.tune"] and "--compile" in command
+        code = f"import time; print('tile {len(started)}', flush=True); print('half a li', flush=True); time.sleep(60)"
+        started.append(real([sys.executable, "-c", code], **options))
+        return started[-1]
+
+    real = subprocess.Popen
+    monkeypatch.setattr(tune.subprocess, "Popen", worker)
+    monkeypatch.setattr(tune.os, "cpu_count", lambda: 2)
+    assert tune.compile_beside([small], bench, 3.0) == {("tile", 0), ("tile", 1)}
+    assert all(process.poll() is not None for process in started)
+
+
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
