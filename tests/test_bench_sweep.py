@@ -287,12 +287,22 @@ def test_every_swept_group_is_called_at_every_size(monkeypatch: pytest.MonkeyPat
             return right(o)
 
         monkeypatch.setitem(warm.OURS, name, spy)
-    sizes: dict[str, Any] = {"sizes": ((1, 4), (3, 5)), "contexts": ((2, 9),)}
-    sizes |= {"sharer": cases.CacheGeometry(2, 1, 16), "receiver": cases.CacheGeometry(2, 1, 32)}
-    failed = warm.touch(CPU, torch.float32, 64, **sizes)
+    monkeypatch.setattr(warm, "SIZES", ((1, 4), (3, 5)))
+    monkeypatch.setattr(warm, "CONTEXTS", ((2, 9),))
+    chosen = warm.swept(torch.float32, 64)
+    failed = warm.touch(CPU, chosen, sharer=cases.CacheGeometry(2, 1, 16), receiver=cases.CacheGeometry(2, 1, 32))
     edits = [(name, *size) for name in ("adapter.fuse", "adapter.inject") for size in ((1, 4), (3, 5))]
     assert called == [*edits, ("summarize_layers", 2, 9)]
-    assert [text.partition(": ")[0] for text in failed] == ["adapter.fuse, 3 × 5", "adapter.inject, 3 × 5"]
+    assert ["N = 3 × 5" in text and "too few registers" in text for text in failed] == [True, True]
+
+
+def test_every_case_of_a_run_is_called_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    for name in variants.OURS:
+        monkeypatch.setitem(warm.OURS, name, lambda o, name=name: called.append(name))
+    chosen = [replace(point, tokens=5, context=9) for point in plan.points(default_settings(CUDA, quick=True))]
+    assert warm.touch(CPU, chosen, sharer=cases.CacheGeometry(2, 1, 16), receiver=cases.CacheGeometry(28, 1, 32)) == []
+    assert {*called} == {case.name for case in cases.CASES}
 
 
 def test_defaults_of_a_sweep() -> None:
