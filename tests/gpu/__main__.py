@@ -3,8 +3,8 @@
 Two runs, each in under ten minutes: the checks and the benchmark; then, with ``--only sweep latency``, what takes
 longer to measure. Uses the Python it runs in and installs nothing; ``pip install --no-deps --no-build-isolation -e .``
 must have gone before. DIR gets the steps' logs, the results of the benchmark, and ``summary.json``; at the end stand
-the targets that they meet and miss (``python -m bench.targets``). Exit status: 0 all steps passed, 1 one failed, 2
-there is nothing to run on.
+the targets that they meet and miss (``python -m bench.targets``). In a copy without its repository ``LCF_FAST_COMMIT``
+names the commit. Exit status: 0 all steps passed, 1 one failed, 2 there is nothing to run on.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def describe() -> dict[str, str]:
         return done.stdout.strip()
 
     return {
-        "commit": output("git", "rev-parse", "HEAD"),
+        "commit": output("git", "rev-parse", "HEAD") or os.environ.get("LCF_FAST_COMMIT", ""),
         "gpu": torch.cuda.get_device_name(),
         "gpus": str(torch.cuda.device_count()),
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
