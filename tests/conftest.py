@@ -50,6 +50,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(OnAGpu(config))
 
 
+#: Bytes of a GPU that a worker may hold on to between its tests: a dozen of them share it.
+MOST_RESERVED = 4 << 30
+
+
 class OnAGpu:
     """A run that time or a broken kernel cuts short keeps what it found: failures are told when they happen."""
 
@@ -59,6 +63,10 @@ class OnAGpu:
         self.has_workers = bool(getattr(config.option, "numprocesses", None))
         if not self.is_worker:  # who stops it gets its summary; workers go at once
             signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def pytest_runtest_teardown(self) -> None:
+        if torch.cuda.memory_reserved() > MOST_RESERVED:
+            torch.cuda.empty_cache()
 
     @pytest.hookimpl(trylast=True)  # what a worker has to say is said before
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
