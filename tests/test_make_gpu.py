@@ -209,7 +209,7 @@ def test_tests_are_found(runner: ModuleType, tmp_path: Path, name: str, least: i
     step = step_of(runner, name, tmp_path)
     command = list(step.command)
     if "-n" in command:  # workers would each collect them
-        del command[command.index("-n") : command.index("-n") + 2]
+        del command[command.index("-n") : command.index("-n") + 4]
     done = subprocess.run(
         [*command, "--collect-only"],
         cwd=step.cwd,

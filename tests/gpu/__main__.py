@@ -86,7 +86,11 @@ def steps(out: Path) -> list[Step]:
     cores = min(16, os.cpu_count() or 2)
     few, many = max(1, cores // 4), max(1, cores - cores // 4 - 3)
     has_xdist = importlib.util.find_spec("xdist") is not None
-    checks = {name: [*pytest, *(["-n", str(n)] if has_xdist else [])] for name, n in (("gpu", few), ("numerics", many))}
+    # Neighbouring tests share kernels, so each worker begins with tests in a row.
+    checks = {
+        name: [*pytest, *(["-n", str(n), "--dist", "worksteal"] if has_xdist else [])]
+        for name, n in (("gpu", few), ("numerics", many))
+    }
     on_gpu = {"LCF_FAST_TEST_DEVICE": "cuda"}
     sanitizer = sanitizer_of()
     absent = "" if sanitizer else "compute-sanitizer is not on PATH"
