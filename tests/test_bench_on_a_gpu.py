@@ -36,7 +36,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         return 1.0
 
     monkeypatch.setattr(rope, "random_model", random_model)
-    monkeypatch.setattr(timing, "l2_bytes", lambda device: 400_000)
+    monkeypatch.setattr(timing, "l2_bytes", lambda device: 1)
     monkeypatch.setattr(timing, "graphed", list)
     monkeypatch.setattr(timing, "_sample", lambda calls, count, device: called(next(calls)))
     for name in ("host_us", "kernels_launched", "peak_mb"):
@@ -50,9 +50,10 @@ def caches(device: torch.device) -> inputs.Caches:
     return inputs.Caches(heard, own, make_cache(RECEIVER, 2, 30, device=device), [0, 10, 10, 30])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", sorted({*BY_NAME} - {ADDRESSES}))
 def test_every_group_is_measured(group: str, gpu: torch.device) -> None:
-    settings = Settings(gpu, torch.float32, (20,), context=30, widths=(64,), seconds=0.0)
+    settings = Settings(gpu, torch.float32, (20,), context=30, widths=(64,), hurry_after=-1.0)
     point = Point(BY_NAME[group], 20, 30, 64, torch.float32, batch=2)
     rows = Job(settings, point, caches(gpu), bandwidth=10.0, started=0.0).rows()
     for row in rows:
@@ -68,5 +69,5 @@ def test_messages_and_what_is_compiled_before(gpu: torch.device) -> None:
     rows = wire.rows(settings, caches(gpu), 64, bandwidth=10.0)
     assert rows and all(row["within"] and row["time"] for row in rows)
     chosen = [Point(group, 20, 30, 64, torch.float32, batch=2) for group in cases.GROUPS]
-    sides = {"sharer": cases.CacheGeometry(*SHARER), "receiver": cases.CacheGeometry(28, 2, 64)}
+    sides = {"sharer": cases.CacheGeometry(*SHARER), "receiver": cases.CacheGeometry(*RECEIVER)}
     assert warm.touch(gpu, chosen, **sides) == []
