@@ -36,7 +36,8 @@ EXAMPLES = """examples:
   python -m bench --sweep --dtype bfloat16 --bottleneck 128 --deadline 120
   python -m bench --sharer Qwen/Qwen2.5-0.5B-Instruct --receiver Qwen/Qwen3-0.6B
 
---out gets results.json, plot.png and a copy of the results named after the device, fit for bench/results/.
+--out gets results.json (on a GPU after each size), plot.png and a copy of the results named after the device, fit for
+bench/results/.
 With --sweep, --tokens, --batch, --context, --bottleneck and --dtype narrow its axes.
 """
 
@@ -86,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"bench: {error}; install first: {sys.executable} -m pip install -e '.[bench]'", file=sys.stderr)
         return 2
+    from lcf_fast.files import write_whole
+
     from . import report, sweep_table
     from .machine import slug
     from .runner import INTERRUPTED, run
@@ -101,19 +104,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings = _settings(given, device, DTYPES)
+    command = " ".join(["python -m bench", *_public(arguments if arguments is not None else sys.argv[1:])])
+    file = given.out / "results.json"
+
+    def keep(so_far: dict[str, Any]) -> None:
+        write_whole(file, _text({**so_far, "command": command}))
+
     try:
-        results = run(settings, report.Steps())
+        results = run(settings, report.Steps(), keep)
     except (RuntimeError, OSError, ValueError) as error:
         if isinstance(error, RuntimeError) and "transformers" not in str(error):
             raise
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    results["command"] = " ".join(["python -m bench", *_public(arguments if arguments is not None else sys.argv[1:])])
-    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    results["command"] = command
     name = slug(results["about"]) + ("-sweep" if given.sweep else "")
-    files = [given.out / "results.json", given.out / f"{name}.json"]
-    for file in files:
-        file.write_text(text, encoding="utf-8")
+    files = [file, given.out / f"{name}.json"]
+    for one in files:
+        write_whole(one, _text(results))
     try:
         from .plot import draw
 
@@ -121,14 +129,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draw(results, files[-1])
     except ImportError as error:
         print(f"bench: no plot: {error}", file=sys.stderr)
-    files = [file for file in files if file.exists()]
+    files = [one for one in files if one.exists()]
     if given.sweep:
         sweep_table.print_results(results)
     else:
         report.print_results(results)
-    print(f"wrote {', '.join(str(file) for file in files)}")
+    print(f"wrote {', '.join(map(str, files))}")
     interrupted = any(one["why"] == INTERRUPTED for one in results["left_out"])
     return 1 if results["failures"] or interrupted else 0
+
+
+def _text(results: Mapping[str, Any]) -> bytes:
+    return (json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _settings(given: argparse.Namespace, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> Settings:

@@ -263,6 +263,7 @@ class Case:
         checked: also run by the quick check in Triton's interpreter, which is slow.
         interpreted: False: not even by the full check, since others run the same kernels.
         note: what a reader must know of the figure.
+        no_graph: why it cannot be a CUDA graph; empty: it is tried.
     """
 
     name: str
@@ -272,6 +273,7 @@ class Case:
     checked: bool = False
     interpreted: bool = True
     note: str = ""
+    no_graph: str = ""
 
 
 @dataclass(frozen=True)
@@ -381,6 +383,7 @@ CASES = (
         extend,
         interpreted=False,
         note=f"begin, {PIECES} pieces that end within spans, finish; all others pool the whole context at once",
+        no_graph="its pieces' spans come from the host in every call",
     ),
     Case("summarize_layers (windows)", "windows", "all layers", summarize_layers),
     Case(

@@ -113,7 +113,7 @@ class Job:
 
     def _candidates(self) -> list[Candidate]:
         cases = cases_of(self.group, self.settings.only)[: 1 if self.point.brief else None]
-        found = [Candidate(Variant(case.name, "ours", OURS[case.name], note=case.note), case) for case in cases]
+        found = [Candidate(_ours(case), case) for case in cases]
         others = baselines(self.group.name, self.operands, eager_only=self.point.brief)
         found += [Candidate(variant, None) for variant in others]
         return found if self.point.brief else found + self._compiled()
@@ -161,7 +161,6 @@ class Job:
             try:
                 calls[variant.name] = list(timing.graphed(calls[one.variant.name]))
             except Exception as error:  # what cannot be captured is a loss to be shown, not the end of the job
-                torch.cuda.synchronize()
                 graph = replace(graph, skip=f"not captured: {_first_line(error)}")
             found.append(graph)
         return found
@@ -260,6 +259,10 @@ class Job:
                 if isinstance(one.variant.run, Training):
                     row["activation_mb"] = one.variant.run.activation_mb(self.operands)
         return row
+
+
+def _ours(case: Case) -> Variant:
+    return Variant(case.name, "ours", OURS[case.name], note=case.note, no_graph=case.no_graph)
 
 
 def is_fatal(error: Exception) -> bool:

@@ -79,7 +79,8 @@ REGIONS = (
 def take(folder: Path, results: Path) -> list[Path]:
     """Put what ``make gpu`` left in a folder where results are committed; returns the files written.
 
-    Names are the GPU's. Of the summary only what passed is kept: what its steps printed may name the machine.
+    Names are the GPU's. Of the summary only what passed is kept: what its steps printed may name the machine. Steps and
+    cells of the latency protocol add to those of an earlier folder of the same commit and versions.
 
     Raises:
         ValueError: it holds nothing. OSError: a file that cannot be read.
@@ -89,13 +90,18 @@ def take(folder: Path, results: Path) -> list[Path]:
         if (data := _read(folder / source)) is not None:
             taken[results / f"{slug(data['about'])}{suffix}.json"] = data
     if (data := _read(folder / "latency/latency.json")) is not None:
-        taken[results / "evaluation" / f"latency-{slug(data['cells'][0]['about'])}.json"] = data
+        file = results / "evaluation" / f"latency-{slug(data['cells'][0]['about'])}.json"
+        done = {(cell["group"], cell["batch"]) for cell in data["cells"]}
+        earlier = (_read(file) or {"cells": []})["cells"]
+        kept = [cell for cell in earlier if (cell["group"], cell["batch"]) not in done]
+        kept = [cell for cell in kept if _are_alike(cell["about"], data["cells"][0]["about"])]
+        taken[file] = {**data, "cells": kept + data["cells"]}
     if (data := _read(folder / "summary.json")) is not None:
         steps = [{name: step[name] for name in ("step", "status", "seconds")} for step in data["steps"]]
         name = slug({"device_type": "cuda", "device": data["about"]["gpu"]})
         file = results / "checks" / f"{name}.json"
         earlier = _read(file)
-        if earlier is not None and earlier["about"] == data["about"]:
+        if earlier is not None and _are_alike(earlier["about"], data["about"]):
             done = {step["step"] for step in steps}
             steps = [step for step in earlier["steps"] if step["step"] not in done] + steps
         taken[file] = {"about": data["about"], "steps": steps}
@@ -110,6 +116,13 @@ def take(folder: Path, results: Path) -> list[Path]:
             plot.draw(data, file.with_suffix(".svg"))
             written.append(file.with_suffix(".svg"))
     return written
+
+
+def _are_alike(about: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether results of two runs are of one commit under the same versions. A second machine may have another driver
+    or CPU."""
+    names = ("commit", "torch", "triton")
+    return all(about.get(name) == other.get(name) for name in names)
 
 
 def _read(file: Path) -> dict[str, Any] | None:

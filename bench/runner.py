@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -26,6 +26,8 @@ SCHEMA = 1
 TARGET_TOKENS = 512
 #: Why a size was left out, where somebody stopped the run.
 INTERRUPTED = "interrupted"
+#: The same where nobody told it.
+ENDED = "the run was ended before"
 
 
 class Progress(Protocol):
@@ -60,9 +62,15 @@ class Found:
     lost: str = ""
 
 
+Keep = Callable[[dict[str, Any]], None]
+
+
 @torch.no_grad()
-def run(settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
+def run(settings: Settings, progress: Progress | None = None, keep: Keep | None = None) -> dict[str, Any]:
     """Everything. ``failures`` in the results names what of ours is out of bounds, ``left_out`` what was not reached.
+
+    Args:
+        keep: is given the results so far after each point on a GPU, which may hang, or be taken away.
 
     Raises:
         RuntimeError: transformers is missing. OSError, ValueError: a model that cannot be loaded.
@@ -89,39 +97,60 @@ def run(settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
         with progress.step("copy bandwidth and rate of matrix products"):
             bandwidth = timing.copy_bandwidth(settings.device)
             rate = timing.matmul_rate(settings.device, settings.dtype)
-        found = _run(settings, chosen, caches, progress, bandwidth=bandwidth, started=started)
+        found = Found()
+        about = machine.about(settings.device)
+
+        def so_far(rest: Sequence[Point] = ()) -> dict[str, Any]:
+            ended = [point.left_out(ENDED) for point in rest]
+            return {
+                "schema": SCHEMA,
+                "about": about,
+                "settings": _described(settings),
+                "input": about_input,
+                "copy_gb_s": bandwidth,
+                "matmul_tflop_s": rate,
+                "waited_share": machine.waited_share(scheduled),
+                **_found(settings, found, checks, [*too_large, *ended]),
+                "seconds": time.perf_counter() - started,
+            }
+
+        for rest in _run(settings, chosen, caches, progress, found, bandwidth=bandwidth, started=started):
+            if keep is not None and settings.on_gpu:
+                keep(so_far(rest))
         if sweep is None:
             _run_host(settings, found, caches, progress, bandwidth)
-        rows = [row for index in sorted(found.rows) for row in found.rows[index]]
-        waited = machine.waited_share(scheduled)
+        return so_far()
+
+
+def _described(settings: Settings) -> dict[str, Any]:
+    return {
+        "quick": settings.quick,
+        "sweep": settings.sweep is not None,
+        "dtype": dtype_name(settings.dtype),
+        "tokens": list(settings.tokens),
+        "context": settings.context,
+        "batch": list(settings.batches),
+        "bottleneck": list(settings.widths),
+        "only": list(settings.only),
+    }
+
+
+def _found(
+    settings: Settings, found: Found, checks: Sequence[dict[str, Any]], left_out: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """What points and checks came to, as the results have it."""
+    rows = [row for index in sorted(found.rows) for row in found.rows[index]]
     failures = [
         f"{row['variant']}, {row['tokens']} tokens" for row in rows if row["kind"] == "ours" and row["within"] is False
     ]
     failures += found.failures
     failures += [f"{one['op']}, interpreted, {one['dtype']}" for one in checks if one["within"] is False]
     return {
-        "schema": SCHEMA,
-        "about": machine.about(settings.device),
-        "settings": {
-            "quick": settings.quick,
-            "sweep": sweep is not None,
-            "dtype": dtype_name(settings.dtype),
-            "tokens": list(settings.tokens),
-            "context": settings.context,
-            "batch": list(settings.batches),
-            "bottleneck": list(settings.widths),
-            "only": list(settings.only),
-        },
-        "input": about_input,
-        "copy_gb_s": bandwidth,
-        "matmul_tflop_s": rate,
-        "waited_share": waited,
         "rows": rows,
-        "interpreted": checks,
+        "interpreted": list(checks),
         "targets": _targets(rows, settings),
-        "left_out": too_large + found.left_out,
+        "left_out": [*left_out, *found.left_out],
         "failures": failures,
-        "seconds": time.perf_counter() - started,
     }
 
 
@@ -130,12 +159,12 @@ def _run(
     chosen: Sequence[Point],
     caches: Caches,
     progress: Progress,
+    found: Found,
     *,
     bandwidth: float,
     started: float,
-) -> Found:
-    """Every point, what targets read first, until there is no time left or the device is lost."""
-    found = Found()
+) -> Iterator[list[Point]]:
+    """Every point, what targets read first, until there is no time left or the device is lost. After each, the rest."""
     order = range(len(chosen)) if settings.sweep else urgent(chosen, settings)
     for number, index in enumerate(order, 1):
         point = chosen[index]
@@ -146,7 +175,7 @@ def _run(
             continue
         with progress.step(f"{number} of {len(chosen)}: {point.said()}"), _told(found, [point], point.said()):
             found.rows[index] = _rows(settings, point, caches, bandwidth, started)
-    return found
+        yield [chosen[index] for index in order[number:]]
 
 
 def _run_host(settings: Settings, found: Found, caches: Caches, progress: Progress, bandwidth: float) -> None:

@@ -1,7 +1,9 @@
-"""Compiles a sweep's kernels before it begins, in processes side by side: one after the other they take minutes.
+"""Compiles kernels before they are timed: those of a sweep in processes side by side, since one after the other they
+take minutes.
 
-Triton keeps on disk what it compiles, and the sweep finds it there. ``python -m bench.warm bfloat16 128`` is one of the
-processes. What does not compile is passed over: it shows in the sweep.
+Triton keeps on disk what it compiles, and the benchmark finds it there. ``python -m bench.warm bfloat16 128`` is one of
+a sweep's processes; without arguments, all of ``python -m bench --quick``. What does not compile is passed over: it
+shows in the benchmark.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import torch
 
@@ -21,13 +24,13 @@ from lcf_fast import CacheGeometry
 from . import ROOT
 from .cases import QWEN3, QWEN25, WHOLE, cases_of
 from .inputs import Caches, Pair, make_config, make_operands, make_weights
-from .plan import BY_NAME
-from .settings import DTYPES, LONGEST, Sweep, dtype_name
+from .plan import ASIDE, BY_NAME, Point, points, urgent
+from .settings import DTYPES, LONGEST, Sweep, default_settings, dtype_name
 from .variants import OURS
 
 LIMIT_S = 120.0
 #: Batches and receiver positions, between them every tile of `lcf_fast.kernels.policy`; batches of one have their own.
-SIZES = ((1, 8), (1, 512), (1, 2048), (8, 512))
+SIZES = ((1, 8), (1, 128), (1, 512), (1, 2048), (8, 512))
 CONTEXTS = ((1, 2000), (1, LONGEST), (8, 2000))
 
 
@@ -55,44 +58,61 @@ def compile_beside(sweep: Sweep) -> int:
         return sum(pool.map(run, commands(sweep)))
 
 
+def swept(dtype: torch.dtype, width: int) -> list[Point]:
+    """Points that between them have every kernel of a sweep at one dtype and width."""
+    found = [(name, batch, tokens, ASIDE) for name in WHOLE for batch, tokens in SIZES]
+    found += [("summarize", batch, 1, context) for batch, context in CONTEXTS]
+    return [
+        Point(BY_NAME[name], tokens, context, width, dtype, batch, brief=True) for name, batch, tokens, context in found
+    ]
+
+
 @torch.no_grad()
 def touch(
     device: torch.device,
-    dtype: torch.dtype,
-    width: int,
+    chosen: Sequence[Point],
     *,
     sharer: CacheGeometry = QWEN25,
     receiver: CacheGeometry = QWEN3,
-    sizes: Sequence[tuple[int, int]] = SIZES,
-    contexts: Sequence[tuple[int, int]] = CONTEXTS,
 ) -> list[str]:
-    """Call the first case of each swept group once at each size; returns what raised."""
+    """Call our cases of each point once, as the benchmark does; returns what raised."""
     failed = []
-    calls = [(name, batch, tokens, 200) for name in WHOLE for batch, tokens in sizes]
-    calls += [("summarize", batch, 1, context) for batch, context in contexts]
-    for name, batch, tokens, context in calls:
-        group = BY_NAME[name]
+    draw = lru_cache(maxsize=2)(make_weights)
+    for point in chosen:
+        group = point.group
 
-        def cache(geometry: CacheGeometry, length: int, rows: int = batch) -> list[Pair]:
+        def cache(
+            geometry: CacheGeometry, length: int, rows: int = point.batch, dtype: torch.dtype = point.dtype
+        ) -> list[Pair]:
             shape = rows, geometry.kv_heads, length, geometry.head_dim
             pair = torch.randn(shape, device=device, dtype=dtype), torch.randn(shape, device=device, dtype=dtype)
             return [pair] * geometry.layers  # one layer's memory serves them all
 
-        caches = Caches(cache(sharer, tokens), cache(receiver, tokens), cache(receiver, context), [0, context])
-        config = make_config(group, sharer, receiver, width)
-        weights = make_weights(config, device=device, dtype=dtype)
-        case = cases_of(group)[0]
-        try:
-            OURS[case.name](make_operands(group, caches, config, weights))
-        except Exception as error:  # it has its place in the sweep's results
-            failed.append(f"{case.name}, {batch} × {tokens}: {type(error).__name__}: {error}")
+        for case in cases_of(group)[: 1 if point.brief else None]:
+            try:
+                config = make_config(group, sharer, receiver, point.width)
+                weights = draw(config, device=device, dtype=point.dtype)
+                spans = [0, max(point.context // 3, 1), point.context]
+                caches = Caches(
+                    cache(sharer, point.tokens), cache(receiver, point.tokens), cache(receiver, point.context), spans
+                )
+                OURS[case.name](make_operands(group, caches, config, weights))
+            except Exception as error:  # it has its place in the results
+                failed.append(f"{case.name}, {point.said()}: {type(error).__name__}: {error}")
     return failed
 
 
 def main() -> int:
+    device = torch.device("cuda")
+    if len(sys.argv) > 1:
+        chosen = swept(DTYPES[sys.argv[1]], int(sys.argv[2]))
+    else:
+        settings = default_settings(device, quick=True)
+        chosen = points(settings)
+        chosen = [chosen[index] for index in urgent(chosen, settings)]
     with lcf_fast.use_backend("triton"):
-        failed = touch(torch.device("cuda"), DTYPES[sys.argv[1]], int(sys.argv[2]))
-    print("\n".join(failed))
+        failed = touch(device, chosen)
+    print("\n".join(failed) or f"kernels of {len(chosen)} sizes are compiled")
     return int(bool(failed))
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .backends import resolve
+from .backends import current_backend, resolve, use_backend
 
-__all__ = ["count_edits", "is_plain", "needs_grad", "served_by", "undispatched"]
+__all__ = ["count_edits", "is_plain", "needs_grad", "register_gradient", "served_by", "undispatched"]
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -39,3 +39,18 @@ def undispatched(run: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
 def count_edits(tensors: Iterable[Tensor]) -> None:
     """Tell autograd that a kernel has written into these, so that it refuses gradients of what they were."""
     increment_version([*tensors])
+
+
+def register_gradient(op: Any, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
+    """An op's gradient, by the back end that was chosen when the op ran: on a GPU autograd calls ``backward`` in a
+    thread of its own, where no `use_backend` holds."""
+
+    def remembered(ctx: Any, inputs: Any, output: Any) -> None:
+        setup_context(ctx, inputs, output)
+        ctx.backend = current_backend()
+
+    def chosen(ctx: Any, *grads: Tensor) -> Any:
+        with use_backend(ctx.backend):
+            return backward(ctx, *grads)
+
+    op.register_autograd(chosen, setup_context=remembered)

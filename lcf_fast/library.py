@@ -1,6 +1,7 @@
 """The torch.library boundary: each op with its schema, its fake, and its gradient.
 
-One boundary a call. An op picks its back end when it runs, so compiled graphs obey `use_backend` too. A gradient sits
+One boundary a call. An op picks its back end when it runs, so compiled graphs obey `use_backend` too; but for their
+backward pass on a GPU, which runs in a thread of autograd's own: there ``LCF_FAST_BACKEND`` holds. A gradient sits
 behind an op of its own, one opaque node for ``torch.compile``: kernels that recompute, or on the eager back end the
 reference formula, recomputed.
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from . import eager, reference
 from .backends import resolve
-from .dispatch import count_edits
+from .dispatch import count_edits, register_gradient
 
 PROJECTION_WEIGHTS = ("down_weight", "down_bias", "norm_weight", "ffn_in_weight", "ffn_out_weight")
 INJECTION_WEIGHTS = ("up_weight", "up_bias", "head_gate_weight", "head_gate_bias", "gate_logit")
@@ -240,7 +241,7 @@ def _projection_backward(ctx: Any, grad: Tensor) -> Any:
     return *sharer, *receiver, grads, None, message, None
 
 
-joint_projection.register_autograd(_projection_backward, setup_context=_projection_setup)
+register_gradient(joint_projection, _projection_backward, setup_context=_projection_setup)
 
 
 # --- gated injection ----------------------------------------------------------------------------------------------
@@ -366,4 +367,4 @@ def _injection_backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> Any:
     return key, value, latent, weights, None
 
 
-gated_injection.register_autograd(_injection_backward, setup_context=_injection_setup)
+register_gradient(gated_injection, _injection_backward, setup_context=_injection_setup)

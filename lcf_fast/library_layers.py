@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import eager, reference
 from .backends import resolve
-from .dispatch import count_edits
+from .dispatch import count_edits, register_gradient
 from .layouts import Layers
 from .library import WEIGHTS, Pair, like_needed, pairs_of, recompute_gradients, spread, unit_rows
 from .noise import TrainingNoise
@@ -305,4 +305,4 @@ def _fuse_backward(ctx: Any, grad: Tensor) -> Any:
     return sharer, receiver, weights, None, None, message, *[None] * len(ctx.scalars)
 
 
-fuse_layers.register_autograd(_fuse_backward, setup_context=_fuse_setup)
+register_gradient(fuse_layers, _fuse_backward, setup_context=_fuse_setup)

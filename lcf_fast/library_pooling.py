@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import eager_pooling, reference
 from .backends import resolve
+from .dispatch import register_gradient
 from .library import Pair, like_needed, pairs_of, spread, unit_rows
 
 SUMMARY_WEIGHTS = ("span_query", "global_query", "down_weight", "down_bias")
@@ -141,7 +142,7 @@ def _pool_backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> Any:
     return *spread(found, ctx.needed), None, None
 
 
-attention_pool.register_autograd(_pool_backward, setup_context=_pool_setup)
+register_gradient(attention_pool, _pool_backward, setup_context=_pool_setup)
 
 
 # --- all layers ---------------------------------------------------------------------------------------------------
@@ -245,4 +246,4 @@ def _summarize_backward(ctx: Any, grad_latent: Tensor, grad_summary: Tensor) -> 
     return grads[ctx.weights :], grads[: ctx.weights], None, None
 
 
-summarize_layers.register_autograd(_summarize_backward, setup_context=_summarize_setup)
+register_gradient(summarize_layers, _summarize_backward, setup_context=_summarize_setup)

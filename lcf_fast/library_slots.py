@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import eager_slots
 from .backends import current_backend, resolve
+from .dispatch import register_gradient
 from .errors import BackendError
 from .library import like_needed, pairs_of, recompute_gradients, spread, unit_rows
 from .noise import TrainingNoise
@@ -151,7 +152,7 @@ def _pool_backward(ctx: Any, grad_key: Tensor, grad_value: Tensor, _: Tensor) ->
     return sharer, query, None
 
 
-pool_slots.register_autograd(_pool_backward, setup_context=_pool_setup)
+register_gradient(pool_slots, _pool_backward, setup_context=_pool_setup)
 
 
 # --- the fold -----------------------------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def _fold_backward(ctx: Any, grad: Tensor) -> Any:
     return slot_key, slot_value, weights
 
 
-fold_slots.register_autograd(_fold_backward, setup_context=_fold_setup)
+register_gradient(fold_slots, _fold_backward, setup_context=_fold_setup)
 
 
 # --- the expansion ------------------------------------------------------------------------------------------------
@@ -328,4 +329,4 @@ def _expand_backward(ctx: Any, grad: Tensor) -> Any:
     return latent, weights, *[None] * len(ctx.scalars)
 
 
-expand_slots.register_autograd(_expand_backward, setup_context=_expand_setup)
+register_gradient(expand_slots, _expand_backward, setup_context=_expand_setup)

@@ -8,6 +8,7 @@ compiles them for that chip and runs what comes out on the CPU (``tests/emulator
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -42,8 +43,51 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # one worker a core; torch would start one thread a core in each
-    if DEVICE == "cuda" and not torch.cuda.is_available():
+    if DEVICE != "cuda":
+        return
+    if not torch.cuda.is_available():
         raise pytest.UsageError("LCF_FAST_TEST_DEVICE=cuda, but torch sees no CUDA device")
+    config.pluginmanager.register(OnAGpu(config))
+
+
+#: Bytes of a GPU that a worker may hold on to between its tests: a dozen of them share it.
+MOST_RESERVED = 4 << 30
+
+
+class OnAGpu:
+    """A run that time or a broken kernel cuts short keeps what it found: failures are told when they happen."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.is_worker = hasattr(config, "workerinput")
+        self.has_workers = bool(getattr(config.option, "numprocesses", None))
+        if not self.is_worker:  # who stops it gets its summary; workers go at once
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def pytest_runtest_teardown(self) -> None:
+        if torch.cuda.memory_reserved() > MOST_RESERVED:
+            torch.cuda.empty_cache()
+
+    @pytest.hookimpl(trylast=True)  # what a worker has to say is said before
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if not report.failed:
+            return
+        terminal: Any = self.config.pluginmanager.get_plugin("terminalreporter")
+        if not self.is_worker and terminal is not None:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            said = str(report.longrepr if crash is None else crash.message).strip().splitlines()
+            terminal.ensure_newline()
+            terminal.write_line(f"failed so far: {report.nodeid} ({report.when}): {' | '.join(said[:3])[:400]}")
+            terminal.flush()
+        if self.has_workers and not self.is_worker:
+            return
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            # Nothing runs in this process any more, and every test after it would fail for nothing.
+            if self.is_worker:
+                os._exit(1)  # xdist starts another one
+            pytest.exit(f"the device was lost in {report.nodeid}: {error}", returncode=1)
 
 
 def _lacks_hypothesis(path: Path) -> bool:

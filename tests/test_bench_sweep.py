@@ -6,8 +6,10 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from bench.__main__ import main
 from bench.settings import LONGEST, SWEEPS, Settings, default_settings, sweep_settings
 from helpers import Geometry, make_cache
 from lcf_fast import ops
+from lcf_fast.kernels import policy
 
 CUDA = torch.device("cuda")
 
@@ -287,12 +290,62 @@ def test_every_swept_group_is_called_at_every_size(monkeypatch: pytest.MonkeyPat
             return right(o)
 
         monkeypatch.setitem(warm.OURS, name, spy)
-    sizes: dict[str, Any] = {"sizes": ((1, 4), (3, 5)), "contexts": ((2, 9),)}
-    sizes |= {"sharer": cases.CacheGeometry(2, 1, 16), "receiver": cases.CacheGeometry(2, 1, 32)}
-    failed = warm.touch(CPU, torch.float32, 64, **sizes)
+    monkeypatch.setattr(warm, "SIZES", ((1, 4), (3, 5)))
+    monkeypatch.setattr(warm, "CONTEXTS", ((2, 9),))
+    chosen = warm.swept(torch.float32, 64)
+    failed = warm.touch(CPU, chosen, sharer=cases.CacheGeometry(2, 1, 16), receiver=cases.CacheGeometry(2, 1, 32))
     edits = [(name, *size) for name in ("adapter.fuse", "adapter.inject") for size in ((1, 4), (3, 5))]
     assert called == [*edits, ("summarize_layers", 2, 9)]
-    assert [text.partition(": ")[0] for text in failed] == ["adapter.fuse, 3 × 5", "adapter.inject, 3 × 5"]
+    assert ["N = 3 × 5" in text and "too few registers" in text for text in failed] == [True, True]
+
+
+def test_every_case_of_a_run_is_called_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+
+    def spy(name: str) -> Any:
+        return lambda operands: called.append(name)
+
+    for name in variants.OURS:
+        monkeypatch.setitem(warm.OURS, name, spy(name))
+    chosen = [replace(point, tokens=5, context=9) for point in plan.points(default_settings(CUDA, quick=True))]
+    assert warm.touch(CPU, chosen, sharer=cases.CacheGeometry(2, 1, 16), receiver=cases.CacheGeometry(28, 1, 32)) == []
+    assert {*called} == {case.name for case in cases.CASES}
+
+
+def test_kernels_of_every_swept_size_are_compiled_before() -> None:
+    """As `fusion_plan` chooses: the tile of few tokens, or of many."""
+    sweep, layers = SWEEPS["cuda"], cases.QWEN3.layers
+
+    def tiles(sizes: Any, width: int, dtype: torch.dtype) -> set[Any]:
+        chip = width, dtype.itemsize, "sm_90"
+        return {
+            policy.split_config(*chip, layers * batch, tokens) or policy.tile_config(*chip, layers * batch, tokens)
+            for batch, tokens in sizes
+        }
+
+    for width in sweep.widths:
+        for dtype in sweep.dtypes:
+            swept = tiles([(b, n) for b in sweep.batches for n in sweep.tokens], width, dtype)
+            assert swept <= tiles(warm.SIZES, width, dtype), (width, dtype)
+
+
+def test_what_a_gpu_had_measured_is_kept_after_each_size(
+    models: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("copy_bandwidth", "matmul_rate"):
+        monkeypatch.setattr(timing, name, lambda *_: 10.0)
+    monkeypatch.setattr(runner.warm, "compile_beside", lambda _: 0)
+    monkeypatch.setattr(runner, "lcf_fast", SimpleNamespace(use_backend=lambda _: nullcontext()))
+    monkeypatch.setattr(runner.Job, "rows", lambda job: [{**dict.fromkeys(ROW), "kind": "reference", "layers": 1}])
+    sizes = replace(SWEEPS["cpu"], tokens=(24, 1), widths=(64,), contexts=(40,), batches=(1,))
+    as_on_gpu = AsOnGpu(**{**vars(sweep_settings(CPU, sizes)), "sharer": models[0], "receiver": models[1]})
+    kept: list[dict[str, Any]] = []
+    whole = runner.run(as_on_gpu, keep=kept.append)
+    assert [len(one["rows"]) for one in kept] == [1, 2, 3, 4, 5]
+    assert [len(one["left_out"]) for one in kept] == [4, 3, 2, 1, 0] and whole["left_out"] == []
+    assert {one["why"] for one in kept[0]["left_out"]} == {runner.ENDED}
+    assert set(kept[-1]) == set(whole) and kept[-1]["rows"] == whole["rows"]
 
 
 def test_defaults_of_a_sweep() -> None:

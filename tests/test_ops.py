@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from torch.library import opcheck
 
 import lcf_fast
 from helpers import Geometry, make_cache, make_weights, to_double
-from lcf_fast import errors, library, library_layers, library_pooling, ops, reference, use_backend
+from lcf_fast import backends, errors, library, library_layers, library_pooling, ops, reference, use_backend
 from lcf_fast.backends import Backend, resolve
 
 BACKENDS: tuple[Backend, ...] = ("eager", "triton")
@@ -105,6 +106,32 @@ def test_an_injection_is_contiguous_and_new_whatever_the_cache(
     assert not key.is_contiguous() and edited[0].requires_grad == with_grad
     for new, old in zip(edited, (key, value)):
         assert new.is_contiguous() and new.data_ptr() != old.data_ptr()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "name", ["joint_projection", "attention_pool", "gated_injection", "fuse_layers", "summarize_layers"]
+)
+def test_a_gradient_takes_the_back_end_of_its_forward_pass(
+    name: str, backend: Backend, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whatever thread it runs: on a GPU autograd has one of its own, where no `use_backend` holds."""
+    seen: list[str] = []
+    right = backends.current_backend
+
+    def watched() -> str:
+        seen.append(right())
+        return seen[-1]
+
+    monkeypatch.setattr(backends, "current_backend", watched)
+    weights = {key: tensor.clone().requires_grad_(key != "gate_logit") for key, tensor in inputs.weights.items()}
+    with use_backend(backend):
+        total = torch.stack([tensor.float().sum() for tensor in flatten(calls(inputs)[name](weights))]).sum()
+    seen.clear()
+    thread = threading.Thread(target=total.backward)
+    thread.start()
+    thread.join()
+    assert {*seen} <= {backend} and (seen or backend == "eager")  # which may be plain torch, without an op of ours
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

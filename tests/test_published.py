@@ -137,6 +137,18 @@ def test_a_second_folder_adds_its_steps_and_an_empty_one_is_refused(
     assert [step["step"] for step in json.loads(checks.read_text(encoding="utf-8"))["steps"]] == ["gpu", "sweep"]
     assert published.main([str(tmp_path / "three")]) == 0
     assert [step["step"] for step in json.loads(checks.read_text(encoding="utf-8"))["steps"]] == ["bench"]
+
+    def cell(group: str, driver: str) -> dict[str, Any]:
+        about = {"device": "Made-up GPU", "device_type": "cuda", "commit": "b", "driver": driver}
+        return {"group": group, "batch": 1, "about": about}
+
+    for folder, groups, driver in (("one", ("shared", "cross"), "1"), ("two", ("cross",), "2")):
+        (tmp_path / folder / "latency").mkdir()
+        text = json.dumps({"format": 1, "cells": [cell(group, driver) for group in groups]})
+        (tmp_path / folder / "latency" / "latency.json").write_text(text, encoding="utf-8")
+        published.take(tmp_path / folder, checks.parents[1])
+    latency = json.loads((checks.parents[1] / "evaluation" / "latency-made-up-gpu.json").read_text(encoding="utf-8"))
+    assert latency["cells"] == [cell("shared", "1"), cell("cross", "2")] and latency["format"] == 1
     (tmp_path / "empty").mkdir()
     assert published.main([str(tmp_path / "empty")]) == 2
     assert "expected what make gpu leaves" in capsys.readouterr().err

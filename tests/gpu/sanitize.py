@@ -1,11 +1,13 @@
 """Every kernel, small, for compute-sanitizer. Odd sizes, so that every mask is at work.
 
-`main` takes a device, for `tests/launching`, which has none.
+``python tests/gpu/sanitize.py half`` runs those of one of `KINDS` alone. `main` takes a device, for `tests/launching`,
+which has none.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -109,11 +111,15 @@ def train_slots(cache: list[Pair], sharer: CacheGeometry, receiver: CacheGeometr
     torch.stack([side.square().sum() for pair in made for side in pair]).sum().backward()
 
 
-def main(on: str = "cuda") -> None:
+#: Width and dtype.
+KINDS = {"half": (64, torch.bfloat16), "single": (128, torch.float32)}
+
+
+def main(on: str = "cuda", kinds: Sequence[str] = ()) -> None:
     global _device
     _device = on
     sharer, receiver = CacheGeometry(2, 2, 64), CacheGeometry(2, 3, 80)
-    for width, dtype in ((64, torch.bfloat16), (128, torch.float32)):
+    for width, dtype in (KINDS[kind] for kind in kinds or KINDS):
         fuser = make_adapter(sharer, receiver, width, dtype, crossing=False)
         crosser = make_adapter(sharer, receiver, width, dtype, crossing=True)
         for tokens in (131, 67):  # one launch, and the two of few tokens
@@ -135,5 +141,5 @@ if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("a CUDA GPU is needed")
     with torch.no_grad(), lcf_fast.use_backend("triton"):
-        main()
+        main(kinds=sys.argv[1:])
         torch.cuda.synchronize()
