@@ -19,6 +19,7 @@ import pytest
 import torch
 from bench_jobs import two_models
 
+from bench import tune
 from bench.__main__ import parser as bench_parser
 from bench.settings import SWEEPS, default_settings, sweep_settings
 from lcf_fast import cli
@@ -73,22 +74,27 @@ def test_a_missing_tool_is_absent_not_passed(runner: ModuleType, tmp_path: Path)
     assert (result.status, result.note) == ("absent", "not on PATH")
 
 
+def runs(runner: ModuleType) -> list[tuple[str, ...]]:
+    """The steps of each of the three runs of ten minutes."""
+    return [runner.FIRST, ("sweep", "latency"), ("tune",)]
+
+
 def test_steps_leave_few_files(runner: ModuleType, tmp_path: Path) -> None:
     """Four logs, the summary, and the benchmark's two JSON files and plot: eight files."""
     steps = runner.steps(tmp_path)
     assert len({step.name for step in steps}) == len(steps)
-    for chosen in (runner.FIRST, ("sweep", "latency")):
+    for chosen in runs(runner):
         logs = {step.log or step.name for step in steps if step.name in chosen}
-        results = {"bench": 3, "sweep": 3, "latency": 2}
+        results = {"bench": 3, "sweep": 3, "latency": 2, "tune": 2}
         assert len(logs) + 1 + sum(results.get(name, 0) for name in chosen) <= 8  # one is the summary
 
 
-def test_both_runs_end_in_time(runner: ModuleType, tmp_path: Path) -> None:
+def test_each_run_ends_in_time(runner: ModuleType, tmp_path: Path) -> None:
     steps = runner.steps(tmp_path)
-    assert {step.name for step in steps} == {*runner.FIRST, "sweep", "latency"}
+    assert {step.name for step in steps} == {name for chosen in runs(runner) for name in chosen}
     for name in ("half", "single"):  # compiled for the sanitizer, which has no time for it
         assert step_of(runner, name, tmp_path).command[1:] == [str(FOLDER / "sanitize.py"), name]
-    for chosen in (runner.FIRST, ("sweep", "latency")):
+    for chosen in runs(runner):
         some = [step for step in steps if step.name in chosen]
         phases = list(runner.phases(some))
         assert sum(max(step.limit for step in phase) for phase in phases) <= runner.BUDGET
@@ -100,6 +106,9 @@ def test_both_runs_end_in_time(runner: ModuleType, tmp_path: Path) -> None:
     for name, settings in zip(("bench", "sweep"), sizes):
         (step,) = (step for step in steps if step.name == name)
         assert settings.stop_after <= step.limit - 40, "the last size that is begun must end, too"
+    tuning = step_of(runner, "tune", tmp_path)
+    given = tune.parser().parse_args(tuning.command[3:])
+    assert given.seconds <= tuning.limit - 40 and given.out == tmp_path / "tune"
 
 
 def test_steps_of_a_phase_run_side_by_side_and_share_a_log(runner: ModuleType, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ FIRST = ("gpu", "numerics", "warm", "half", "single", "bench", "memcheck", "race
 EXAMPLES = """examples:
   make gpu OUT=out/gpu                                  checks and benchmark
   make gpu OUT=out/gpu ARGS="--only sweep latency"      what takes longer: every size, and two models end to end
+  make gpu OUT=out/gpu ARGS="--only tune"               other rows than the policy's
   make gpu OUT=out/gpu ARGS="--only numerics"           what did not end, with all the time there is
   make gpu OUT=out/gpu ARGS="--only half single memcheck racecheck --seconds 300"  in less, on a GPU that is lent
 """
@@ -114,6 +115,7 @@ def steps(out: Path) -> list[Step]:
         Step("sweep", [*bench, "--sweep", "--out", str(out / "sweep")], 300, 3),
         # Not from the root, where ./kernels would answer transformers' `import kernels`.
         Step("latency", [*latency, "--warmup", "1", "--out", str(out / "latency")], 245, 4, cwd=HERE),
+        Step("tune", [python, "-m", "bench.tune", "--seconds", "480", "--out", str(out / "tune")], 530, 5),
     ]
 
 
