@@ -11,12 +11,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from .errors import DTypeError, GeometryError, IndexRangeError
-from .geometry import geometry_fields
+from .geometry import MAX_LAYERS, geometry_fields
 
 __all__ = ["MAX_LAYERS", "CacheGeometry", "LCFConfig", "c2c_parameters_per_layer", "layer_map"]
 
-#: Far above what any model has: a damaged number must not become a list of so many.
-MAX_LAYERS = 1 << 12
 LAYER_MAPS = ("last_aligned", "relative_depth")
 
 
