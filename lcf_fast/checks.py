@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .errors import DeviceError, DTypeError, GeometryError, IndexRangeError, ShapeError, SpanError
-from .layouts import KnownLayouts, Layout
+from .layouts import KnownLayouts, Layers, Layout, has_own_elements
+from .overlaps import first_shared
 
 Pair = tuple[Tensor, Tensor]
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -140,9 +141,8 @@ def check_same_batch(name: str, tensor: Tensor, like: Tensor) -> None:
 
 def check_writable(name: str, tensor: Tensor) -> None:
     """An in-place edit needs every element to have memory of its own and rows with stride 1."""
-    for size, stride in zip(tensor.shape, tensor.stride()):
-        if stride == 0 and size > 1:
-            raise ShapeError(name, expected="memory of its own for every element", got=f"strides {tensor.stride()}")
+    if not has_own_elements(tensor.shape, tensor.stride()):
+        raise ShapeError(name, expected="memory of its own for every element", got=f"strides {tensor.stride()}")
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise ShapeError(name, expected="stride 1 along the head dim", got=f"strides {tensor.stride()}")
 
@@ -152,14 +152,12 @@ def side_name(name: str, i: int) -> str:
     return f"{name}[{i // 2}].{('key', 'value')[i % 2]}"
 
 
-def check_apart(name: str, tensors: Sequence[Tensor], addresses: Sequence[int]) -> None:
-    """An in-place edit needs each of the tensors ``[k0, v0, k1, v1, ...]`` in a place of its own."""
-    if len({*addresses}) == len(addresses) or not tensors[0].numel():
-        return
-    first = {address: i for i, address in reversed([*enumerate(addresses)])}
-    i = next(i for i, address in enumerate(addresses) if first[address] < i)
-    got = f"that of {side_name(name, first[addresses[i]])}"
-    raise ShapeError(side_name(name, i), expected="memory of its own", got=got)
+def check_apart(name: str, layers: Layers) -> None:
+    """An in-place edit needs each of the tensors ``[k0, v0, k1, v1, ...]`` in memory of its own."""
+    shared = first_shared(layers)
+    if shared is not None:
+        first, second = (side_name(name, i) for i in shared)
+        raise ShapeError(second, expected="memory of its own", got=f"that of {first}")
 
 
 def check_weight(

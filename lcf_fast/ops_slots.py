@@ -18,6 +18,7 @@ from . import eager_slots
 from . import library_slots as library
 from .dispatch import count_edits, is_plain, needs_grad, undispatched
 from .errors import DeviceError, DTypeError, GeometryError, ShapeError, SpanError
+from .layouts import Layers
 from .library import unit_rows
 from .noise import TrainingNoise
 from .slot_states import SlotStates
@@ -220,7 +221,7 @@ def expand_slots_layers_(
     for i, tensor in enumerate(sides):
         check.check_writable(check.side_name("into", i), tensor)
     if not torch.compiler.is_compiling():
-        check.check_apart("into", sides, [*map(Tensor.data_ptr, sides)])
+        check.check_apart("into", Layers.of(sides))
     if library.backend_of(key, latent.shape[2], latent.shape[3], hidden) == "eager":
         made = eager_slots.expand_slots(latent, weights, kv_heads, norm_eps, None)
         keys = [one for one, _ in made]

@@ -341,11 +341,21 @@ def test_no_cache_is_half_edited(backend: Backend, inputs: Inputs) -> None:
     far = torch.full((2, 12), 40)
     same, twice, view = [inputs.receiver[0], (last[0], last[0])], [inputs.receiver[0]] * 2, last[0][:]
     self_weights = make_weights(RECEIVER, RECEIVER, 64, device=inputs.latent.device)
+    longer = torch.cat([last[0], last[0]], 2)
+    parts = longer[:, :, :12], longer[:, :, 6:18]
+    windows = longer.as_strided(last[0].shape, (longer.stride(0), longer.stride(1), 8, 1))
     attempts: list[tuple[str, Callable[[], Any]]] = [
         ("receiver[1].value", lambda: ops.fuse_layers_(inputs.sharer, halved, inputs.weights)),
         ("receiver[1].value", lambda: ops.fuse_layers_(inputs.sharer, same, inputs.weights)),
         ("receiver[1].key", lambda: ops.fuse_layers_(inputs.sharer, twice, inputs.weights)),
         ("receiver_value", lambda: ops.gated_injection_(last[0], view, inputs.latent, inputs.one)),
+        ("receiver_value", lambda: ops.gated_injection_(*parts, inputs.latent, inputs.one)),
+        ("receiver_key", lambda: ops.gated_injection_(windows, last[1], inputs.latent, inputs.one)),
+        ("receiver[1].value", lambda: ops.fuse_layers_(inputs.sharer, [inputs.receiver[0], parts], inputs.weights)),
+        (
+            "receiver[1].key",
+            lambda: ops.fuse_layers_(inputs.sharer, [(last[0], parts[0]), (parts[1], last[1])], inputs.weights),
+        ),
         ("sharer", lambda: ops.fuse_layers_(inputs.receiver, inputs.receiver, self_weights)),
         ("sharer_index", lambda: ops.fuse_layers_(inputs.sharer, inputs.receiver, inputs.weights, sharer_index=far)),
         ("receiver_value", lambda: ops.gated_injection_(last[0], expanded, inputs.latent, inputs.one)),
@@ -356,6 +366,20 @@ def test_no_cache_is_half_edited(backend: Backend, inputs: Inputs) -> None:
         assert caught.value.argument == argument
     for tensor, old in zip((t for pair in inputs.receiver for t in pair), before):
         assert torch.equal(tensor, old)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_interleaves_in_one_buffer_is_edited(backend: Backend, inputs: Inputs) -> None:
+    """Layers, keys and values may lie side by side at each token, as some engines have them."""
+    plain = [tensor.clone() for pair in inputs.receiver for tensor in pair]
+    buffer = torch.stack([tensor.transpose(1, 2) for tensor in plain], 2)  # (B, N, 2 L, H, D)
+    flat = buffer.permute(2, 0, 3, 1, 4)
+    with use_backend(backend):
+        for out in (plain, flat):
+            ops.fuse_layers_(inputs.sharer, [(out[0], out[1]), (out[2], out[3])], inputs.weights)
+            ops.gated_injection_(out[0], out[1], inputs.latent, inputs.one)
+    for tensor, expected in zip(flat, plain):
+        assert torch.equal(tensor, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
