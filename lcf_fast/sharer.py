@@ -18,6 +18,7 @@ import copy
 import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -201,7 +202,7 @@ class Summarizes(ReadsSharer):
             check_pairs(sharer, "cache_piece", self.sharer_geometry)
             raise
         begun = [sum(0 <= start < key.shape[2] for start, _ in row) for row in spans.bounds()]
-        return PartialPool(states, stats, spans=tuple(begun), tokens=key.shape[2])
+        return PartialPool(states, stats, tuple(begun), key.shape[2], self._pending())
 
     def merge(self, parts: Sequence[PartialPool]) -> PartialPool:
         """Partial pools of neighbouring pieces as one, exactly and in any grouping.
@@ -210,21 +211,25 @@ class Summarizes(ReadsSharer):
             parts: in the order of the tokens, on one device (`PartialPool.to` moves them).
 
         Raises:
-            ShapeError, DTypeError, DeviceError, SpanError: parts that do not fit each other, or none.
+            ShapeError, DTypeError, DeviceError, SpanError: parts that do not fit each other, or none. MessageError: as
+            :meth:`finish`.
         """
         self._check_cross_context("merge")
-        return merged(parts, self._weights()["global_query"])
+        made = merged(parts, self._weights()["global_query"], self._check_pooled_by)
+        return replace(made, made_by=self._pending())
 
     def finish(self, pool: PartialPool) -> Message:
         """The message of a whole context; spans that are still open end here. The pool stays as it is.
 
         Raises:
-            SpanError: a row that never had a token to pool.
+            SpanError: a row that never had a token to pool. MessageError: a pool of another sharer's half, or of
+            weights that have changed since.
         """
         self._check_cross_context("finish")
         if not isinstance(pool, PartialPool):
             raise DTypeError("pool", expected="a PartialPool", got=type(pool).__name__)
         self._check_device("pool", pool.states)
+        self._check_pooled_by("pool", pool.made_by)
         pool.check_rows()
         summary = ops.finish_ranges(pool.states, pool.stats, self._weights()["global_query"])
         with torch.no_grad():

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -164,14 +165,16 @@ class SummarizesSlots(ReadsSharer):
 
     def _pool(self, sharer: list[Pair], mask: Tensor | None) -> SlotStates:
         check_pairs(sharer, "cache_piece", self.sharer_geometry)
-        return ops.pool_slot_states([sharer[s] for s in self._reads], self._weights()["slot_query"], mask)
+        states = ops.pool_slot_states([sharer[s] for s in self._reads], self._weights()["slot_query"], mask)
+        return replace(states, made_by=self._pending())
 
     def merge(self, parts: Sequence[SlotStates]) -> SlotStates:
         """States of the pieces of a context as one, exactly and in any order.
 
-        Raises: as `lcf_fast.slot_states.merge_states`.
+        Raises:
+            As `lcf_fast.slot_states.merge_states`. MessageError: as :meth:`finish`.
         """
-        return merge_states(parts)
+        return replace(merge_states(parts, self._check_pooled_by), made_by=self._pending())
 
     @torch.no_grad()
     def finish(self, pool: SlotStates) -> Message:
@@ -179,12 +182,14 @@ class SummarizesSlots(ReadsSharer):
 
         Raises:
             SpanError: a row that never had a token. ShapeError, DTypeError, DeviceError: no state of this adapter's.
+            MessageError: a state of another sharer's half, or of weights that have changed since.
         """
         slot_key, slot_value = finish_states(pool)
         wanted = tuple(self._weights()["slot_query"].shape)
         if (*slot_key.shape[:1], *slot_key.shape[2:]) != wanted:
             raise ShapeError("pool", expected=f"(L, B, k, Hs, Ds) of {wanted}", got=str(tuple(slot_key.shape)))
         self._check_device("pool", slot_key)
+        self._check_pooled_by("pool", pool.made_by)
         return self._message(ops.fold_slots_layers(slot_key, slot_value, self._weights()))
 
 

@@ -240,12 +240,38 @@ def test_merging_refuses_what_does_not_fit() -> None:
             call()
 
 
+def test_only_the_half_that_pooled_takes_a_pool() -> None:
+    adapter, cache = make_adapter(True), sharer_cache(1, 12)
+    parts = [adapter.pool(cut(cache, 0, 5)), adapter.pool(cut(cache, 5, 12))]
+    sent: list[PartialPool] = pickle.loads(pickle.dumps(parts))  # as another process has them
+    anyones = [PartialPool(part.states, part.stats, part.spans, part.tokens) for part in parts]
+    other = copy.deepcopy(adapter)
+    with torch.no_grad():
+        other.get_parameter("span_query").mul_(2.0)
+    for pools in (parts, sent):
+        with pytest.raises(MessageError, match=r"parts\[0\]: expected what the sharer's half"):
+            other.merge(pools)
+        with pytest.raises(MessageError, match=r"parts\[1\]"):
+            other.merge([other.pool(cut(cache, 0, 5)), pools[1]])
+        with pytest.raises(MessageError, match="pool"):
+            other.finish(pools[0])
+    expected = adapter.finish(adapter.merge(parts))
+    for half in (adapter, copy.deepcopy(adapter), SharerSide.of(adapter)):
+        for pools in (parts, sent, anyones):
+            assert_same(half.finish(half.merge(pools)), expected)
+    with torch.no_grad():
+        adapter.get_parameter("span_query").mul_(2.0)
+    for attempt in (lambda: adapter.finish(parts[0]), lambda: adapter.merge(parts), lambda: pickle.dumps(parts)):
+        with pytest.raises(MessageError, match="changed since"):
+            attempt()
+
+
 # --- spans --------------------------------------------------------------------------------------------------------
 
 
 def test_summarize_takes_spans() -> None:
     adapter, cache = make_adapter(True), sharer_cache(2, 30)
-    spans = Spans.given([[(2, 9), (5, 20), (25, 30)], [(0, 30)]])
+    spans = Spans.pools([[(2, 9), (5, 20), (25, 30)], [(0, 30)]])
     message = adapter.summarize(cache, spans, span_weights=True)
     hold(message, adapter, cache, spans.offsets, spans.to_mask(30))
     assert message.spans == 3
