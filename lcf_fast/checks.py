@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import DeviceError, DTypeError, GeometryError, IndexRangeError, ShapeError, SpanError
 from .layouts import KnownLayouts, Layers, Layout, has_own_elements
@@ -37,6 +37,12 @@ def check_tensor(name: str, value: object) -> Tensor:
     return value
 
 
+def check_has_memory(name: str, tensor: Tensor) -> None:
+    """The ops compute: a meta tensor, which has no memory, would end in an error of torch's own."""
+    if tensor.device.type == "meta":
+        raise DeviceError(name, expected="a device with memory", got="meta")
+
+
 def check_pair(key: object, value: object, names: tuple[str, str]) -> None:
     """One layer's cache: two ``(B, H, N, D)`` float tensors, alike."""
     key, value = check_tensor(names[0], key), check_tensor(names[1], value)
@@ -52,6 +58,7 @@ def check_pair(key: object, value: object, names: tuple[str, str]) -> None:
         raise DTypeError(names[1], expected=f"{key.dtype}, as {names[0]}", got=str(value.dtype))
     if value.device != key.device:
         raise DeviceError(names[1], expected=f"{key.device}, as {names[0]}", got=str(value.device))
+    check_has_memory(names[0], key)
 
 
 def check_layers(name: str, layers: object, count: int, like: Tensor | None = None) -> None:
@@ -115,6 +122,7 @@ def _are_alike(tensors: list[Any]) -> bool:
         return False
     first = tensors[0]
     is_cache = first.dim() == 4 and first.shape[1] > 0 and first.shape[3] > 0 and first.dtype in FLOATS
+    is_cache = is_cache and first.device.type != "meta"
     return is_cache and {t.dtype for t in tensors} == {first.dtype} and {t.device for t in tensors} == {first.device}
 
 
@@ -160,13 +168,21 @@ def check_apart(name: str, layers: Layers) -> None:
         raise ShapeError(second, expected="memory of its own", got=f"that of {first}")
 
 
+def find_weight(weights: object, name: str) -> Tensor:
+    """A parameter by its name, of whatever shape."""
+    if type(weights) is not dict and not isinstance(weights, (Mapping, nn.ParameterDict)):
+        raise DTypeError("weights", expected="a mapping of names to tensors", got=describe(weights))
+    if name not in weights:
+        got = f"only {', '.join(sorted(map(str, weights)))}"[:200] if len(weights) else "none"
+        raise GeometryError(f"weights[{name!r}]", expected="a tensor", got=got)
+    return check_tensor(f"weights[{name!r}]", weights[name])
+
+
 def check_weight(
     weights: Mapping[str, Tensor], name: str, shape: tuple[int | None, ...], device: torch.device
 ) -> Tensor:
     """One parameter; ``None`` in ``shape`` is any size."""
-    if name not in weights:
-        raise GeometryError(f"weights[{name!r}]", expected="a tensor", got=f"only {', '.join(sorted(weights))}")
-    weight = check_tensor(f"weights[{name!r}]", weights[name])
+    weight = find_weight(weights, name)
     if weight.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, weight.shape)):
         wanted = "(" + ", ".join("*" if n is None else str(n) for n in shape) + ")"
         raise ShapeError(f"weights[{name!r}]", expected=wanted, got=describe(weight))
@@ -256,6 +272,7 @@ def as_int32(tensor: Tensor, device: torch.device) -> Tensor:
 
 def check_index(sharer_index: object, batch: int, tokens: int, sharer_tokens: int) -> None:
     index = check_tensor("sharer_index", sharer_index)
+    check_has_memory("sharer_index", index)
     if index.dtype not in INTEGERS:
         raise DTypeError("sharer_index", expected="an integer dtype", got=describe(index))
     if tuple(index.shape) != (batch, tokens):
@@ -270,6 +287,7 @@ def check_index(sharer_index: object, batch: int, tokens: int, sharer_tokens: in
 def check_mask(name: str, mask: object, batch: int, tokens: int, tracks: int = 0) -> None:
     """``(B, N)``; ``(B, T, N)`` is as good where there are ``tracks``."""
     mask = check_tensor(name, mask)
+    check_has_memory(name, mask)
     if mask.dtype not in (torch.bool, *INTEGERS, *FLOATS):
         raise DTypeError(name, expected="bool or integer, zero where masked out", got=describe(mask))
     if tuple(mask.shape) != (batch, tokens) and not (tracks and tuple(mask.shape) == (batch, tracks, tokens)):
@@ -300,6 +318,7 @@ def check_offsets(
     Of a piece of a sequence (``is_piece``) they may lie anywhere, and a row may have no token.
     """
     offsets = check_tensor("span_offsets", span_offsets)
+    check_has_memory("span_offsets", offsets)
     if offsets.dtype not in INTEGERS:
         raise DTypeError("span_offsets", expected="an integer dtype", got=describe(offsets))
     if offsets.dim() not in (2, 3) or offsets.shape[0] != batch or offsets.shape[-1] < 2 or not offsets.shape[1]:

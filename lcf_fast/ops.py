@@ -426,7 +426,7 @@ def _check_fuse(
     norm_eps: float,
 ) -> _Call:
     """All checks of `fuse_layers`, by one look each at caches and weights like those that passed before."""
-    logit = check.check_tensor("weights['gate_logit']", weights.get("gate_logit"))
+    logit = check.find_weight(weights, "gate_logit")
     layers = logit.shape[0] if logit.dim() else 0
     flat_receiver, receiver_layout = check.flat_layers("receiver", receiver, layers)
     if not layers:

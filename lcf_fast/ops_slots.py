@@ -110,7 +110,7 @@ def summarize_slots_layers(
     Raises:
         As `slot_pool`, and GeometryError for weights or layers that do not fit.
     """
-    query = check.check_tensor("weights['slot_query']", weights.get("slot_query"))
+    query = check.find_weight(weights, "slot_query")
     layers = query.shape[0] if query.dim() else 0
     check.check_layers("sharer", sharer, layers)
     if not layers:
@@ -303,9 +303,8 @@ def _token_mask(attention_mask: Tensor | None, key: Tensor) -> Tensor | None:
 
 
 def _one_layer(weights: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """One layer's parameters as stacked ones; what is no tensor stays what it is, to be refused."""
-    found = {name: weights[name] for name in names if name in weights}
-    return {name: value[None] if isinstance(value, Tensor) else value for name, value in found.items()}
+    """One layer's parameters as stacked ones."""
+    return {name: check.find_weight(weights, name)[None] for name in names}
 
 
 def _check_fold(
@@ -328,6 +327,7 @@ def _check_expand(latent: Tensor, weights: Mapping[str, Tensor], kv_heads: int) 
         raise ShapeError("latent", expected="(L, B, k, d), at least one layer", got=check.describe(latent))
     if latent.dtype not in check.FLOATS:
         raise DTypeError("latent", expected="a float dtype", got=check.describe(latent))
+    check.check_has_memory("latent", latent)
     layers, _, _, width = latent.shape
     device = latent.device
     blocks = check.check_weight(weights, "norm_weight", (layers, None, width), device).shape[1]

@@ -271,7 +271,7 @@ def test_only_the_half_that_pooled_takes_a_pool() -> None:
 
 def test_summarize_takes_spans() -> None:
     adapter, cache = make_adapter(True), sharer_cache(2, 30)
-    spans = Spans.pools([[(2, 9), (5, 20), (25, 30)], [(0, 30)]])
+    spans = Spans.given([[(2, 9), (5, 20), (25, 30)], [(0, 30)]])
     message = adapter.summarize(cache, spans, span_weights=True)
     hold(message, adapter, cache, spans.offsets, spans.to_mask(30))
     assert message.spans == 3
