@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .errors import DeviceError, DTypeError, GeometryError, IndexRangeError, ShapeError, SpanError
 from .layouts import KnownLayouts, Layers, Layout, has_own_elements
+from .noise import TrainingNoise
 from .overlaps import first_shared
 
 Pair = tuple[Tensor, Tensor]
@@ -34,6 +35,8 @@ def describe(value: object) -> str:
 def check_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise DTypeError(name, expected="a torch.Tensor", got=describe(value))
+    if value.layout is not torch.strided:
+        raise DTypeError(name, expected="a dense tensor", got=str(value.layout).removeprefix("torch."))
     return value
 
 
@@ -122,7 +125,7 @@ def _are_alike(tensors: list[Any]) -> bool:
         return False
     first = tensors[0]
     is_cache = first.dim() == 4 and first.shape[1] > 0 and first.shape[3] > 0 and first.dtype in FLOATS
-    is_cache = is_cache and first.device.type != "meta"
+    is_cache = is_cache and first.device.type != "meta" and {t.layout for t in tensors} == {torch.strided}
     return is_cache and {t.dtype for t in tensors} == {first.dtype} and {t.device for t in tensors} == {first.device}
 
 
@@ -252,6 +255,18 @@ def check_weights(
         if not is_traced:
             _known_weights.remember(sizes, parameters, *context)
     return parameters, *sizes
+
+
+def check_norm_eps(norm_eps: object) -> None:
+    if isinstance(norm_eps, bool) or not isinstance(norm_eps, (float, int)):
+        raise DTypeError("norm_eps", expected="a number", got=describe(norm_eps))
+    if not 0 <= norm_eps < 1e18:
+        raise GeometryError("norm_eps", expected="a finite number, 0 or more", got=str(norm_eps))
+
+
+def check_noise(noise: object) -> None:
+    if noise is not None and not isinstance(noise, TrainingNoise):
+        raise DTypeError("noise", expected="a TrainingNoise or None", got=describe(noise))
 
 
 def reads_values(tensor: Tensor) -> bool:

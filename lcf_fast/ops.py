@@ -109,6 +109,7 @@ def joint_projection(
     Raises:
         ShapeError, DTypeError, DeviceError, GeometryError, IndexRangeError, BackendError: named by argument.
     """
+    check.check_norm_eps(norm_eps)
     check.check_pair(receiver_key, receiver_value, ("receiver_key", "receiver_value"))
     batch, heads, tokens, head_dim = receiver_key.shape
     device = receiver_key.device
@@ -277,7 +278,8 @@ def fuse_layers(
     Raises:
         ShapeError, DTypeError, DeviceError, GeometryError, IndexRangeError, BackendError: named by argument.
     """
-    if noise is not None:
+    check.check_noise(noise)
+    if noise is not None and isinstance(receiver, Sequence):
         live = [(True, True)] * len(receiver)
     call = _check_fuse(sharer, receiver, weights, live, sharer_index, message, edit_mask, positions, norm_eps)
     plain = is_plain(call.receiver[0])
@@ -426,6 +428,7 @@ def _check_fuse(
     norm_eps: float,
 ) -> _Call:
     """All checks of `fuse_layers`, by one look each at caches and weights like those that passed before."""
+    check.check_norm_eps(norm_eps)
     logit = check.find_weight(weights, "gate_logit")
     layers = logit.shape[0] if logit.dim() else 0
     flat_receiver, receiver_layout = check.flat_layers("receiver", receiver, layers)

@@ -16,8 +16,9 @@ from torch import Tensor
 from . import checks as check
 from . import eager_slots
 from . import library_slots as library
+from .config import MAX_LAYERS
 from .dispatch import count_edits, is_plain, needs_grad, undispatched
-from .errors import DeviceError, DTypeError, GeometryError, ShapeError, SpanError
+from .errors import DeviceError, DTypeError, GeometryError, IndexRangeError, ShapeError, SpanError
 from .layouts import Layers
 from .library import unit_rows
 from .noise import TrainingNoise
@@ -157,6 +158,8 @@ def expand_slots(
     check.check_tensor("latent", latent)
     if latent.dim() != 3:
         raise ShapeError("latent", expected="(B, k, d)", got=check.describe(latent))
+    if type(layer) is not int or not 0 <= layer < MAX_LAYERS:
+        raise IndexRangeError("layer", expected=f"an int in [0, {MAX_LAYERS})", got=check.describe(layer))
     one = _one_layer(weights, library.EXPANSION_WEIGHTS)
     return _expand(latent[None], one, kv_heads, norm_eps, noise, layer)[0]
 
@@ -210,7 +213,7 @@ def expand_slots_layers_(
     """
     layers = latent.shape[0] if isinstance(latent, Tensor) and latent.dim() else 0
     check.check_layers("into", into, layers)
-    hidden = _check_expand(latent, weights, kv_heads)
+    hidden = _check_expand(latent, weights, kv_heads, norm_eps)
     key = into[0][0]
     wanted = (latent.shape[1], kv_heads, latent.shape[2], weights["up_weight"].shape[2] // kv_heads)
     if key.shape != wanted:
@@ -320,8 +323,9 @@ def _check_fold(
     return width
 
 
-def _check_expand(latent: Tensor, weights: Mapping[str, Tensor], kv_heads: int) -> int:
+def _check_expand(latent: Tensor, weights: Mapping[str, Tensor], kv_heads: int, norm_eps: float) -> int:
     """The latent and the receiver's half fit; the FFN's inner width."""
+    check.check_norm_eps(norm_eps)
     check.check_tensor("latent", latent)
     if latent.dim() != 4 or not latent.shape[0]:
         raise ShapeError("latent", expected="(L, B, k, d), at least one layer", got=check.describe(latent))
@@ -378,7 +382,8 @@ def _expand(
     row: int,
 ) -> list[Pair]:
     """``row``: what the noise calls the first layer."""
-    hidden = _check_expand(latent, weights, kv_heads)
+    check.check_noise(noise)
+    hidden = _check_expand(latent, weights, kv_heads, norm_eps)
     own = [weights[name] for name in library.EXPANSION_WEIGHTS]
     backend = _serving(latent, latent.shape[2], latent.shape[3], hidden)
     dropout = library.NO_NOISE if noise is None else (noise.seed, noise.dropout)

@@ -313,6 +313,55 @@ BAD: dict[str, tuple[type[errors.LCFError], str, Callable[[Inputs], Any]]] = {
     "offsets' shape": (
         errors.ShapeError, "span_offsets",
         lambda x: ops.attention_pool(*x.sharer[0], *x.queries, torch.tensor([[0, 3]]))),
+    "no weights": (
+        errors.DTypeError, "weights",
+        lambda x: ops.fuse_layers(x.sharer, x.receiver, None)),  # type: ignore[arg-type]
+    "weights in a list": (
+        errors.DTypeError, "weights",
+        lambda x: ops.summarize_layers(x.sharer, list(x.weights), x.offsets)),  # type: ignore[arg-type]
+    "one layer's weights": (
+        errors.DTypeError, "weights",
+        lambda x: ops.gated_injection(*x.receiver[0], x.latent, None)),  # type: ignore[arg-type]
+    "weights of no names": (
+        errors.GeometryError, "weights['gate_logit']", lambda x: ops.fuse_layers(x.sharer, x.receiver, {})),
+    "a weight missing": (
+        errors.GeometryError, "weights['up_bias']",
+        lambda x: ops.fuse_layers(
+            x.sharer, x.receiver, {name: w for name, w in x.weights.items() if name != "up_bias"})),
+    "a weight that is no tensor": (
+        errors.DTypeError, "weights['gate_logit']",
+        lambda x: ops.fuse_layers(x.sharer, x.receiver, {**x.weights, "gate_logit": [0.0]})),  # type: ignore[dict-item]
+    "caches without memory": (
+        errors.DeviceError, "receiver[0].key",
+        lambda x: ops.fuse_layers_(x.sharer, [(k.to("meta"), v.to("meta")) for k, v in x.receiver], x.weights)),
+    "a cache without memory": (
+        errors.DeviceError, "key",
+        lambda x: ops.attention_pool(*(t.to("meta") for t in (*x.sharer[0], *x.queries, x.offsets)))),
+    "an index without memory": (
+        errors.DeviceError, "sharer_index",
+        lambda x: ops.fuse_layers(
+            x.sharer, x.receiver, x.weights, sharer_index=torch.zeros(2, 12, dtype=torch.int64, device="meta"))),
+    "a mask without memory": (
+        errors.DeviceError, "edit_mask",
+        lambda x: ops.fuse_layers_(x.sharer, x.receiver, x.weights, edit_mask=torch.ones(2, 12, device="meta"))),
+    "offsets without memory": (
+        errors.DeviceError, "span_offsets",
+        lambda x: ops.summarize_layers(x.sharer, x.weights, x.offsets.to("meta"))),
+    "a sparse cache": (
+        errors.DTypeError, "receiver_key",
+        lambda x: ops.gated_injection(x.receiver[0][0].to_sparse(), x.receiver[0][1], x.latent, x.one)),
+    "a sparse mask": (
+        errors.DTypeError, "edit_mask",
+        lambda x: ops.fuse_layers(x.sharer, x.receiver, x.weights, edit_mask=torch.ones(2, 12).to_sparse())),
+    "no epsilon": (
+        errors.DTypeError, "norm_eps",
+        lambda x: ops.fuse_layers(x.sharer, x.receiver, x.weights, norm_eps=None)),  # type: ignore[arg-type]
+    "an epsilon below zero": (
+        errors.GeometryError, "norm_eps",
+        lambda x: ops.joint_projection(*x.sharer[0], *x.receiver[0], x.one, norm_eps=-1e-6)),
+    "noise by its seed": (
+        errors.DTypeError, "noise",
+        lambda x: ops.fuse_layers(x.sharer, x.receiver, x.weights, noise=3)),  # type: ignore[arg-type]
     "query's shape": (
         errors.ShapeError, "span_query",
         lambda x: ops.attention_pool(*x.sharer[0], x.queries[0][:, :8], x.queries[1], x.offsets)),
