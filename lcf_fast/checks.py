@@ -257,6 +257,15 @@ def check_weights(
     return parameters, *sizes
 
 
+def check_state_numbers(states: Tensor, stats: Tensor) -> None:
+    """What a piece of a context has been pooled to: in one dtype, in one place."""
+    for name, tensor in (("states", states), ("stats", stats)):
+        if tensor.dtype not in (torch.float32, torch.float64) or tensor.dtype != states.dtype:
+            raise DTypeError(name, expected="float32, or float64 in both", got=describe(tensor))
+    if stats.device != states.device:
+        raise DeviceError("stats", expected=f"{states.device}, as the states", got=str(stats.device))
+
+
 def check_norm_eps(norm_eps: object) -> None:
     if isinstance(norm_eps, bool) or not isinstance(norm_eps, (float, int)):
         raise DTypeError("norm_eps", expected="a number", got=describe(norm_eps))

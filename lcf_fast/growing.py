@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from . import ops_pooling as ops
-from .checks import reads_values
+from .checks import check_state_numbers, check_tensor, describe, reads_values
+from .eager_ranges import STATS
 from .errors import DeviceError, DTypeError, MessageError, ShapeError, SpanError
 from .fingerprint import Origin
 from .identity import Pending, found_origin
@@ -42,6 +43,9 @@ class PartialPool:
         spans: spans that begin in the piece, of each item.
         tokens: positions in the piece, padding included.
         made_by: whose it is, as a message's ``made_by``; None: not known. Other sharers' halves do not take it.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: naming the field.
     """
 
     states: Tensor
@@ -49,6 +53,20 @@ class PartialPool:
     spans: tuple[int, ...]
     tokens: int
     made_by: Pending | Origin | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        states, stats = check_tensor("states", self.states), check_tensor("stats", self.stats)
+        if states.dim() != 7 or tuple(states.shape[4:6]) != (3, 2):
+            raise ShapeError("states", expected="(L, B, Hs, T, 3, 2, Ds)", got=describe(states))
+        if tuple(stats.shape) != (*states.shape[:4], STATS):
+            raise ShapeError("stats", expected=f"{(*states.shape[:4], STATS)}", got=describe(stats))
+        check_state_numbers(states, stats)
+        if not isinstance(self.spans, tuple) or any(type(count) is not int for count in self.spans):
+            raise DTypeError("spans", expected="a tuple of ints", got=repr(self.spans)[:80])
+        if len(self.spans) != states.shape[1]:
+            raise ShapeError("spans", expected=f"one for each of {states.shape[1]} items", got=str(len(self.spans)))
+        if type(self.tokens) is not int:
+            raise DTypeError("tokens", expected="an int", got=describe(self.tokens))
 
     def __getstate__(self) -> dict[str, Any]:
         # In another process there is no adapter to ask.

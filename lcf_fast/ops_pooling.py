@@ -227,12 +227,8 @@ def _check_states(states: Tensor, stats: Tensor, global_query: Tensor, axes: int
     if tuple(stats.shape) != (*states.shape[:-3], eager_ranges.STATS):
         expected = f"{(*states.shape[:-3], eager_ranges.STATS)}"
         raise ShapeError("stats", expected=expected, got=check.describe(stats))
-    for name, tensor in (("states", states), ("stats", stats)):
-        if tensor.dtype not in (torch.float32, torch.float64) or tensor.dtype != states.dtype:
-            raise DTypeError(name, expected="float32, or float64 in both", got=check.describe(tensor))
+    check.check_state_numbers(states, stats)
     check.check_has_memory("states", states)
-    if stats.device != states.device:
-        raise check.DeviceError("stats", expected=f"{states.device}, as the states", got=str(stats.device))
     layers, _, heads = states.shape[:3]
     _check_query("global_query", global_query, (layers, heads, states.shape[-1]), states.device)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import eager_slots
 from .backends import resolve
-from .checks import reads_values
+from .checks import check_state_numbers, check_tensor, describe, reads_values
 from .errors import DeviceError, DTypeError, ShapeError, SpanError
 from .fingerprint import Origin
 from .identity import Pending, found_origin
@@ -31,11 +31,22 @@ class SlotStates:
         states: ``(L, B, Hs, k, 2, Ds)``, float32 (float64 for float64 caches): weighed sums of keys and of values.
         stats: ``(L, B, Hs, k, 2)``: the greatest score, in nats, and the sum of weights; ``-inf`` and 0 of no token.
         made_by: whose it is, as a message's ``made_by``; None: not known. Other sharers' halves do not take it.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: naming the field.
     """
 
     states: Tensor
     stats: Tensor
     made_by: Pending | Origin | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        states, stats = check_tensor("states", self.states), check_tensor("stats", self.stats)
+        if states.dim() != 6 or states.shape[4] != 2:
+            raise ShapeError("states", expected="(L, B, Hs, k, 2, Ds)", got=describe(states))
+        if tuple(stats.shape) != (*states.shape[:4], 2):
+            raise ShapeError("stats", expected=f"{(*states.shape[:4], 2)}", got=describe(stats))
+        check_state_numbers(states, stats)
 
     def __getstate__(self) -> dict[str, Any]:
         # In another process there is no adapter to ask.

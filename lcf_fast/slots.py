@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import ops_slots as ops
 from .caches import Pair, cache_layers, check_growth, count_filled, extend_cache, free_room
 from .capture import Captures
+from .checks import FLOATS, check_tensor
 from .config import CacheGeometry, LCFConfig
 from .errors import DTypeError, GeometryError, LCFError, MessageError, ShapeError
 from .fingerprint import SHARER_OF_SLOTS, Origin, is_digest, slots_receiver_digest, slots_sharer_digest
@@ -293,7 +294,7 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
         check_origin(self, message, name)
         if latent.shape[0] != layers or latent.shape[3] != d or not latent.shape[2]:
             raise ShapeError(f"{name}.latent", expected=f"(L={layers}, B, k, d={d})", got=str(tuple(latent.shape)))
-        if not latent.is_floating_point():
+        if check_tensor(f"{name}.latent", latent).dtype not in FLOATS:
             raise DTypeError(f"{name}.latent", expected="a float dtype", got=str(latent.dtype))
         check_device(f"{name}.latent", latent, self.receiver_layers, "the adapter")
         if batch is None or latent.shape[1] == batch:

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from . import eager_slots
 from . import ops_slots as ops
 from .caches import Pair, check_pairs
-from .config import CacheGeometry, layer_map
-from .errors import GeometryError, IndexRangeError, LCFError, ShapeError
+from .config import CacheGeometry, check_geometry, check_positive_int, layer_map
+from .errors import DTypeError, GeometryError, IndexRangeError, LCFError, ShapeError
 from .fingerprint import SHARER_OF_SLOTS, Origin, slots_sharer_digest
 from .growing import GrowingSlots
 from .message import Message
@@ -223,8 +223,10 @@ class SlotsSharerSide(SummarizesSlots, SideOf):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(sharer, receiver, range(receiver.layers), sharer_layers, adapter_digest, device)
+        kept = range(check_geometry("receiver", receiver).layers)
+        super().__init__(sharer, receiver, kept, sharer_layers, adapter_digest, device)
         self._per_span = per_span
+        check_positive_int("bottleneck", bottleneck)
         if type(slots) is not int or slots < 1:
             raise GeometryError("slots", expected="an int of 1 or more", got=repr(slots))
         for name, shape in side_parameter_shapes(sharer, receiver.layers, slots, bottleneck).items():
@@ -242,6 +244,7 @@ class SlotsSharerSide(SummarizesSlots, SideOf):
     @classmethod
     def of(cls, adapter: LatentSlots) -> SlotsSharerSide:
         """An adapter's own half, on its device and in its dtype. A copy: training one leaves the other."""
+        _check_adapter(adapter)
         side = cls._fresh(adapter, adapter.sharer_geometry, adapter._reads, adapter.slot_count)
         with torch.no_grad():
             for name in SHARER_OF_SLOTS:
@@ -269,6 +272,8 @@ class SlotsSharerSide(SummarizesSlots, SideOf):
         Raises:
             GeometryError, DTypeError, IndexRangeError: a map or a number of slots that does not fit.
         """
+        _check_adapter(adapter)
+        check_geometry("sharer", sharer)
         mapped = layer_map(layers, sharer.layers, adapter.receiver_geometry.layers)
         return cls._fresh(adapter, sharer, mapped, adapter.slot_count if slots is None else slots)
 
@@ -297,3 +302,10 @@ class SlotsSharerSide(SummarizesSlots, SideOf):
 
     def extra_repr(self) -> str:
         return f"{self._described()}, {self.slot_count} slots"
+
+
+def _check_adapter(adapter: Any) -> None:
+    from .slots import LatentSlots
+
+    if not isinstance(adapter, LatentSlots):
+        raise DTypeError("adapter", expected="a LatentSlots", got=type(adapter).__name__)
