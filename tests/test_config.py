@@ -229,6 +229,7 @@ def test_defaults_are_those_of_the_contract() -> None:
     ("change", "error"),
     [
         ({"bottleneck": 127}, GeometryError),
+        ({"slots": 2.0}, DTypeError),
         ({"bottleneck": 0}, GeometryError),
         ({"bottleneck": 64.0}, DTypeError),
         ({"ffn_blocks": 0}, GeometryError),

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lcf_fast import CacheGeometry, LatentSlots, LCFConfig, use_backend
-from lcf_fast.errors import DTypeError, GeometryError, MessageError, ShapeError, SpanError
+from lcf_fast.errors import DeviceError, DTypeError, GeometryError, MessageError, ShapeError, SpanError
 from lcf_fast.slot_states import SlotStates
+from lcf_fast.slots_sharer import SlotsSharerSide
 
 pytest.importorskip("triton")
 
@@ -110,6 +111,22 @@ def test_what_is_refused() -> None:
         adapter.merge([pool, SlotStates(pool.states.double(), pool.stats.double())])
     with pytest.raises(GeometryError, match="cache_piece"):
         adapter.pool(whole[:2])
+
+
+def test_states_that_are_none() -> None:
+    pool = make().pool(caches(5))
+    for states, stats, error in (
+        (None, pool.stats, DTypeError),
+        (pool.states[0], pool.stats, ShapeError),
+        (pool.states, pool.stats[..., :1], ShapeError),
+        (pool.states.half(), pool.stats.half(), DTypeError),
+        (pool.states, pool.stats.double(), DTypeError),
+        (pool.states, pool.stats.to("meta"), DeviceError),
+    ):
+        with pytest.raises(error):
+            SlotStates(states, stats)  # type: ignore[arg-type]
+    with pytest.raises(DTypeError, match="adapter: expected a LatentSlots"):
+        SlotsSharerSide.of(None)  # type: ignore[arg-type]
 
 
 def test_only_the_half_that_pooled_takes_a_state() -> None:

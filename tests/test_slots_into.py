@@ -351,6 +351,8 @@ def test_places_that_do_not_fit(backend: Backend) -> None:
         (ShapeError, fresh(), at.repeat(3, 1), "positions"),
         (DTypeError, fresh(), at.float(), "positions"),
         (IndexRangeError, fresh(), at - 1, "positions"),
+        (DTypeError, fresh(), at.to(torch.complex64), "positions"),
+        (DeviceError, fresh(), at.to("meta"), "positions: expected a device with memory"),
     ]
     for error, into, positions, match in attempts:
         with use_backend(backend), pytest.raises(error, match=match):
