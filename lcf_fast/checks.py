@@ -178,7 +178,10 @@ def find_weight(weights: object, name: str) -> Tensor:
     if name not in weights:
         got = f"only {', '.join(sorted(map(str, weights)))}"[:200] if len(weights) else "none"
         raise GeometryError(f"weights[{name!r}]", expected="a tensor", got=got)
-    return check_tensor(f"weights[{name!r}]", weights[name])
+    weight = weights[name]
+    # Asked first: a name that is put together for nothing costs more than the look.
+    is_dense = isinstance(weight, Tensor) and weight.layout is torch.strided
+    return weight if is_dense else check_tensor(f"weights[{name!r}]", weight)
 
 
 def check_weight(

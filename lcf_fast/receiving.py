@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, check_tensor, describe
+from .checks import FLOATS, describe
 from .errors import DTypeError, GeometryError, MessageError, ShapeError
 from .fingerprint import Origin, is_digest
 from .identity import Pending
@@ -69,8 +69,8 @@ def readable_latent(adapter: LatentCacheFlow, message: Any, name: str, batch: in
     layers, d = len(kept), config.bottleneck
     if latent.dim() != 3 or latent.shape[0] != layers or latent.shape[2] != d:
         raise ShapeError(f"{name}.latent", expected=f"(L={layers}, B, d={d})", got=str(tuple(latent.shape)))
-    if check_tensor(f"{name}.latent", latent).dtype not in FLOATS:
-        raise DTypeError(f"{name}.latent", expected="a float dtype", got=str(latent.dtype))
+    if latent.dtype not in FLOATS or latent.layout is not torch.strided:
+        raise DTypeError(f"{name}.latent", expected="a dense tensor of a float dtype", got=describe(latent))
     check_device(f"{name}.latent", latent, logit, "the adapter")
     if batch is None or latent.shape[1] == batch:
         return latent

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import ops_slots as ops
 from .caches import Pair, cache_layers, check_growth, count_filled, extend_cache, free_room
 from .capture import Captures
-from .checks import FLOATS, check_tensor
+from .checks import FLOATS, describe
 from .config import CacheGeometry, LCFConfig
 from .errors import DTypeError, GeometryError, LCFError, MessageError, ShapeError
 from .fingerprint import SHARER_OF_SLOTS, Origin, is_digest, slots_receiver_digest, slots_sharer_digest
@@ -294,8 +294,8 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
         check_origin(self, message, name)
         if latent.shape[0] != layers or latent.shape[3] != d or not latent.shape[2]:
             raise ShapeError(f"{name}.latent", expected=f"(L={layers}, B, k, d={d})", got=str(tuple(latent.shape)))
-        if check_tensor(f"{name}.latent", latent).dtype not in FLOATS:
-            raise DTypeError(f"{name}.latent", expected="a float dtype", got=str(latent.dtype))
+        if latent.dtype not in FLOATS or latent.layout is not torch.strided:
+            raise DTypeError(f"{name}.latent", expected="a dense tensor of a float dtype", got=describe(latent))
         check_device(f"{name}.latent", latent, self.receiver_layers, "the adapter")
         if batch is None or latent.shape[1] == batch:
             return latent
