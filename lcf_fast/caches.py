@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import FLOATS
 from .config import CacheGeometry
 from .errors import DeviceError, DTypeError, GeometryError, ShapeError
 
@@ -257,6 +258,8 @@ def _transformers_layers(cache: Any, name: str, length: int | None) -> list[Pair
             expected="a cache that stays on its device",
             got=f"{type(cache).__name__} with offloading=True",
         )
+    if not isinstance(cache.layers, (list, tuple)):
+        raise GeometryError(f"{name}.layers", expected="a list of layers", got=type(cache.layers).__name__)
     pairs = _growing_layers(cache.layers)
     if pairs is not None:
         return pairs
@@ -332,7 +335,7 @@ def check_pairs(pairs: list[Pair], name: str, geometry: CacheGeometry | None, ev
     if not pairs:
         return
     first = pairs[0][0]
-    if not isinstance(first, Tensor) or first.dim() != 4 or not first.is_floating_point():
+    if not isinstance(first, Tensor) or first.dim() != 4 or first.dtype not in FLOATS or first.layout != torch.strided:
         _refuse(pairs, name, geometry)
     shape, dtype, device = first.shape, first.dtype, first.device
     if geometry is not None and (shape[1] != geometry.kv_heads or shape[3] != geometry.head_dim):
@@ -361,8 +364,9 @@ def _refuse(pairs: list[Pair], name: str, geometry: CacheGeometry | None) -> Non
                 raise DTypeError(where, expected="a tensor", got=type(tensor).__name__)
             if tensor.dim() != 4:
                 raise ShapeError(where, expected="(B, H, N, D)", got=str(tuple(tensor.shape)))
-            if not tensor.is_floating_point():
-                raise DTypeError(where, expected="a float dtype", got=str(tensor.dtype))
+            if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
+                got = f"{tensor.dtype}, {tensor.layout}"
+                raise DTypeError(where, expected="a dense tensor of a float dtype that caches have", got=got)
             if geometry is not None and (tensor.shape[1], tensor.shape[3]) != (
                 geometry.kv_heads,
                 geometry.head_dim,

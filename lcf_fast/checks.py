@@ -13,10 +13,12 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import DeviceError, DTypeError, GeometryError, IndexRangeError, ShapeError, SpanError
-from .layouts import KnownLayouts, Layout
+from .layouts import KnownLayouts, Layers, Layout, has_own_elements
+from .noise import TrainingNoise
+from .overlaps import first_shared
 
 Pair = tuple[Tensor, Tensor]
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -33,7 +35,15 @@ def describe(value: object) -> str:
 def check_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise DTypeError(name, expected="a torch.Tensor", got=describe(value))
+    if value.layout is not torch.strided:
+        raise DTypeError(name, expected="a dense tensor", got=str(value.layout).removeprefix("torch."))
     return value
+
+
+def check_has_memory(name: str, tensor: Tensor) -> None:
+    """The ops compute: a meta tensor, which has no memory, would end in an error of torch's own."""
+    if tensor.device.type == "meta":
+        raise DeviceError(name, expected="a device with memory", got="meta")
 
 
 def check_pair(key: object, value: object, names: tuple[str, str]) -> None:
@@ -51,6 +61,7 @@ def check_pair(key: object, value: object, names: tuple[str, str]) -> None:
         raise DTypeError(names[1], expected=f"{key.dtype}, as {names[0]}", got=str(value.dtype))
     if value.device != key.device:
         raise DeviceError(names[1], expected=f"{key.device}, as {names[0]}", got=str(value.device))
+    check_has_memory(names[0], key)
 
 
 def check_layers(name: str, layers: object, count: int, like: Tensor | None = None) -> None:
@@ -114,6 +125,7 @@ def _are_alike(tensors: list[Any]) -> bool:
         return False
     first = tensors[0]
     is_cache = first.dim() == 4 and first.shape[1] > 0 and first.shape[3] > 0 and first.dtype in FLOATS
+    is_cache = is_cache and first.device.type != "meta" and {t.layout for t in tensors} == {torch.strided}
     return is_cache and {t.dtype for t in tensors} == {first.dtype} and {t.device for t in tensors} == {first.device}
 
 
@@ -140,9 +152,8 @@ def check_same_batch(name: str, tensor: Tensor, like: Tensor) -> None:
 
 def check_writable(name: str, tensor: Tensor) -> None:
     """An in-place edit needs every element to have memory of its own and rows with stride 1."""
-    for size, stride in zip(tensor.shape, tensor.stride()):
-        if stride == 0 and size > 1:
-            raise ShapeError(name, expected="memory of its own for every element", got=f"strides {tensor.stride()}")
+    if not has_own_elements(tensor.shape, tensor.stride()):
+        raise ShapeError(name, expected="memory of its own for every element", got=f"strides {tensor.stride()}")
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise ShapeError(name, expected="stride 1 along the head dim", got=f"strides {tensor.stride()}")
 
@@ -152,23 +163,32 @@ def side_name(name: str, i: int) -> str:
     return f"{name}[{i // 2}].{('key', 'value')[i % 2]}"
 
 
-def check_apart(name: str, tensors: Sequence[Tensor], addresses: Sequence[int]) -> None:
-    """An in-place edit needs each of the tensors ``[k0, v0, k1, v1, ...]`` in a place of its own."""
-    if len({*addresses}) == len(addresses) or not tensors[0].numel():
-        return
-    first = {address: i for i, address in reversed([*enumerate(addresses)])}
-    i = next(i for i, address in enumerate(addresses) if first[address] < i)
-    got = f"that of {side_name(name, first[addresses[i]])}"
-    raise ShapeError(side_name(name, i), expected="memory of its own", got=got)
+def check_apart(name: str, layers: Layers) -> None:
+    """An in-place edit needs each of the tensors ``[k0, v0, k1, v1, ...]`` in memory of its own."""
+    shared = first_shared(layers)
+    if shared is not None:
+        first, second = (side_name(name, i) for i in shared)
+        raise ShapeError(second, expected="memory of its own", got=f"that of {first}")
+
+
+def find_weight(weights: object, name: str) -> Tensor:
+    """A parameter by its name, of whatever shape."""
+    if type(weights) is not dict and not isinstance(weights, (Mapping, nn.ParameterDict)):
+        raise DTypeError("weights", expected="a mapping of names to tensors", got=describe(weights))
+    if name not in weights:
+        got = f"only {', '.join(sorted(map(str, weights)))}"[:200] if len(weights) else "none"
+        raise GeometryError(f"weights[{name!r}]", expected="a tensor", got=got)
+    weight = weights[name]
+    # Asked first: a name that is put together for nothing costs more than the look.
+    is_dense = isinstance(weight, Tensor) and weight.layout is torch.strided
+    return weight if is_dense else check_tensor(f"weights[{name!r}]", weight)
 
 
 def check_weight(
     weights: Mapping[str, Tensor], name: str, shape: tuple[int | None, ...], device: torch.device
 ) -> Tensor:
     """One parameter; ``None`` in ``shape`` is any size."""
-    if name not in weights:
-        raise GeometryError(f"weights[{name!r}]", expected="a tensor", got=f"only {', '.join(sorted(weights))}")
-    weight = check_tensor(f"weights[{name!r}]", weights[name])
+    weight = find_weight(weights, name)
     if weight.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, weight.shape)):
         wanted = "(" + ", ".join("*" if n is None else str(n) for n in shape) + ")"
         raise ShapeError(f"weights[{name!r}]", expected=wanted, got=describe(weight))
@@ -240,6 +260,27 @@ def check_weights(
     return parameters, *sizes
 
 
+def check_state_numbers(states: Tensor, stats: Tensor) -> None:
+    """What a piece of a context has been pooled to: in one dtype, in one place."""
+    for name, tensor in (("states", states), ("stats", stats)):
+        if tensor.dtype not in (torch.float32, torch.float64) or tensor.dtype != states.dtype:
+            raise DTypeError(name, expected="float32, or float64 in both", got=describe(tensor))
+    if stats.device != states.device:
+        raise DeviceError("stats", expected=f"{states.device}, as the states", got=str(stats.device))
+
+
+def check_norm_eps(norm_eps: object) -> None:
+    if isinstance(norm_eps, bool) or not isinstance(norm_eps, (float, int)):
+        raise DTypeError("norm_eps", expected="a number", got=describe(norm_eps))
+    if not 0 <= norm_eps < 1e18:
+        raise GeometryError("norm_eps", expected="a finite number, 0 or more", got=str(norm_eps))
+
+
+def check_noise(noise: object) -> None:
+    if noise is not None and not isinstance(noise, TrainingNoise):
+        raise DTypeError("noise", expected="a TrainingNoise or None", got=describe(noise))
+
+
 def reads_values(tensor: Tensor) -> bool:
     """Whether values may be read: never while tracing, on a GPU only if asked."""
     if torch.compiler.is_compiling() or tensor.is_meta or type(tensor) is not Tensor:
@@ -258,6 +299,7 @@ def as_int32(tensor: Tensor, device: torch.device) -> Tensor:
 
 def check_index(sharer_index: object, batch: int, tokens: int, sharer_tokens: int) -> None:
     index = check_tensor("sharer_index", sharer_index)
+    check_has_memory("sharer_index", index)
     if index.dtype not in INTEGERS:
         raise DTypeError("sharer_index", expected="an integer dtype", got=describe(index))
     if tuple(index.shape) != (batch, tokens):
@@ -272,6 +314,7 @@ def check_index(sharer_index: object, batch: int, tokens: int, sharer_tokens: in
 def check_mask(name: str, mask: object, batch: int, tokens: int, tracks: int = 0) -> None:
     """``(B, N)``; ``(B, T, N)`` is as good where there are ``tracks``."""
     mask = check_tensor(name, mask)
+    check_has_memory(name, mask)
     if mask.dtype not in (torch.bool, *INTEGERS, *FLOATS):
         raise DTypeError(name, expected="bool or integer, zero where masked out", got=describe(mask))
     if tuple(mask.shape) != (batch, tokens) and not (tracks and tuple(mask.shape) == (batch, tracks, tokens)):
@@ -302,6 +345,7 @@ def check_offsets(
     Of a piece of a sequence (``is_piece``) they may lie anywhere, and a row may have no token.
     """
     offsets = check_tensor("span_offsets", span_offsets)
+    check_has_memory("span_offsets", offsets)
     if offsets.dtype not in INTEGERS:
         raise DTypeError("span_offsets", expected="an integer dtype", got=describe(offsets))
     if offsets.dim() not in (2, 3) or offsets.shape[0] != batch or offsets.shape[-1] < 2 or not offsets.shape[1]:

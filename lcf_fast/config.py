@@ -11,16 +11,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from .errors import DTypeError, GeometryError, IndexRangeError
-from .geometry import geometry_fields
+from .geometry import MAX_LAYERS, geometry_fields
 
 __all__ = ["MAX_LAYERS", "CacheGeometry", "LCFConfig", "c2c_parameters_per_layer", "layer_map"]
 
-#: Far above what any model has: a damaged number must not become a list of so many.
-MAX_LAYERS = 1 << 12
 LAYER_MAPS = ("last_aligned", "relative_depth")
 
 
-def _positive_int(name: str, value: Any) -> None:
+def check_positive_int(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise DTypeError(name, expected="an int", got=f"{value!r} ({type(value).__name__})")
     if value < 1:
@@ -59,7 +57,7 @@ class CacheGeometry:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            _positive_int(field.name, getattr(self, field.name))
+            check_positive_int(field.name, getattr(self, field.name))
         if self.layers > MAX_LAYERS:
             raise GeometryError("layers", expected=f"at most {MAX_LAYERS}", got=str(self.layers))
 
@@ -103,8 +101,8 @@ def layer_map(spec: str | Iterable[int], sharer_layers: int, receiver_layers: in
         DTypeError: an entry is no int.
         IndexRangeError: an entry is not a sharer layer.
     """
-    _positive_int("sharer_layers", sharer_layers)
-    _positive_int("receiver_layers", receiver_layers)
+    check_positive_int("sharer_layers", sharer_layers)
+    check_positive_int("receiver_layers", receiver_layers)
     if isinstance(spec, str):
         if spec == "last_aligned":
             return tuple(
@@ -119,7 +117,10 @@ def layer_map(spec: str | Iterable[int], sharer_layers: int, receiver_layers: in
         raise GeometryError("layer_map", expected=f"one of {LAYER_MAPS} or a list of ints", got=repr(spec))
     if not isinstance(spec, Iterable):
         raise DTypeError("layer_map", expected=f"one of {LAYER_MAPS} or a list of ints", got=type(spec).__name__)
-    entries = tuple(spec)
+    try:
+        entries = tuple(spec)
+    except TypeError:  # an array of no axis only looks like one that can be gone through
+        raise DTypeError("layer_map", expected="a list of ints", got=type(spec).__name__) from None
     for t, entry in enumerate(entries):
         if isinstance(entry, bool) or not isinstance(entry, int):
             raise DTypeError(f"layer_map[{t}]", expected="an int", got=f"{entry!r} ({type(entry).__name__})")
@@ -150,6 +151,21 @@ def check_routing(
         raise GeometryError(f"{prefix}receiver_layers", expected="ascending layers", got=str(kept))
     if len(reads) != len(kept):
         raise GeometryError(f"{prefix}sharer_layers", expected=f"{len(kept)} layers", got=str(reads))
+
+
+def check_geometry(name: str, geometry: Any) -> CacheGeometry:
+    if not isinstance(geometry, CacheGeometry):
+        got = type(geometry).__name__
+        raise DTypeError(name, expected="a CacheGeometry (CacheGeometry.of(model) makes one)", got=got)
+    return geometry
+
+
+def check_layer_list(name: str, layers: Any) -> tuple[int, ...]:
+    """Layers as a tuple; whether there are such layers, `check_routing` says."""
+    is_list = isinstance(layers, Sequence) and not isinstance(layers, (str, bytes))
+    if not is_list or any(type(layer) is not int for layer in layers):
+        raise DTypeError(name, expected="a list of ints", got=repr(layers)[:80])
+    return tuple(layers)
 
 
 @dataclass(frozen=True)
@@ -189,17 +205,15 @@ class LCFConfig:
 
     def __post_init__(self) -> None:
         for name in ("sharer", "receiver"):
-            if not isinstance(getattr(self, name), CacheGeometry):
-                got = type(getattr(self, name)).__name__
-                raise DTypeError(name, expected="a CacheGeometry (CacheGeometry.of(model) makes one)", got=got)
+            check_geometry(name, getattr(self, name))
         for name in ("bottleneck", "ffn_blocks", "ffn_expansion"):
-            _positive_int(name, getattr(self, name))
+            check_positive_int(name, getattr(self, name))
         if self.bottleneck % 2:
             raise GeometryError("bottleneck", expected="an even number", got=str(self.bottleneck))
         if not isinstance(self.cross_context, bool):
             raise DTypeError("cross_context", expected="a bool", got=repr(self.cross_context))
-        if self.slots != 0 or isinstance(self.slots, bool):
-            _positive_int("slots", self.slots)
+        if type(self.slots) is not int or self.slots != 0:
+            check_positive_int("slots", self.slots)
             object.__setattr__(self, "cross_context", True)
         if not isinstance(self.per_span, bool):
             raise DTypeError("per_span", expected="a bool", got=repr(self.per_span))
@@ -253,7 +267,10 @@ class LCFConfig:
 
     def parameter_count(self, layers: int | None = None) -> int:
         """Parameters of an adapter with ``layers`` kept receiver layers (None: all of them)."""
-        return (self.receiver.layers if layers is None else layers) * self.parameters_per_layer
+        count = self.receiver.layers if layers is None else layers
+        if type(count) is not int:
+            raise DTypeError("layers", expected="an int or None", got=type(layers).__name__)
+        return count * self.parameters_per_layer
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; :meth:`from_dict` reads it back to an equal configuration."""

@@ -6,7 +6,10 @@ from typing import Any
 
 from .errors import GeometryError
 
-__all__ = ["geometry_fields"]
+__all__ = ["MAX_LAYERS", "geometry_fields"]
+
+#: Far above what any model has: a damaged number must not become a list of so many.
+MAX_LAYERS = 1 << 12
 
 # Names under which configs list what each layer is. The later names only count where the first is missing.
 _TYPE_FIELDS = ("layer_types", "layers_block_type", "block_types")
@@ -21,7 +24,19 @@ def geometry_fields(model_or_config: Any) -> tuple[int, int, int]:
     Raises:
         GeometryError: as :meth:`lcf_fast.config.CacheGeometry.of` says.
     """
-    whole = getattr(model_or_config, "config", model_or_config)
+    if isinstance(model_or_config, type):
+        raise GeometryError("config", expected="a model or its config", got=f"the class {model_or_config.__name__}")
+    try:
+        return _fields(getattr(model_or_config, "config", model_or_config))
+    except GeometryError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Configs of vision and audio models have lists and dictionaries, or nothing, under these names.
+        got = f"{type(model_or_config).__name__}, of which one cannot be read: {error}"
+        raise GeometryError("config", expected="a language model's config", got=got[:300]) from error
+
+
+def _fields(whole: Any) -> tuple[int, int, int]:
     config = _text_config(whole)
     kind = type(config).__name__
     if getattr(whole, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
@@ -34,6 +49,8 @@ def geometry_fields(model_or_config: Any) -> tuple[int, int, int]:
     layers = _first(config, "num_hidden_layers", "n_layer", "num_layers")
     if layers is None:
         raise GeometryError("config", expected="num_hidden_layers", got=f"{kind} without it")
+    if type(layers) is not int or not 1 <= layers <= MAX_LAYERS:
+        raise GeometryError("config", expected=f"1 to {MAX_LAYERS} layers", got=f"{kind} with {layers!r}"[:200])
     _refuse_other_layer_types(config, kind, layers)
     _refuse_shared_layers(config, kind, layers)
 

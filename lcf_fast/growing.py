@@ -7,16 +7,19 @@ slots, which know no spans, a piece leaves what `lcf_fast.slot_states` says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import ops_pooling as ops
-from .checks import reads_values
+from .checks import check_state_numbers, check_tensor, describe, reads_values
+from .eager_ranges import STATS
 from .errors import DeviceError, DTypeError, MessageError, ShapeError, SpanError
+from .fingerprint import Origin
+from .identity import Pending, found_origin
 from .inputs import host_spans, without_gaps
 from .message import Message
 from .slot_states import SlotStates
@@ -39,12 +42,35 @@ class PartialPool:
         stats: ``(L, B, Hs, T, 8)``: their maxima and weights; `lcf_fast.kernels.merging` says how they are to be read.
         spans: spans that begin in the piece, of each item.
         tokens: positions in the piece, padding included.
+        made_by: whose it is, as a message's ``made_by``; None: not known. Other sharers' halves do not take it.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: naming the field.
     """
 
     states: Tensor
     stats: Tensor
     spans: tuple[int, ...]
     tokens: int
+    made_by: Pending | Origin | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        states, stats = check_tensor("states", self.states), check_tensor("stats", self.stats)
+        if states.dim() != 7 or tuple(states.shape[4:6]) != (3, 2):
+            raise ShapeError("states", expected="(L, B, Hs, T, 3, 2, Ds)", got=describe(states))
+        if tuple(stats.shape) != (*states.shape[:4], STATS):
+            raise ShapeError("stats", expected=f"{(*states.shape[:4], STATS)}", got=describe(stats))
+        check_state_numbers(states, stats)
+        if not isinstance(self.spans, tuple) or any(type(count) is not int for count in self.spans):
+            raise DTypeError("spans", expected="a tuple of ints", got=repr(self.spans)[:80])
+        if len(self.spans) != states.shape[1]:
+            raise ShapeError("spans", expected=f"one for each of {states.shape[1]} items", got=str(len(self.spans)))
+        if type(self.tokens) is not int:
+            raise DTypeError("tokens", expected="an int", got=describe(self.tokens))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # In another process there is no adapter to ask.
+        return {**self.__dict__, "made_by": found_origin(self.made_by)}
 
     @property
     def nbytes(self) -> int:
@@ -73,8 +99,10 @@ class PartialPool:
             raise SpanError("spans", expected="a token to pool in every row", got=f"none in rows {empty}"[:200])
 
 
-def merged(parts: Sequence[PartialPool], global_query: Tensor) -> PartialPool:
-    """See `lcf_fast.sharer.Summarizes.merge`."""
+def merged(
+    parts: Sequence[PartialPool], global_query: Tensor, check_made_by: Callable[[str, Any], None]
+) -> PartialPool:
+    """See `lcf_fast.sharer.Summarizes.merge`; ``check_made_by`` refuses what others have pooled."""
     if not isinstance(parts, Sequence) or not all(isinstance(part, PartialPool) for part in parts):
         raise DTypeError("parts", expected="a sequence of PartialPool", got=type(parts).__name__)
     if not parts:
@@ -89,6 +117,7 @@ def merged(parts: Sequence[PartialPool], global_query: Tensor) -> PartialPool:
             raise DTypeError(f"parts[{i}].states", expected=f"{first.dtype}", got=str(part.states.dtype))
         if part.states.device != first.device:
             raise DeviceError(f"parts[{i}].states", expected=f"{first.device}", got=str(part.states.device))
+        check_made_by(f"parts[{i}]", part.made_by)
     if len(parts) == 1:
         return parts[0]
     tracks = max(part.stats.shape[3] for part in parts)

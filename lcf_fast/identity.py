@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .errors import MessageError
 from .fingerprint import Origin
 
-__all__ = ["HasOrigin", "Pending"]
+__all__ = ["HasOrigin", "Pending", "found_origin"]
 
 _seeing = Lock()
 
@@ -37,7 +37,7 @@ class State:
 
 @dataclass(frozen=True)
 class Pending:
-    """The origin of a message, not looked up yet: a digest reads all weights, which most messages never need."""
+    """The origin of a message or a pool, not looked up yet: a digest reads all weights, which most never need."""
 
     maker: HasOrigin
     state: State
@@ -46,7 +46,7 @@ class Pending:
         if self.maker._state() is not self.state:
             raise MessageError(
                 "message.origin",
-                expected="the weights that made the message (read `message.origin` before they change)",
+                expected="the weights that made it (read `message.origin` before they change)",
                 got="weights that have changed since",
             )
         return self.maker.origin
@@ -54,6 +54,11 @@ class Pending:
     def writes_to(self, adapter: Any) -> bool:
         """Whether the message was made in this process by that adapter, or by a side made of it."""
         return self.maker is adapter or self.maker._receiver() is adapter
+
+
+def found_origin(made_by: Pending | Origin | None) -> Origin | None:
+    """The origin, looked up now where it has not been."""
+    return made_by() if isinstance(made_by, Pending) else made_by
 
 
 class HasOrigin(nn.Module):
@@ -89,6 +94,20 @@ class HasOrigin(nn.Module):
         if state.origin is None:
             state.origin = self._make_origin()
         return state.origin
+
+    def _check_pooled_by(self, name: str, made_by: Pending | Origin | None) -> None:
+        """Refuse what the weights of another sharer's half have pooled, or these before they changed; None: not known.
+
+        A copy's, and a side's of this adapter, are the same half: their digests are asked for, which reads all weights.
+        """
+        if made_by is None:
+            return
+        if isinstance(made_by, Pending) and made_by.maker is self and made_by.state is self._state():
+            return
+        own, origin = self.origin.sharer, found_origin(made_by)
+        if origin is not None and origin.sharer != own:
+            expected = f"what the sharer's half {own} has pooled"
+            raise MessageError(name, expected=expected, got=f"what {origin.sharer} has")
 
     def _goes_uncounted(self) -> bool:
         """Whether a weight was made in inference mode: its changes are not counted."""

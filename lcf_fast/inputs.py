@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import as_int32, check_index, check_mask, check_offsets
+from .checks import as_int32, check_has_memory, check_index, check_mask, check_offsets
 from .errors import DeviceError, DTypeError, LCFError, ShapeError, SpanError
 from .spans import Spans
 
@@ -111,6 +111,8 @@ def host_spans(spans: Any, key: Tensor) -> Spans:
 
 def given_spans(spans: Any) -> Spans:
     """`Spans.given`, whose errors name ``spans`` as the caller calls them."""
+    if isinstance(spans, Tensor):
+        check_has_memory("spans", spans)
     try:
         return Spans.given(spans.cpu() if isinstance(spans, Tensor) else spans)
     except LCFError as error:

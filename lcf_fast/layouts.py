@@ -49,6 +49,14 @@ class Layout:
         return all(strides[-1] == 1 for strides in {*self.strides})
 
     @cached_property
+    def extent(self) -> int:
+        """Bytes from a tensor's first element to behind its last, of the one that reaches furthest."""
+        if 0 in self.shape:
+            return 0
+        ends = [sum(stride * (size - 1) for size, stride in zip(self.shape, strides)) for strides in {*self.strides}]
+        return self.dtype.itemsize * (1 + max(ends))
+
+    @cached_property
     def first_unwritable(self) -> int | None:
         """The first tensor that cannot be edited in place: its elements share memory, or its last axis is strided."""
         bad = {strides for strides in {*self.strides} if not _is_writable(self.shape, strides)}
@@ -56,8 +64,20 @@ class Layout:
 
 
 def _is_writable(sizes: Sequence[int], strides: Sequence[int]) -> bool:
-    is_shared = any(stride == 0 and size > 1 for size, stride in zip(sizes, strides))
-    return not is_shared and (strides[-1] == 1 or sizes[-1] <= 1)
+    return has_own_elements(sizes, strides) and (strides[-1] == 1 or sizes[-1] <= 1)
+
+
+def has_own_elements(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether no two elements share memory: a step along an axis leaves all that the shorter steps reach behind.
+
+    As it does in all slices and permutations of a buffer; strides made up otherwise may be refused.
+    """
+    reach = 0
+    for stride, size in sorted(zip(strides, sizes)):
+        if size > 1 and stride <= reach:
+            return 0 in sizes
+        reach += stride * (size - 1)
+    return True
 
 
 class Layers:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checks import describe
 from .config import CacheGeometry
 from .errors import DeviceError, DTypeError, GeometryError, IndexRangeError, MessageError, ShapeError
 from .files import write_whole
@@ -29,12 +31,29 @@ _RAGGED = {"span_weights": 3, "slot_weights": 4}
 MAX_BYTES = 1 << 26
 
 
+#: The types of the fields, and how they are called.
+_FIELDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(BATCH_AXIS, ((Tensor, NoneType), "a tensor or None")),
+    "receiver_layers": (Sequence, "ints"),
+    "spans": (int, "an int"),
+    "sharer": ((CacheGeometry, NoneType), "a CacheGeometry or None"),
+    "receiver": ((CacheGeometry, NoneType), "a CacheGeometry or None"),
+    "metadata": (Mapping, "text by name"),
+    "made_by": ((Origin, Callable, NoneType), "an Origin, or a function that finds it"),
+}
+#: Types of all fields of messages that were right.
+_seen: set[tuple[type, ...]] = set()
+
+
 @dataclass(frozen=True, eq=False)
 class Message:
     """The sharer's context as the receiver's adapter reads it (spec, section 4).
 
     It is of a fixed size, can be cut and stacked along the batch, and goes over a wire or to a file as bytes that
     say what they are and are checked whole before any of them is used (:mod:`lcf_fast.wire`).
+
+    Raises:
+        DTypeError: a field of another type.
 
     Attributes:
         latent: ``(L, B, d)``, float32 as made: ``c = W_down[:, :2Cs]·[K*;V*] + b_down`` for each kept layer.
@@ -65,6 +84,19 @@ class Message:
     metadata: Mapping[str, str] = field(default_factory=dict)
     made_by: Origin | Callable[[], Origin] | None = None
     slot_weights: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        # Types alone: whether the fields fit each other, and an adapter, is for whoever uses them to say.
+        if torch.compiler.is_compiling():
+            return
+        types = tuple(map(type, self.__dict__.values()))
+        if types in _seen:  # most messages are alike, and made on the hot path
+            return
+        for name, (kinds, form) in _FIELDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds):
+                raise DTypeError(f"message.{name}", expected=form, got=describe(value)[:80])
+        _seen.add(types)
 
     @property
     def origin(self) -> Origin | None:
@@ -152,11 +184,11 @@ class Message:
             GeometryError: different kept layers or geometries. ShapeError, DTypeError, DeviceError: tensors that
                 differ in more than the batch.
         """
-        parts = list(messages)
+        parts = list(messages) if isinstance(messages, Iterable) else [messages]
         if not parts or not all(isinstance(part, Message) for part in parts):
             raise MessageError("messages", expected="at least one Message", got=f"{parts}"[:80])
         first = parts[0]
-        for index, part in enumerate(parts[1:], 1):
+        for index, part in enumerate(parts):
             _check_alike(f"messages[{index}]", part, first)
         rows = [part.tensors for part in parts]
         for name in first.tensors.keys() & _RAGGED.keys():
@@ -259,6 +291,9 @@ def _check_alike(name: str, part: Message, first: Message) -> None:
     for tensor_name, tensor in part.tensors.items():
         other, where = first.tensors[tensor_name], f"{name}.{tensor_name}"
         free = {BATCH_AXIS[tensor_name], _RAGGED.get(tensor_name)}
+        if tensor.dim() <= max(axis for axis in free if axis is not None):
+            expected = f"an axis {BATCH_AXIS[tensor_name]}, of items"
+            raise ShapeError(where, expected=expected, got=f"{tuple(tensor.shape)}")
         shapes = [[size for axis, size in enumerate(t.shape) if axis not in free] for t in (tensor, other)]
         if tensor.dim() != other.dim() or shapes[0] != shapes[1]:
             expected = f"{tuple(other.shape)} but for the batch"

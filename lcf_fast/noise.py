@@ -58,6 +58,10 @@ class TrainingNoise:
             raise DTypeError("seed", expected="an int", got=type(self.seed).__name__)
         if not 0 <= self.seed < 1 << 31:
             raise GeometryError("seed", expected="an int in [0, 2**31)", got=str(self.seed))
+        for name in ("temperature", "dropout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (float, int)):
+                raise DTypeError(name, expected="a number", got=type(value).__name__)
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise GeometryError("temperature", expected="a finite number above 0", got=str(self.temperature))
         if not 0 <= self.dropout < 1:

@@ -24,6 +24,7 @@ from .layouts import Layers, Layout
 from .noise import TrainingNoise
 from .ops_pooling import attention_pool, finish_ranges, fold_summary, merge_ranges, pool_range, summarize_layers
 from .ops_slots import expand_slots, expand_slots_layers, fold_slots, slot_pool, summarize_slots_layers
+from .overlaps import share_memory
 
 __all__ = [
     "attention_pool",
@@ -108,6 +109,7 @@ def joint_projection(
     Raises:
         ShapeError, DTypeError, DeviceError, GeometryError, IndexRangeError, BackendError: named by argument.
     """
+    check.check_norm_eps(norm_eps)
     check.check_pair(receiver_key, receiver_value, ("receiver_key", "receiver_value"))
     batch, heads, tokens, head_dim = receiver_key.shape
     device = receiver_key.device
@@ -203,15 +205,15 @@ def gated_injection_(
     """`gated_injection` in place, for inference: it records no graph. Returns the given tensors.
 
     Raises:
-        As `gated_injection`; and ShapeError where a cache's elements share memory, the value lies where the key
-        does, or the last axis is strided.
+        As `gated_injection`; and ShapeError where elements share memory, of one tensor or of both, or the last axis
+        is strided.
     """
     _, parameters, mask = _check_injection(receiver_key, receiver_value, latent, weights, edit_mask)
     check.check_writable("receiver_key", receiver_key)
     check.check_writable("receiver_value", receiver_value)
     arguments = (receiver_key, receiver_value, latent, parameters, mask)
     if is_plain(receiver_key):
-        if receiver_key.data_ptr() == receiver_value.data_ptr() and receiver_key.numel():
+        if share_memory(receiver_key, receiver_value):
             raise ShapeError("receiver_value", expected="memory of its own", got="that of receiver_key")
         undispatched(library.run_gated_injection_, arguments)
     else:
@@ -276,7 +278,8 @@ def fuse_layers(
     Raises:
         ShapeError, DTypeError, DeviceError, GeometryError, IndexRangeError, BackendError: named by argument.
     """
-    if noise is not None:
+    check.check_noise(noise)
+    if noise is not None and isinstance(receiver, Sequence):
         live = [(True, True)] * len(receiver)
     call = _check_fuse(sharer, receiver, weights, live, sharer_index, message, edit_mask, positions, norm_eps)
     plain = is_plain(call.receiver[0])
@@ -337,8 +340,8 @@ def fuse_layers_(
     The sharer must not lie in the receiver's memory: layers are edited in no particular order.
 
     Raises:
-        As `fuse_layers`; and ShapeError where a receiver's elements share memory, two of its tensors begin in one
-        place, or its last axis is strided.
+        As `fuse_layers`; and ShapeError where a receiver's elements share memory, of one tensor or of two, or its last
+        axis is strided.
     """
     call = _check_fuse(sharer, receiver, weights, live, sharer_index, message, edit_mask, positions, norm_eps)
     layout = call.receiver_layout
@@ -348,10 +351,8 @@ def fuse_layers_(
     arguments = None if layout is None else _checked(call)
     if arguments is not None:
         other, own = arguments[1:3]
-        places = {*own.addresses}
-        if len(places) < len(own.addresses):
-            check.check_apart("receiver", own.tensors, own.addresses)
-        shared = other is not None and places.intersection(other.addresses)
+        check.check_apart("receiver", own)
+        shared = other is not None and not {*other.addresses}.isdisjoint(own.addresses)
         if shared and own.tensors[0].numel() and other.tensors[0].numel():
             expected = "memory apart from the receiver's, which is edited in place (use fuse_layers)"
             raise GeometryError("sharer", expected=expected, got="the receiver's own tensors")
@@ -359,7 +360,7 @@ def fuse_layers_(
         undispatched(library_layers.fuse_checked, (*arguments, None, True))
     else:
         library_layers.fuse_layers_(*_flat(call))
-    return [(key, value) for key, value in receiver]
+    return list(receiver)
 
 
 class _Call(NamedTuple):
@@ -427,7 +428,8 @@ def _check_fuse(
     norm_eps: float,
 ) -> _Call:
     """All checks of `fuse_layers`, by one look each at caches and weights like those that passed before."""
-    logit = check.check_tensor("weights['gate_logit']", weights.get("gate_logit"))
+    check.check_norm_eps(norm_eps)
+    logit = check.find_weight(weights, "gate_logit")
     layers = logit.shape[0] if logit.dim() else 0
     flat_receiver, receiver_layout = check.flat_layers("receiver", receiver, layers)
     if not layers:

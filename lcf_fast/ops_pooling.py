@@ -122,7 +122,7 @@ def summarize_layers(
 
 def _check_sharer(sharer: Sequence[Pair], weights: Mapping[str, Tensor]) -> tuple[int, Tensor]:
     """Layers and queries fit; returns the number of layers and the first key."""
-    query = check.check_tensor("weights['span_query']", weights.get("span_query"))
+    query = check.find_weight(weights, "span_query")
     layers = query.shape[0] if query.dim() else 0
     check.check_layers("sharer", sharer, layers)
     if not layers:
@@ -227,11 +227,8 @@ def _check_states(states: Tensor, stats: Tensor, global_query: Tensor, axes: int
     if tuple(stats.shape) != (*states.shape[:-3], eager_ranges.STATS):
         expected = f"{(*states.shape[:-3], eager_ranges.STATS)}"
         raise ShapeError("stats", expected=expected, got=check.describe(stats))
-    for name, tensor in (("states", states), ("stats", stats)):
-        if tensor.dtype not in (torch.float32, torch.float64) or tensor.dtype != states.dtype:
-            raise DTypeError(name, expected="float32, or float64 in both", got=check.describe(tensor))
-    if stats.device != states.device:
-        raise check.DeviceError("stats", expected=f"{states.device}, as the states", got=str(stats.device))
+    check.check_state_numbers(states, stats)
+    check.check_has_memory("states", states)
     layers, _, heads = states.shape[:3]
     _check_query("global_query", global_query, (layers, heads, states.shape[-1]), states.device)
 
@@ -255,6 +252,7 @@ def fold_summary(summary: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         raise ShapeError("summary", expected="(L, 2, B, Hs, Ds)", got=check.describe(summary))
     if summary.dtype not in check.FLOATS:
         raise DTypeError("summary", expected="a float dtype", got=check.describe(summary))
+    check.check_has_memory("summary", summary)
     layers, columns = summary.shape[0], 2 * summary.shape[3] * summary.shape[4]
     down = _check_down(weights, layers, columns, summary.device)
     dtype = torch.float64 if summary.dtype == torch.float64 else torch.float32

@@ -16,8 +16,10 @@ from torch import Tensor
 from . import checks as check
 from . import eager_slots
 from . import library_slots as library
+from .config import MAX_LAYERS
 from .dispatch import count_edits, is_plain, needs_grad, undispatched
-from .errors import DeviceError, DTypeError, GeometryError, ShapeError, SpanError
+from .errors import DeviceError, DTypeError, GeometryError, IndexRangeError, ShapeError, SpanError
+from .layouts import Layers
 from .library import unit_rows
 from .noise import TrainingNoise
 from .slot_states import SlotStates
@@ -109,7 +111,7 @@ def summarize_slots_layers(
     Raises:
         As `slot_pool`, and GeometryError for weights or layers that do not fit.
     """
-    query = check.check_tensor("weights['slot_query']", weights.get("slot_query"))
+    query = check.find_weight(weights, "slot_query")
     layers = query.shape[0] if query.dim() else 0
     check.check_layers("sharer", sharer, layers)
     if not layers:
@@ -156,6 +158,8 @@ def expand_slots(
     check.check_tensor("latent", latent)
     if latent.dim() != 3:
         raise ShapeError("latent", expected="(B, k, d)", got=check.describe(latent))
+    if type(layer) is not int or not 0 <= layer < MAX_LAYERS:
+        raise IndexRangeError("layer", expected=f"an int in [0, {MAX_LAYERS})", got=check.describe(layer))
     one = _one_layer(weights, library.EXPANSION_WEIGHTS)
     return _expand(latent[None], one, kv_heads, norm_eps, noise, layer)[0]
 
@@ -209,7 +213,7 @@ def expand_slots_layers_(
     """
     layers = latent.shape[0] if isinstance(latent, Tensor) and latent.dim() else 0
     check.check_layers("into", into, layers)
-    hidden = _check_expand(latent, weights, kv_heads)
+    hidden = _check_expand(latent, weights, kv_heads, norm_eps)
     key = into[0][0]
     wanted = (latent.shape[1], kv_heads, latent.shape[2], weights["up_weight"].shape[2] // kv_heads)
     if key.shape != wanted:
@@ -220,7 +224,7 @@ def expand_slots_layers_(
     for i, tensor in enumerate(sides):
         check.check_writable(check.side_name("into", i), tensor)
     if not torch.compiler.is_compiling():
-        check.check_apart("into", sides, [*map(Tensor.data_ptr, sides)])
+        check.check_apart("into", Layers.of(sides))
     if library.backend_of(key, latent.shape[2], latent.shape[3], hidden) == "eager":
         made = eager_slots.expand_slots(latent, weights, kv_heads, norm_eps, None)
         keys = [one for one, _ in made]
@@ -302,9 +306,8 @@ def _token_mask(attention_mask: Tensor | None, key: Tensor) -> Tensor | None:
 
 
 def _one_layer(weights: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """One layer's parameters as stacked ones; what is no tensor stays what it is, to be refused."""
-    found = {name: weights[name] for name in names if name in weights}
-    return {name: value[None] if isinstance(value, Tensor) else value for name, value in found.items()}
+    """One layer's parameters as stacked ones."""
+    return {name: check.find_weight(weights, name)[None] for name in names}
 
 
 def _check_fold(
@@ -320,13 +323,15 @@ def _check_fold(
     return width
 
 
-def _check_expand(latent: Tensor, weights: Mapping[str, Tensor], kv_heads: int) -> int:
+def _check_expand(latent: Tensor, weights: Mapping[str, Tensor], kv_heads: int, norm_eps: float) -> int:
     """The latent and the receiver's half fit; the FFN's inner width."""
+    check.check_norm_eps(norm_eps)
     check.check_tensor("latent", latent)
     if latent.dim() != 4 or not latent.shape[0]:
         raise ShapeError("latent", expected="(L, B, k, d), at least one layer", got=check.describe(latent))
     if latent.dtype not in check.FLOATS:
         raise DTypeError("latent", expected="a float dtype", got=check.describe(latent))
+    check.check_has_memory("latent", latent)
     layers, _, _, width = latent.shape
     device = latent.device
     blocks = check.check_weight(weights, "norm_weight", (layers, None, width), device).shape[1]
@@ -377,7 +382,8 @@ def _expand(
     row: int,
 ) -> list[Pair]:
     """``row``: what the noise calls the first layer."""
-    hidden = _check_expand(latent, weights, kv_heads)
+    check.check_noise(noise)
+    hidden = _check_expand(latent, weights, kv_heads, norm_eps)
     own = [weights[name] for name in library.EXPANSION_WEIGHTS]
     backend = _serving(latent, latent.shape[2], latent.shape[3], hidden)
     dropout = library.NO_NOISE if noise is None else (noise.seed, noise.dropout)

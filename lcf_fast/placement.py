@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .checks import check_mask, reads_values
+from .checks import check_has_memory, check_mask, check_tensor, reads_values
 from .errors import DTypeError, GeometryError, ShapeError
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def with_slots(
     check_placement(placement)
     if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.shape[1]:
         raise ShapeError("ids", expected="(B, N), N of 1 or more", got=str(tuple(getattr(ids, "shape", ()))))
+    check_has_memory("ids", check_tensor("ids", ids))
     batch, length = ids.shape
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     check_mask("attention_mask", mask, batch, length)

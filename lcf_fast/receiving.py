@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .checks import FLOATS, describe
 from .errors import DTypeError, GeometryError, MessageError, ShapeError
 from .fingerprint import Origin, is_digest
 from .identity import Pending
@@ -68,8 +69,8 @@ def readable_latent(adapter: LatentCacheFlow, message: Any, name: str, batch: in
     layers, d = len(kept), config.bottleneck
     if latent.dim() != 3 or latent.shape[0] != layers or latent.shape[2] != d:
         raise ShapeError(f"{name}.latent", expected=f"(L={layers}, B, d={d})", got=str(tuple(latent.shape)))
-    if not latent.is_floating_point():
-        raise DTypeError(f"{name}.latent", expected="a float dtype", got=str(latent.dtype))
+    if latent.dtype not in FLOATS or latent.layout is not torch.strided:
+        raise DTypeError(f"{name}.latent", expected="a dense tensor of a float dtype", got=describe(latent))
     check_device(f"{name}.latent", latent, logit, "the adapter")
     if batch is None or latent.shape[1] == batch:
         return latent
@@ -86,7 +87,9 @@ def check_origin(adapter: LatentCacheFlow | LatentSlots, message: Message, name:
     if isinstance(made_by, Pending) and made_by.writes_to(adapter):
         return
     origin = message.origin
-    assert isinstance(origin, Origin)
+    if not isinstance(origin, Origin):
+        expected = "an Origin, or a function that finds it"
+        raise DTypeError(f"{name}.made_by", expected=expected, got=describe(made_by))
     own = adapter.origin
     if origin.adapter != own.adapter:
         expected = f"{own.adapter}, this adapter"
@@ -143,10 +146,11 @@ def _factors(weights: Any, count: int, batch: int | None, like: Tensor) -> Tenso
         factors = torch.as_tensor(weights, dtype=like.dtype, device=like.device)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise DTypeError("weights", expected="numbers, (n,) or (n, B)", got=repr(weights)[:80]) from error
+    given = tuple(factors.shape)
     factors = factors[:, None] if factors.dim() == 1 else factors
     if factors.dim() != 2 or factors.shape[0] != count or (batch is not None and factors.shape[1] not in (1, batch)):
         expected = f"({count},) or ({count}, {'B' if batch is None else batch}), one a message (and item)"
-        raise ShapeError("weights", expected=expected, got=str(tuple(torch.as_tensor(weights).shape)))
+        raise ShapeError("weights", expected=expected, got=str(given))
     if factors.device.type == "cpu" and not bool(torch.isfinite(factors).all()):
         raise MessageError("weights", expected="finite numbers", got=repr(weights)[:80])
     return factors

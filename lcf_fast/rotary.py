@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .caches import cache_argument, cache_layers
+from .checks import INTEGERS, check_has_memory
 from .errors import DTypeError, GeometryError, IndexRangeError, LCFError, ShapeError
 
 __all__ = ["Rotary"]
@@ -105,8 +106,9 @@ class Rotary:
         """Keys that are at no position, ``(B, H, n, D)`` a layer of the model, to ``positions (B, n)``; new tensors.
 
         Raises:
-            GeometryError: other layers, KV heads or head dim than the model's. ShapeError, DTypeError, IndexRangeError:
-                ``positions`` that do not fit, are no ints, or (looked at where they lie on the CPU) negative.
+            DTypeError: no tensors. GeometryError: other layers, KV heads or head dim than the model's.
+            ShapeError, DTypeError, DeviceError, IndexRangeError: ``positions`` that do not fit, are no ints, have no
+                memory, or are negative (looked at where they lie on the CPU).
         """
         return self._all(keys, positions, inverse=False)
 
@@ -121,16 +123,19 @@ class Rotary:
         for own in {*self.heads} - {(shape[1], shape[3])}:
             expected = f"{own[0]} KV heads of dim {own[1]}, as the model's"
             raise GeometryError("keys", expected=expected, got=f"{shape[1]} of dim {shape[3]}")
-        if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
+        if not isinstance(positions, Tensor) or positions.dtype not in INTEGERS or positions.layout != torch.strided:
             got = str(getattr(positions, "dtype", type(positions).__name__))
             raise DTypeError("positions", expected="a tensor of ints", got=got)
         if positions.dim() != 2 or positions.shape[1] != shape[2] or positions.shape[0] not in (1, shape[0]):
             expected = f"({shape[0]}, {shape[2]}), or one row for all"
             raise ShapeError("positions", expected=expected, got=str(tuple(positions.shape)))
+        check_has_memory("positions", positions)
         if positions.device.type == "cpu" and positions.numel() and int(positions.min()) < 0:
             raise IndexRangeError("positions", expected="0 or more", got=f"values down to {int(positions.min())}")
 
     def _all(self, keys: Sequence[Tensor], positions: Tensor, *, inverse: bool) -> list[Tensor]:
+        if not isinstance(keys, Sequence) or not all(isinstance(key, Tensor) and key.dim() == 4 for key in keys):
+            raise DTypeError("keys", expected="a tensor (B, H, n, D) a layer", got=type(keys).__name__)
         self.check(len(keys), keys[0].shape if keys else (0, 0, 0, 0), positions)
         key = keys[0]
         positions = positions.to(key.device, torch.int64)

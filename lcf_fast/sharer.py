@@ -18,6 +18,7 @@ import copy
 import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from . import ops_pooling as ops
 from .caches import Pair, cache_layers, check_pairs
-from .config import CacheGeometry, check_routing, layer_map
+from .config import CacheGeometry, check_geometry, check_layer_list, check_positive_int, check_routing, layer_map
 from .eager_pooling import span_weights as weights_of_spans
 from .errors import DTypeError, LCFError
 from .fingerprint import Origin, sharer_digest
@@ -201,7 +202,7 @@ class Summarizes(ReadsSharer):
             check_pairs(sharer, "cache_piece", self.sharer_geometry)
             raise
         begun = [sum(0 <= start < key.shape[2] for start, _ in row) for row in spans.bounds()]
-        return PartialPool(states, stats, spans=tuple(begun), tokens=key.shape[2])
+        return PartialPool(states, stats, tuple(begun), key.shape[2], self._pending())
 
     def merge(self, parts: Sequence[PartialPool]) -> PartialPool:
         """Partial pools of neighbouring pieces as one, exactly and in any grouping.
@@ -210,21 +211,25 @@ class Summarizes(ReadsSharer):
             parts: in the order of the tokens, on one device (`PartialPool.to` moves them).
 
         Raises:
-            ShapeError, DTypeError, DeviceError, SpanError: parts that do not fit each other, or none.
+            ShapeError, DTypeError, DeviceError, SpanError: parts that do not fit each other, or none. MessageError: as
+            :meth:`finish`.
         """
         self._check_cross_context("merge")
-        return merged(parts, self._weights()["global_query"])
+        made = merged(parts, self._weights()["global_query"], self._check_pooled_by)
+        return replace(made, made_by=self._pending())
 
     def finish(self, pool: PartialPool) -> Message:
         """The message of a whole context; spans that are still open end here. The pool stays as it is.
 
         Raises:
-            SpanError: a row that never had a token to pool.
+            SpanError: a row that never had a token to pool. MessageError: a pool of another sharer's half, or of
+            weights that have changed since.
         """
         self._check_cross_context("finish")
         if not isinstance(pool, PartialPool):
             raise DTypeError("pool", expected="a PartialPool", got=type(pool).__name__)
         self._check_device("pool", pool.states)
+        self._check_pooled_by("pool", pool.made_by)
         pool.check_rows()
         summary = ops.finish_ranges(pool.states, pool.stats, self._weights()["global_query"])
         with torch.no_grad():
@@ -248,8 +253,10 @@ class SideOf(ReadsSharer, nn.Module):
         device: torch.device | str | None,
     ) -> None:
         super().__init__()
-        self._sharer, self._to = sharer, receiver
-        self._kept, self._reads = tuple(receiver_layers), tuple(sharer_layers)
+        self._sharer, self._to = check_geometry("sharer", sharer), check_geometry("receiver", receiver)
+        self._kept = check_layer_list("receiver_layers", receiver_layers)
+        self._reads = check_layer_list("sharer_layers", sharer_layers)
+        check_routing(self._kept, self._reads, receiver, sharer)
         self._digest = adapter_digest
         self._adapter: weakref.ref[nn.Module] | None = None
         for name, listed in (("receiver_layers", self._kept), ("sharer_layers", self._reads)):
@@ -347,6 +354,7 @@ class SharerSide(Summarizes, SideOf):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(sharer, receiver, receiver_layers, sharer_layers, adapter_digest, device)
+        check_positive_int("bottleneck", bottleneck)
         layers = len(self._kept)
         query = (layers, sharer.kv_heads, sharer.head_dim)
         for name, shape in (
@@ -369,6 +377,7 @@ class SharerSide(Summarizes, SideOf):
     @classmethod
     def of(cls, adapter: LatentCacheFlow) -> SharerSide:
         """An adapter's own half, on its device and in its dtype. A copy: training one leaves the other."""
+        _check_adapter(adapter, "take the half of")
         config = adapter.config
         side = cls._empty(adapter, config.sharer, adapter._reads)
         weights = adapter._weights()
@@ -397,7 +406,8 @@ class SharerSide(Summarizes, SideOf):
         Raises:
             GeometryError, DTypeError, IndexRangeError: an LCF adapter, or a map that does not fit.
         """
-        adapter._check_cross_context("add a sharer to")
+        _check_adapter(adapter, "add a sharer to")
+        check_geometry("sharer", sharer)
         mapped = layer_map(layers, sharer.layers, adapter.config.receiver.layers)
         return cls._empty(adapter, sharer, [mapped[t] for t in adapter._kept])
 
@@ -430,6 +440,14 @@ class SharerSide(Summarizes, SideOf):
 
     def extra_repr(self) -> str:
         return f"{self._described()}, layers={self._kept}"
+
+
+def _check_adapter(adapter: Any, method: str) -> None:
+    from .adapter import LatentCacheFlow
+
+    if not isinstance(adapter, LatentCacheFlow):
+        raise DTypeError("adapter", expected="a LatentCacheFlow", got=type(adapter).__name__)
+    adapter._check_cross_context(method)
 
 
 def _in_order(shares: Tensor, spans: Spans) -> Tensor:

@@ -6,16 +6,19 @@ Softmax pooling is associative: of each slot and head a piece leaves the greates
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import eager_slots
 from .backends import resolve
-from .checks import reads_values
+from .checks import check_state_numbers, check_tensor, describe, reads_values
 from .errors import DeviceError, DTypeError, ShapeError, SpanError
+from .fingerprint import Origin
+from .identity import Pending, found_origin
 
 __all__ = ["SlotStates", "finish_states", "merge_states"]
 
@@ -27,10 +30,27 @@ class SlotStates:
     Attributes:
         states: ``(L, B, Hs, k, 2, Ds)``, float32 (float64 for float64 caches): weighed sums of keys and of values.
         stats: ``(L, B, Hs, k, 2)``: the greatest score, in nats, and the sum of weights; ``-inf`` and 0 of no token.
+        made_by: whose it is, as a message's ``made_by``; None: not known. Other sharers' halves do not take it.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError: naming the field.
     """
 
     states: Tensor
     stats: Tensor
+    made_by: Pending | Origin | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        states, stats = check_tensor("states", self.states), check_tensor("stats", self.stats)
+        if states.dim() != 6 or states.shape[4] != 2:
+            raise ShapeError("states", expected="(L, B, Hs, k, 2, Ds)", got=describe(states))
+        if tuple(stats.shape) != (*states.shape[:4], 2):
+            raise ShapeError("stats", expected=f"{(*states.shape[:4], 2)}", got=describe(stats))
+        check_state_numbers(states, stats)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # In another process there is no adapter to ask.
+        return {**self.__dict__, "made_by": found_origin(self.made_by)}
 
     @property
     def nbytes(self) -> int:
@@ -42,8 +62,10 @@ class SlotStates:
         return replace(self, states=self.states.to(device), stats=self.stats.to(device))
 
 
-def merge_states(parts: Sequence[SlotStates]) -> SlotStates:
-    """States of disjoint tokens as one.
+def merge_states(
+    parts: Sequence[SlotStates], check_made_by: Callable[[str, Any], None] | None = None
+) -> SlotStates:
+    """States of disjoint tokens as one. ``check_made_by`` refuses what others have pooled.
 
     Raises:
         SpanError: no part. DTypeError, ShapeError, DeviceError: parts that do not fit each other.
@@ -62,6 +84,8 @@ def merge_states(parts: Sequence[SlotStates]) -> SlotStates:
             raise DTypeError(name, expected=f"{first.dtype} as the first", got=str(got.dtype))
         if got.device != first.device or part.stats.device != first.device:
             raise DeviceError(name, expected=f"{first.device} as the first", got=str(got.device))
+        if check_made_by is not None:
+            check_made_by(name, part.made_by)
     states = torch.stack([part.states for part in parts], 3)
     stats = torch.stack([part.stats for part in parts], 3)
     if resolve(states.device, states.dtype, None, None) == "triton":

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from . import ops_slots as ops
 from .caches import Pair, cache_layers, check_growth, count_filled, extend_cache, free_room
 from .capture import Captures
+from .checks import FLOATS, describe
 from .config import CacheGeometry, LCFConfig
-from .errors import DTypeError, GeometryError, MessageError, ShapeError
+from .errors import DTypeError, GeometryError, LCFError, MessageError, ShapeError
 from .fingerprint import SHARER_OF_SLOTS, Origin, is_digest, slots_receiver_digest, slots_sharer_digest
 from .inputs import check_device, known_length, real_tokens
 from .message import Message
@@ -209,7 +210,11 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
         """
         layers, sent, positions = self._behind(receiver_cache, message, attention_mask)
         room = free_room(receiver_cache, layers[0][0].shape[2], sent.slots, "receiver_cache")
-        self.place(receiver, sent, positions, into=room)
+        try:
+            self.place(receiver, sent, positions, into=room)
+        except LCFError as error:
+            name = error.argument.replace("into", "receiver_cache", 1)
+            raise type(error)(name, expected=error.expected, got=error.got) from None
         count_filled(receiver_cache, sent.slots)
         return receiver_cache
 
@@ -289,8 +294,8 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
         check_origin(self, message, name)
         if latent.shape[0] != layers or latent.shape[3] != d or not latent.shape[2]:
             raise ShapeError(f"{name}.latent", expected=f"(L={layers}, B, k, d={d})", got=str(tuple(latent.shape)))
-        if not latent.is_floating_point():
-            raise DTypeError(f"{name}.latent", expected="a float dtype", got=str(latent.dtype))
+        if latent.dtype not in FLOATS or latent.layout is not torch.strided:
+            raise DTypeError(f"{name}.latent", expected="a dense tensor of a float dtype", got=describe(latent))
         check_device(f"{name}.latent", latent, self.receiver_layers, "the adapter")
         if batch is None or latent.shape[1] == batch:
             return latent

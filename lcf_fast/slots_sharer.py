@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 from . import eager_slots
 from . import ops_slots as ops
 from .caches import Pair, check_pairs
-from .config import CacheGeometry, layer_map
-from .errors import GeometryError, IndexRangeError, LCFError, ShapeError
+from .config import CacheGeometry, check_geometry, check_positive_int, layer_map
+from .errors import DTypeError, GeometryError, IndexRangeError, LCFError, ShapeError
 from .fingerprint import SHARER_OF_SLOTS, Origin, slots_sharer_digest
 from .growing import GrowingSlots
 from .message import Message
@@ -164,14 +165,16 @@ class SummarizesSlots(ReadsSharer):
 
     def _pool(self, sharer: list[Pair], mask: Tensor | None) -> SlotStates:
         check_pairs(sharer, "cache_piece", self.sharer_geometry)
-        return ops.pool_slot_states([sharer[s] for s in self._reads], self._weights()["slot_query"], mask)
+        states = ops.pool_slot_states([sharer[s] for s in self._reads], self._weights()["slot_query"], mask)
+        return replace(states, made_by=self._pending())
 
     def merge(self, parts: Sequence[SlotStates]) -> SlotStates:
         """States of the pieces of a context as one, exactly and in any order.
 
-        Raises: as `lcf_fast.slot_states.merge_states`.
+        Raises:
+            As `lcf_fast.slot_states.merge_states`. MessageError: as :meth:`finish`.
         """
-        return merge_states(parts)
+        return replace(merge_states(parts, self._check_pooled_by), made_by=self._pending())
 
     @torch.no_grad()
     def finish(self, pool: SlotStates) -> Message:
@@ -179,12 +182,14 @@ class SummarizesSlots(ReadsSharer):
 
         Raises:
             SpanError: a row that never had a token. ShapeError, DTypeError, DeviceError: no state of this adapter's.
+            MessageError: a state of another sharer's half, or of weights that have changed since.
         """
         slot_key, slot_value = finish_states(pool)
         wanted = tuple(self._weights()["slot_query"].shape)
         if (*slot_key.shape[:1], *slot_key.shape[2:]) != wanted:
             raise ShapeError("pool", expected=f"(L, B, k, Hs, Ds) of {wanted}", got=str(tuple(slot_key.shape)))
         self._check_device("pool", slot_key)
+        self._check_pooled_by("pool", pool.made_by)
         return self._message(ops.fold_slots_layers(slot_key, slot_value, self._weights()))
 
 
@@ -218,8 +223,10 @@ class SlotsSharerSide(SummarizesSlots, SideOf):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(sharer, receiver, range(receiver.layers), sharer_layers, adapter_digest, device)
+        kept = range(check_geometry("receiver", receiver).layers)
+        super().__init__(sharer, receiver, kept, sharer_layers, adapter_digest, device)
         self._per_span = per_span
+        check_positive_int("bottleneck", bottleneck)
         if type(slots) is not int or slots < 1:
             raise GeometryError("slots", expected="an int of 1 or more", got=repr(slots))
         for name, shape in side_parameter_shapes(sharer, receiver.layers, slots, bottleneck).items():
@@ -237,6 +244,7 @@ class SlotsSharerSide(SummarizesSlots, SideOf):
     @classmethod
     def of(cls, adapter: LatentSlots) -> SlotsSharerSide:
         """An adapter's own half, on its device and in its dtype. A copy: training one leaves the other."""
+        _check_adapter(adapter)
         side = cls._fresh(adapter, adapter.sharer_geometry, adapter._reads, adapter.slot_count)
         with torch.no_grad():
             for name in SHARER_OF_SLOTS:
@@ -264,6 +272,8 @@ class SlotsSharerSide(SummarizesSlots, SideOf):
         Raises:
             GeometryError, DTypeError, IndexRangeError: a map or a number of slots that does not fit.
         """
+        _check_adapter(adapter)
+        check_geometry("sharer", sharer)
         mapped = layer_map(layers, sharer.layers, adapter.receiver_geometry.layers)
         return cls._fresh(adapter, sharer, mapped, adapter.slot_count if slots is None else slots)
 
@@ -292,3 +302,10 @@ class SlotsSharerSide(SummarizesSlots, SideOf):
 
     def extra_repr(self) -> str:
         return f"{self._described()}, {self.slot_count} slots"
+
+
+def _check_adapter(adapter: Any) -> None:
+    from .slots import LatentSlots
+
+    if not isinstance(adapter, LatentSlots):
+        raise DTypeError("adapter", expected="a LatentSlots", got=type(adapter).__name__)

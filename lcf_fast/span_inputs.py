@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, INTEGERS, describe
+from .checks import FLOATS, INTEGERS, check_has_memory, check_tensor, describe
 from .errors import DTypeError, ShapeError, SpanError
 from .span_text import Bounds
 
@@ -39,6 +39,7 @@ def ints(name: str, value: Any, columns: int | None) -> Tensor:
             if any(isinstance(entry, Sequence) and len(entry) != columns for entry in listed):
                 raise ShapeError(name, expected=expected, got="others") from None
             raise DTypeError(name, expected=f"{expected}, of 64 bits at most", got="others") from None
+    check_has_memory(name, check_tensor(name, value))
     if value.dtype not in INTEGERS:
         raise DTypeError(name, expected=expected, got=describe(value))
     if value.dim() != (1 if columns is None else 2) or (columns is not None and value.shape[1] != columns):
@@ -148,6 +149,7 @@ def _mask_row(name: str, row: Any) -> Tensor:
             row = torch.tensor(listed)
         except (TypeError, ValueError, RuntimeError):  # as in `ints`
             raise DTypeError(name, expected="zeros and ones", got="others") from None
+    check_has_memory(name, check_tensor(name, row))
     if row.dtype not in (torch.bool, *INTEGERS, *FLOATS):
         raise DTypeError(name, expected="bool or integer, zero at padding", got=describe(row))
     if row.dim() != 1:

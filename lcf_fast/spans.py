@@ -225,8 +225,8 @@ class Spans:
         """
         if not isinstance(length, int) or isinstance(length, bool):
             raise DTypeError("length", expected="an int", got=describe(length))
-        if length < 0:
-            raise ShapeError("length", expected="0 or more", got=str(length))
+        if not 0 <= length <= LARGEST:
+            raise ShapeError("length", expected=f"0 to {LARGEST}", got=str(length))
         tokens = torch.arange(length, dtype=torch.int32).expand(self.batch, self.tracks, length).contiguous()
         # The last range that starts at or before the token; empty ones before it start there too, and give way.
         ranges = torch.searchsorted(self.offsets.contiguous(), tokens, right=True) - 1

@@ -52,6 +52,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_has_memory, check_tensor
 from .config import CacheGeometry
 from .description import SCALE_AXES, Description, check_metadata_size, parsed, refuse, strict_json
 from .errors import DTypeError, MessageError, ShapeError
@@ -106,6 +107,7 @@ def encode(message: Message, *, dtype: Any, contents: Sequence[str], key: bytes 
         if tuple(tensor.shape) != description.shape(name):
             expected = f"{description.shape(name)}, as the other fields say"
             raise ShapeError(f"message.{name}", expected=expected, got=str(tuple(tensor.shape)))
+        check_has_memory(f"message.{name}", check_tensor(f"message.{name}", tensor))
         stored[name], scale = store(f"message.{name}", tensor, storages[name], description.scale_axes(name))
         if name in _SHARES:
             _check_weights(name, stored[name])
@@ -231,7 +233,7 @@ def check_preamble(preamble: bytes | bytearray | memoryview, *, key: bytes | Non
     """
     _check_key(key)
     if type(max_bytes) is not int:
-        raise DTypeError("max_bytes", expected="an int", got=repr(max_bytes))
+        raise DTypeError("max_bytes", expected="an int", got=repr(max_bytes)[:80])
     length, flags = stated_length(preamble), int.from_bytes(preamble[12:16], "little")
     if flags not in (0, _KEYED):
         refuse("flags", f"0 or {_KEYED}", flags)
@@ -379,6 +381,10 @@ def _digest(preamble: bytes | memoryview, inside: bytes | memoryview, key: bytes
 
 def read_file(path: str | os.PathLike[str], *, max_bytes: int) -> bytearray:
     """The bytes of a file that can be a message by its size; else a MessageError, before any are read."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise DTypeError("path", expected="a str or a path", got=type(path).__name__)
+    if type(max_bytes) is not int:
+        raise DTypeError("max_bytes", expected="an int", got=repr(max_bytes)[:80])
     try:
         # Looked at before it is opened: opening a pipe would wait for a writer.
         if not stat.S_ISREG(os.stat(path).st_mode):

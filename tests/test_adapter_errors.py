@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -234,6 +236,21 @@ def test_offsets_that_are_none(spans: Any, error: type[LCFError]) -> None:
         make_adapter(True).summarize(make_caches()[0], spans)
 
 
+def test_caches_and_weights_that_are_none_of_these() -> None:
+    adapter, (sharer, receiver) = make_adapter(True), make_caches()
+    message = adapter.summarize(sharer)
+    with pytest.raises(GeometryError, match=r"^receiver_cache.layers: expected a list of layers, got NoneType"):
+        adapter.inject(SimpleNamespace(layers=None), message)
+    sparse = [(key.to_sparse(), value) for key, value in receiver]
+    with pytest.raises(DTypeError, match=r"^receiver_cache layer 0 key: expected a dense tensor"):
+        adapter.inject(sparse, message)
+    with pytest.raises(LCFError, match=r"^weights: "):
+        adapter.combine([message, message], weights=2**70)
+    for latent in (message.tensors["latent"].to(torch.float8_e4m3fn), message.tensors["latent"].to_sparse()):
+        with pytest.raises(DTypeError, match=r"^message\[0\].latent: "):
+            adapter.inject(receiver, [replace(message, latent=latent)])
+
+
 def test_layers_to_keep_that_are_no_list() -> None:
     with pytest.raises(DTypeError, match=r"^keep_layers: "):
         make_adapter().prune(3)  # type: ignore[arg-type]
@@ -244,6 +261,8 @@ def test_errors_of_a_piece_name_its_arguments() -> None:
     for call in (adapter.pool, adapter.begin().extend):
         with pytest.raises(GeometryError, match=r"^cache_piece: expected"):
             call(cache[:2])
+        with pytest.raises(DeviceError, match=r"^spans: expected a device with memory"):
+            call(cache, torch.tensor([[0, 4]], device="meta"))
         for spans in ([[5, 4]], [[0, 4], [1]], [[0.5, 2]], torch.zeros(2), 3):
             with pytest.raises(LCFError, match=r"^spans"):
                 call(cache, spans)  # type: ignore[arg-type]

@@ -229,6 +229,7 @@ def test_defaults_are_those_of_the_contract() -> None:
     ("change", "error"),
     [
         ({"bottleneck": 127}, GeometryError),
+        ({"slots": 2.0}, DTypeError),
         ({"bottleneck": 0}, GeometryError),
         ({"bottleneck": 64.0}, DTypeError),
         ({"ffn_blocks": 0}, GeometryError),
@@ -439,6 +440,12 @@ def test_of_plain_objects(fields: dict[str, Any], expected: tuple[int, int, int]
         ({"num_attention_heads": None}, "without it"),
         ({"hidden_size": None}, "head_dim or hidden_size"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"num_hidden_layers": [2, 2]}, r"1 to 4096 layers, got SimpleNamespace with \[2, 2\]"),
+        ({"num_hidden_layers": 10**9}, "1 to 4096 layers"),
+        ({"num_hidden_layers": 0}, "1 to 4096 layers"),
+        ({"num_attention_heads": (2, 4)}, "a language model's config, got SimpleNamespace, of which one cannot be"),
+        ({"layer_types": 5}, "a language model's config"),
+        ({"num_attention_heads": 0}, "a language model's config"),
     ],
 )
 def test_plain_objects_that_do_not_fit(fields: dict[str, Any], text: str) -> None:
@@ -452,6 +459,16 @@ def test_of_what_is_no_config() -> None:
     assert CacheGeometry.of(QWEN3) is QWEN3
     with pytest.raises(GeometryError, match="num_hidden_layers"):
         CacheGeometry.of(object())
+    with pytest.raises(GeometryError, match="a model or its config, got the class object"):
+        CacheGeometry.of(object)
+
+
+@pytest.mark.parametrize("name", ["ClapAudioConfig", "DonutSwinConfig", "LxmertConfig", "SwinConfig"])
+def test_configs_of_models_that_are_no_language_models(name: str) -> None:
+    """They have tuples and dictionaries under the names that are read."""
+    with pytest.raises(GeometryError) as caught:
+        CacheGeometry.of(transformers_config(name))
+    assert caught.value.argument == "config"
 
 
 def test_of_real_models_is_the_shape_of_their_cache() -> None:

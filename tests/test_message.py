@@ -33,7 +33,7 @@ from messages import (
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from lcf_fast import CacheGeometry, DTypeError, GeometryError, LCFError, Message, MessageError, ShapeError
+from lcf_fast import CacheGeometry, DeviceError, DTypeError, GeometryError, LCFError, Message, MessageError, ShapeError
 from lcf_fast.fingerprint import Origin
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -573,3 +573,44 @@ def test_a_pickled_message_takes_no_adapter_along() -> None:
     twin = pickle.loads(pickle.dumps(message))
     assert twin.made_by == ORIGIN and adapter.asked == 1
     assert_same(twin, message)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"latent": [[0.0]]},
+        {"summary": "text"},
+        {"slot_weights": 3},
+        {"receiver_layers": None},
+        {"receiver_layers": 2},
+        {"spans": None},
+        {"sharer": (2, 2, 8)},
+        {"receiver": "Qwen3"},
+        {"metadata": None},
+        {"made_by": "somebody"},
+    ],
+    ids=str,
+)
+def test_fields_of_other_types_are_refused(field: dict[str, Any]) -> None:
+    right: dict[str, Any] = {"latent": torch.zeros(2, 1, 8), "receiver_layers": (0, 1), "spans": 1}
+    for _ in range(2):
+        Message(**right)
+        with pytest.raises(DTypeError) as caught:
+            Message(**{**right, **field})
+        assert caught.value.argument == f"message.{next(iter(field))}"
+
+
+def test_what_can_be_no_message_is_named(tmp_path: Path) -> None:
+    message = make_adapter(True).summarize(make_caches()[0])
+    with pytest.raises(MessageError, match="messages"):
+        Message.stack(None)  # type: ignore[arg-type]
+    flat = replace(message, latent=message.tensors["latent"].flatten())
+    with pytest.raises(ShapeError, match=r"messages\[0\].latent: expected an axis 1, of items"):
+        Message.stack([flat, flat])
+    with pytest.raises(DTypeError, match="path"):
+        Message.load(None)  # type: ignore[arg-type]
+    message.save(tmp_path / "message")
+    with pytest.raises(DTypeError, match="max_bytes"):
+        Message.load(tmp_path / "message", max_bytes=None)  # type: ignore[arg-type]
+    with pytest.raises(DeviceError, match=r"message.latent: expected a device with memory"):
+        message.to("meta").to_bytes()

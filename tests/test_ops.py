@@ -340,6 +340,55 @@ BAD: dict[str, tuple[type[errors.LCFError], str, Callable[[Inputs], Any]]] = {
     "offsets' shape": (
         errors.ShapeError, "span_offsets",
         lambda x: ops.attention_pool(*x.sharer[0], *x.queries, torch.tensor([[0, 3]]))),
+    "no weights": (
+        errors.DTypeError, "weights",
+        lambda x: ops.fuse_layers(x.sharer, x.receiver, None)),  # type: ignore[arg-type]
+    "weights in a list": (
+        errors.DTypeError, "weights",
+        lambda x: ops.summarize_layers(x.sharer, list(x.weights), x.offsets)),  # type: ignore[arg-type]
+    "one layer's weights": (
+        errors.DTypeError, "weights",
+        lambda x: ops.gated_injection(*x.receiver[0], x.latent, None)),  # type: ignore[arg-type]
+    "weights of no names": (
+        errors.GeometryError, "weights['gate_logit']", lambda x: ops.fuse_layers(x.sharer, x.receiver, {})),
+    "a weight missing": (
+        errors.GeometryError, "weights['up_bias']",
+        lambda x: ops.fuse_layers(
+            x.sharer, x.receiver, {name: w for name, w in x.weights.items() if name != "up_bias"})),
+    "a weight that is no tensor": (
+        errors.DTypeError, "weights['gate_logit']",
+        lambda x: ops.fuse_layers(x.sharer, x.receiver, {**x.weights, "gate_logit": [0.0]})),  # type: ignore[dict-item]
+    "caches without memory": (
+        errors.DeviceError, "receiver[0].key",
+        lambda x: ops.fuse_layers_(x.sharer, [(k.to("meta"), v.to("meta")) for k, v in x.receiver], x.weights)),
+    "a cache without memory": (
+        errors.DeviceError, "key",
+        lambda x: ops.attention_pool(*(t.to("meta") for t in (*x.sharer[0], *x.queries, x.offsets)))),
+    "an index without memory": (
+        errors.DeviceError, "sharer_index",
+        lambda x: ops.fuse_layers(
+            x.sharer, x.receiver, x.weights, sharer_index=torch.zeros(2, 12, dtype=torch.int64, device="meta"))),
+    "a mask without memory": (
+        errors.DeviceError, "edit_mask",
+        lambda x: ops.fuse_layers_(x.sharer, x.receiver, x.weights, edit_mask=torch.ones(2, 12, device="meta"))),
+    "offsets without memory": (
+        errors.DeviceError, "span_offsets",
+        lambda x: ops.summarize_layers(x.sharer, x.weights, x.offsets.to("meta"))),
+    "a sparse cache": (
+        errors.DTypeError, "receiver_key",
+        lambda x: ops.gated_injection(x.receiver[0][0].to_sparse(), x.receiver[0][1], x.latent, x.one)),
+    "a sparse mask": (
+        errors.DTypeError, "edit_mask",
+        lambda x: ops.fuse_layers(x.sharer, x.receiver, x.weights, edit_mask=torch.ones(2, 12).to_sparse())),
+    "no epsilon": (
+        errors.DTypeError, "norm_eps",
+        lambda x: ops.fuse_layers(x.sharer, x.receiver, x.weights, norm_eps=None)),  # type: ignore[arg-type]
+    "an epsilon below zero": (
+        errors.GeometryError, "norm_eps",
+        lambda x: ops.joint_projection(*x.sharer[0], *x.receiver[0], x.one, norm_eps=-1e-6)),
+    "noise by its seed": (
+        errors.DTypeError, "noise",
+        lambda x: ops.fuse_layers(x.sharer, x.receiver, x.weights, noise=3)),  # type: ignore[arg-type]
     "query's shape": (
         errors.ShapeError, "span_query",
         lambda x: ops.attention_pool(*x.sharer[0], x.queries[0][:, :8], x.queries[1], x.offsets)),
@@ -368,11 +417,21 @@ def test_no_cache_is_half_edited(backend: Backend, inputs: Inputs) -> None:
     far = torch.full((2, 12), 40)
     same, twice, view = [inputs.receiver[0], (last[0], last[0])], [inputs.receiver[0]] * 2, last[0][:]
     self_weights = make_weights(RECEIVER, RECEIVER, 64, device=inputs.latent.device)
+    longer = torch.cat([last[0], last[0]], 2)
+    parts = longer[:, :, :12], longer[:, :, 6:18]
+    windows = longer.as_strided(last[0].shape, (longer.stride(0), longer.stride(1), 8, 1))
     attempts: list[tuple[str, Callable[[], Any]]] = [
         ("receiver[1].value", lambda: ops.fuse_layers_(inputs.sharer, halved, inputs.weights)),
         ("receiver[1].value", lambda: ops.fuse_layers_(inputs.sharer, same, inputs.weights)),
         ("receiver[1].key", lambda: ops.fuse_layers_(inputs.sharer, twice, inputs.weights)),
         ("receiver_value", lambda: ops.gated_injection_(last[0], view, inputs.latent, inputs.one)),
+        ("receiver_value", lambda: ops.gated_injection_(*parts, inputs.latent, inputs.one)),
+        ("receiver_key", lambda: ops.gated_injection_(windows, last[1], inputs.latent, inputs.one)),
+        ("receiver[1].value", lambda: ops.fuse_layers_(inputs.sharer, [inputs.receiver[0], parts], inputs.weights)),
+        (
+            "receiver[1].key",
+            lambda: ops.fuse_layers_(inputs.sharer, [(last[0], parts[0]), (parts[1], last[1])], inputs.weights),
+        ),
         ("sharer", lambda: ops.fuse_layers_(inputs.receiver, inputs.receiver, self_weights)),
         ("sharer_index", lambda: ops.fuse_layers_(inputs.sharer, inputs.receiver, inputs.weights, sharer_index=far)),
         ("receiver_value", lambda: ops.gated_injection_(last[0], expanded, inputs.latent, inputs.one)),
@@ -383,6 +442,20 @@ def test_no_cache_is_half_edited(backend: Backend, inputs: Inputs) -> None:
         assert caught.value.argument == argument
     for tensor, old in zip((t for pair in inputs.receiver for t in pair), before):
         assert torch.equal(tensor, old)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_interleaves_in_one_buffer_is_edited(backend: Backend, inputs: Inputs) -> None:
+    """Layers, keys and values may lie side by side at each token, as some engines have them."""
+    plain = [tensor.clone() for pair in inputs.receiver for tensor in pair]
+    buffer = torch.stack([tensor.transpose(1, 2) for tensor in plain], 2)  # (B, N, 2 L, H, D)
+    flat = buffer.permute(2, 0, 3, 1, 4)
+    with use_backend(backend):
+        for out in (plain, flat):
+            ops.fuse_layers_(inputs.sharer, [(out[0], out[1]), (out[2], out[3])], inputs.weights)
+            ops.gated_injection_(out[0], out[1], inputs.latent, inputs.one)
+    for tensor, expected in zip(flat, plain):
+        assert torch.equal(tensor, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -23,7 +23,7 @@ from helpers import (
 )
 from lcf_fast import library_slots, ops, reference, use_backend
 from lcf_fast.backends import Backend
-from lcf_fast.errors import BackendError, DTypeError, GeometryError, LCFError, ShapeError, SpanError
+from lcf_fast.errors import BackendError, DeviceError, DTypeError, GeometryError, LCFError, ShapeError, SpanError
 from lcf_fast.noise import TrainingNoise
 
 SHARER, RECEIVER = Geometry(4, 2, 16), Geometry(4, 3, 8)
@@ -216,6 +216,12 @@ def test_an_empty_cache_is_refused(generator: torch.Generator) -> None:
         (lambda a: a.update(kv_heads=3.0), DTypeError, "kv_heads"),
         (changed("up_bias", lambda b: b[:, :1]), ShapeError, "weights['up_bias']"),
         (changed("ffn_out_weight", lambda w: w.mT), ShapeError, "weights['ffn_out_weight']"),
+        (lambda a: a.update(weights=None), DTypeError, "weights"),
+        (lambda a: a["weights"].pop("norm_weight"), GeometryError, "weights['norm_weight']"),
+        (lambda a: a.update(latent=a["latent"].to("meta")), DeviceError, "latent"),
+        (lambda a: a.update(norm_eps="1e-6"), DTypeError, "norm_eps"),
+        (lambda a: a.update(norm_eps=float("nan")), GeometryError, "norm_eps"),
+        (lambda a: a.update(noise=1), DTypeError, "noise"),
     ],
 )
 def test_bad_expansions(edit: Any, error: type[LCFError], argument: str, generator: torch.Generator) -> None:

@@ -154,3 +154,9 @@ def test_keys_of_other_heads_are_refused(shape: tuple[int, ...]) -> None:
     assert rotary.heads == ((2, 16),) * 3
     with pytest.raises(GeometryError, match="2 KV heads of dim 16"):
         rotary.rotate([torch.randn(shape)] * 3, torch.zeros(1, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("keys", [None, 3, [None], "keys", [torch.zeros(2, 3)]], ids=str)
+def test_keys_that_are_none(keys: Any) -> None:
+    with pytest.raises(DTypeError, match="keys"):
+        Rotary.of(family_model("qwen3")).rotate(keys, torch.zeros(2, 3, dtype=torch.int64))

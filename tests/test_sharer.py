@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lcf_fast.errors import (
     DTypeError,
     GeometryError,
     IndexRangeError,
+    LCFError,
     MessageError,
     ShapeError,
     SpanError,
@@ -238,6 +240,75 @@ def test_merging_refuses_what_does_not_fit() -> None:
     for call in (lcf.begin, lambda: lcf.pool([]), lcf.sharer_side, lambda: lcf.origin):
         with pytest.raises(GeometryError, match="LCF-X"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("field", "error"),
+    [
+        ({"states": None}, DTypeError),
+        ({"states": torch.zeros(2, 1, 2, 1, 3, 16)}, ShapeError),
+        ({"stats": torch.zeros(2, 1, 2, 1, 7)}, ShapeError),
+        ({"stats": torch.zeros(5, 1, 2, 1, 8).double()}, DTypeError),
+        ({"spans": None}, DTypeError),
+        ({"spans": (1, 1)}, ShapeError),
+        ({"tokens": 5.0}, DTypeError),
+    ],
+    ids=str,
+)
+def test_pools_that_are_none(field: dict[str, Any], error: type[LCFError]) -> None:
+    part = make_adapter(True).pool(sharer_cache(1, 5))
+    with pytest.raises(error) as caught:
+        replace(part, **field)
+    assert caught.value.argument == next(iter(field))
+
+
+def test_halves_of_what_is_no_adapter() -> None:
+    adapter = make_adapter(True)
+    wrong: Any
+    for wrong in (None, make_adapter().config):
+        for make in (SharerSide.of, lambda it: SharerSide.for_receiver(it, OTHER)):
+            with pytest.raises(DTypeError, match=r"^adapter: expected a LatentCacheFlow"):
+                make(wrong)
+    with pytest.raises(DTypeError, match=r"^sharer: expected a CacheGeometry"):
+        SharerSide.for_receiver(adapter, (2, 1, 24))  # type: ignore[arg-type]
+    right: dict[str, Any] = {"bottleneck": 8, "receiver_layers": [0, 1], "sharer_layers": [0, 1]}
+    wrong_fields: list[tuple[dict[str, Any], type[LCFError]]] = [
+        ({"bottleneck": None}, DTypeError),
+        ({"receiver_layers": 2}, DTypeError),
+        ({"receiver_layers": [1, 0]}, GeometryError),
+        ({"sharer_layers": [0, 9]}, IndexRangeError),
+        ({"sharer_layers": "01"}, DTypeError),
+    ]
+    SharerSide(OTHER, RECEIVER, **right)
+    for field, error in wrong_fields:
+        with pytest.raises(error, match=f"^{next(iter(field))}: "):
+            SharerSide(OTHER, RECEIVER, **{**right, **field})
+
+
+def test_only_the_half_that_pooled_takes_a_pool() -> None:
+    adapter, cache = make_adapter(True), sharer_cache(1, 12)
+    parts = [adapter.pool(cut(cache, 0, 5)), adapter.pool(cut(cache, 5, 12))]
+    sent: list[PartialPool] = pickle.loads(pickle.dumps(parts))  # as another process has them
+    anyones = [PartialPool(part.states, part.stats, part.spans, part.tokens) for part in parts]
+    other = copy.deepcopy(adapter)
+    with torch.no_grad():
+        other.get_parameter("span_query").mul_(2.0)
+    for pools in (parts, sent):
+        with pytest.raises(MessageError, match=r"parts\[0\]: expected what the sharer's half"):
+            other.merge(pools)
+        with pytest.raises(MessageError, match=r"parts\[1\]"):
+            other.merge([other.pool(cut(cache, 0, 5)), pools[1]])
+        with pytest.raises(MessageError, match="pool"):
+            other.finish(pools[0])
+    expected = adapter.finish(adapter.merge(parts))
+    for half in (adapter, copy.deepcopy(adapter), SharerSide.of(adapter)):
+        for pools in (parts, sent, anyones):
+            assert_same(half.finish(half.merge(pools)), expected)
+    with torch.no_grad():
+        adapter.get_parameter("span_query").mul_(2.0)
+    for attempt in (lambda: adapter.finish(parts[0]), lambda: adapter.merge(parts), lambda: pickle.dumps(parts)):
+        with pytest.raises(MessageError, match="changed since"):
+            attempt()
 
 
 # --- spans --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any, Literal
 
 import pytest
@@ -9,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lcf_fast import CacheGeometry, LatentSlots, LCFConfig, use_backend
-from lcf_fast.errors import DTypeError, GeometryError, ShapeError, SpanError
+from lcf_fast.errors import DeviceError, DTypeError, GeometryError, MessageError, ShapeError, SpanError
 from lcf_fast.slot_states import SlotStates
+from lcf_fast.slots_sharer import SlotsSharerSide
 
 pytest.importorskip("triton")
 
@@ -108,3 +111,44 @@ def test_what_is_refused() -> None:
         adapter.merge([pool, SlotStates(pool.states.double(), pool.stats.double())])
     with pytest.raises(GeometryError, match="cache_piece"):
         adapter.pool(whole[:2])
+
+
+def test_states_that_are_none() -> None:
+    pool = make().pool(caches(5))
+    for states, stats, error in (
+        (None, pool.stats, DTypeError),
+        (pool.states[0], pool.stats, ShapeError),
+        (pool.states, pool.stats[..., :1], ShapeError),
+        (pool.states.half(), pool.stats.half(), DTypeError),
+        (pool.states, pool.stats.double(), DTypeError),
+        (pool.states, pool.stats.to("meta"), DeviceError),
+    ):
+        with pytest.raises(error):
+            SlotStates(states, stats)  # type: ignore[arg-type]
+    with pytest.raises(DTypeError, match="adapter: expected a LatentSlots"):
+        SlotsSharerSide.of(None)  # type: ignore[arg-type]
+
+
+def test_only_the_half_that_pooled_takes_a_state() -> None:
+    adapter, whole = make(), caches(9)
+    parts = [adapter.pool(cut(whole, 0, 4)), adapter.pool(cut(whole, 4, 9))]
+    sent: list[SlotStates] = pickle.loads(pickle.dumps(parts))  # as another process has them
+    other = copy.deepcopy(adapter)
+    with torch.no_grad():
+        other.slot_query.mul_(2.0)  # type: ignore[operator]
+    for given in (parts, sent):
+        with pytest.raises(MessageError, match=r"parts\[0\]: expected what the sharer's half"):
+            other.merge(given)
+        with pytest.raises(MessageError, match=r"parts\[1\]"):
+            other.merge([other.pool(cut(whole, 0, 4)), given[1]])
+        with pytest.raises(MessageError, match="pool"):
+            other.finish(given[0])
+    expected = adapter.finish(adapter.merge(parts)).tensors["latent"]
+    for half in (adapter, copy.deepcopy(adapter), adapter.sharer_side()):
+        for given in (parts, sent, [SlotStates(part.states, part.stats) for part in parts]):
+            assert torch.equal(half.finish(half.merge(given)).tensors["latent"], expected)
+    with torch.no_grad():
+        adapter.slot_query.mul_(2.0)  # type: ignore[operator]
+    for attempt in (lambda: adapter.finish(parts[0]), lambda: adapter.merge(parts), lambda: pickle.dumps(parts)):
+        with pytest.raises(MessageError, match="changed since"):
+            attempt()

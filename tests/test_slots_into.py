@@ -291,7 +291,9 @@ def test_refused_before_anything_is_written() -> None:
     mixed.layers[2].values = mixed.layers[2].values.double()
     halved = static_cache(receiver, ids, mask)
     del halved.layers[2]
-    for error, cache in ((DTypeError, mixed), (GeometryError, halved)):
+    shared = static_cache(receiver, ids, mask)
+    shared.layers[2].values = shared.layers[1].keys
+    for error, cache in ((DTypeError, mixed), (GeometryError, halved), (ShapeError, shared)):
         before = buffers(cache)
         with pytest.raises(error, match="receiver_cache"):
             adapter.append_(receiver, cache, message, attention_mask=mask)
@@ -330,6 +332,8 @@ def test_places_that_do_not_fit(backend: Backend) -> None:
         return [*into[:2], (into[2][0], change(into[2][1]))]
 
     at = torch.arange(SLOTS)[None]
+    room = torch.full((2, 2, SLOTS + 1, 16), 7.0)
+    overlapping = [*fresh()[:2], (room[:, :, :SLOTS], room[:, :, 1:])]
     attempts: list[tuple[type[LCFError], list[Pair], Tensor, str]] = [
         (GeometryError, fresh(layers=2), at, "into"),
         (ShapeError, fresh(slots=4), at, "into"),
@@ -341,11 +345,14 @@ def test_places_that_do_not_fit(backend: Backend) -> None:
         (ShapeError, last(lambda x: torch.full((2, 2, SLOTS, 32), 7.0)[..., ::2]), at, r"into\[2\].value"),
         (ShapeError, [fresh()[0]] * 3, at, r"into\[1\].key: expected memory of its own, got that of into\[0\].key"),
         (ShapeError, [(key, key) for key, _ in fresh()], at, r"into\[0\].value"),
+        (ShapeError, overlapping, at, r"into\[2\].value: expected memory of its own, got that of into\[2\].key"),
         (DeviceError, last(lambda x: x.to("meta")), at, r"into\[2\].value"),
         (ShapeError, fresh(), at[:, 1:], "positions"),
         (ShapeError, fresh(), at.repeat(3, 1), "positions"),
         (DTypeError, fresh(), at.float(), "positions"),
         (IndexRangeError, fresh(), at - 1, "positions"),
+        (DTypeError, fresh(), at.to(torch.complex64), "positions"),
+        (DeviceError, fresh(), at.to("meta"), "positions: expected a device with memory"),
     ]
     for error, into, positions, match in attempts:
         with use_backend(backend), pytest.raises(error, match=match):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..config import CacheGeometry, _finite_float, _positive_int, layer_map
+from ..config import CacheGeometry, _finite_float, check_positive_int, layer_map
 from ..errors import DTypeError, GeometryError
 
 __all__ = ["C2CConfig"]
@@ -51,7 +51,7 @@ class C2CConfig:
                 got = type(getattr(self, name)).__name__
                 raise DTypeError(name, expected="a CacheGeometry (CacheGeometry.of(model) makes one)", got=got)
         for name in ("hidden", "intermediate", "num_layers", "anneal_steps"):
-            _positive_int(name, getattr(self, name))
+            check_positive_int(name, getattr(self, name))
         if self.num_layers < 3:
             raise GeometryError("num_layers", expected="3 or more", got=str(self.num_layers))
         if not 0 <= _finite_float("dropout", self.dropout) < 1:

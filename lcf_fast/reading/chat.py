@@ -85,7 +85,8 @@ class ChatReader:
 
         Args:
             spans: one of `SPAN_SCHEMES`: "paragraphs", as given, a blank line counting to the paragraph before it;
-                "sentences" of their text; "one" of all of it; "windows:200", or of another number of tokens.
+                "sentences" of their text; "one" of all of it; "windows:200", or of another number of tokens. No span
+                where there is no text.
 
         Raises:
             SpanError: another scheme. TokenizerError: a slow tokenizer.
@@ -96,7 +97,7 @@ class ChatReader:
             bounds.append((len(text), len(text) + len(paragraph) + 2))
             text += paragraph + "\n\n"
         text = text[:-2]
-        bounds[-1] = (bounds[-1][0], len(text))
+        bounds[-1:] = [(start, len(text)) for start, _ in bounds[-1:]]
         ids, offsets = self.text(text)
         if size is not None:
             return ids, windows(len(ids), size).bounds()[0]

@@ -329,6 +329,12 @@ def test_contents_lie_where_turn_bounds_finds_them() -> None:
         assert reader.content_bounds(messages, text) == turn_bounds(text, chat(messages))
 
 
+@pytest.mark.parametrize("spans", ["paragraphs", "sentences", "one"])
+def test_no_paragraphs_have_no_spans(spans: str) -> None:
+    reader = ChatReader("tokenizer", RECEIVER)
+    assert reader.paragraphs([], spans=spans) == reader.paragraphs([""], spans=spans) == (reader.text("")[0], [])
+
+
 def test_contents_lie_where_the_template_has_put_them_and_not_where_it_says_the_same() -> None:
     reader = ChatReader("tokenizer", SHARERS["metaspace, [INST]"])
     messages = [("user", " I "), ("assistant", "S\n")]
