@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..training.commands import json_object, template_options_for
+
 if TYPE_CHECKING:
     from ..channels import Agent
     from .asked import Source
@@ -89,6 +91,8 @@ def add_eval_command(commands: Any) -> None:
     how.add_argument("--spans", nargs="+", metavar="SCHEME", help="of LCF-X: paragraphs, sentences, one, windows:N; "
                      "the first with all controls; default: paragraphs")  # fmt: skip
     how.add_argument("--ratio", type=float, nargs="+", metavar="R", help="of layers that KVComm shares; default: 0.5")
+    how.add_argument("--template-options", type=json_object, metavar="JSON",
+                     help="for both chat templates; default: as the adapters were trained")  # fmt: skip
     how.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer; default: 32")
     how.add_argument("--batch-size", type=int, metavar="N", help="questions at a time; default: 8")
     how.add_argument("--precision", choices=["bf16", "fp32"], help="of the models; default: bf16")
@@ -141,10 +145,14 @@ def _run(arguments: argparse.Namespace) -> None:
     from .run import evaluate, write_report
 
     device = chosen_device(arguments.device)
-    agents = load_agents(arguments.sharer, arguments.receiver, arguments.precision, device)
+    folders = dict.fromkeys(folder for _, material in wanted for folder in material.adapters + material.own_adapters)
+    options = template_options_for(folders, arguments.template_options)
+    agents = load_agents(arguments.sharer, arguments.receiver, arguments.precision, device, options)
     trials = _trials(arguments, wanted, agents, device)
     names = ("sharer", "receiver", "precision", "limit", "seed")
     settings = {name: getattr(arguments, name) for name in names}
+    if options:
+        settings["template_options"] = options
     # A path alone would not tell a model that has been trained on since.
     settings["models"] = {role: model_sample(agent.model, arguments.precision) for role, agent in agents.items()}
     summary = evaluate(
