@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .config import CacheGeometry, LCFConfig, check_routing
 from .errors import CheckpointError, GeometryError, LCFError
-from .files import write_whole
+from .files import sweep, write_whole
 from .fingerprint import Origin, is_digest
 from .placement import PLACEMENTS, check_placement
 from .reading.model_fingerprint import weights_sample
@@ -99,6 +99,7 @@ def _save(
 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     weights = to_bytes(tensors, metadata={"format": "pt"})
     description = description | {

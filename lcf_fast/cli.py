@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+#: What is said of a command that Ctrl-C has stopped, where it has kept what it had done.
+_GOES_ON = dict.fromkeys(("cache", "eval", "latency", "study"), "; the same command goes on from there")
 #: Rows of a table of spans; a message may carry thousands.
 _MOST_SPANS = 20
 
@@ -53,8 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (LCFError, OSError) as error:
-        print(f"lcf-fast {arguments.command}: error: {_printable(str(error))}", file=sys.stderr)
+        said = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            said = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        print(f"lcf-fast {arguments.command}: error: {_printable(said)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"lcf-fast {arguments.command}: stopped{_GOES_ON.get(arguments.command, '')}", file=sys.stderr)
+        return 130
     return 0
 
 

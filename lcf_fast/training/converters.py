@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..counting import counted
-from ..files import whole_file
+from ..files import sweep, whole_file
 from ..reading.data_errors import DataError
 from .data import OnError, check_choice, name_broken, parse_example
 from .rows import RowError, file_rows
@@ -184,6 +184,7 @@ def _convert(
     rows = file_rows(source)
     if target.exists() and target.samefile(source):
         raise DataError(str(target), expected="another file than the source", got="the same")
+    sweep(target.parent)
     written, left_out, broken = 0, Counter[str](), []
     with whole_file(target) as file:
         for number, item in counted(rows, f"converting {source.name}", shown=progress):

@@ -145,6 +145,8 @@ def _load_adapter(arguments: argparse.Namespace) -> tuple[LatentCacheFlow, dict[
 
     if (arguments.out / CONFIG_FILE).exists():
         raise RunError("OUT", expected="a folder without an adapter", got=f"{arguments.out}, which holds one")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise RunError("OUT", expected="a folder, or none yet", got=f"{arguments.out}, a file")
     given = [name for name in (*_NEEDED, "cached") if getattr(arguments, name) is not None]
     if arguments.audit_only or arguments.layers is not None:
         if given:
