@@ -78,7 +78,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         if isinstance(error, OSError) and error.filename == str(temporary):
             error.filename = str(path)  # the name that the caller knows
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise
 
 
