@@ -15,6 +15,8 @@ __all__ = ["only_writer", "sweep", "sync_folder", "whole_file", "write_whole"]
 
 #: Names of files that are being written, or were when their process was killed.
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{16}\.part")
+#: A disk without room, which the system tells without a name.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -76,7 +78,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException as error:
-        if isinstance(error, OSError) and error.filename == str(temporary):
+        if isinstance(error, OSError) and (error.filename == str(temporary) or error.errno in _FULL):
             error.filename = str(path)  # the name that the caller knows
         with suppress(OSError):
             temporary.unlink()
