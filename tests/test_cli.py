@@ -271,6 +271,8 @@ def test_errors_are_one_line_and_exit_code_2(
         ([str(tmp_path)], "config.json"),
         ([str(adapter_folder)], "adapter.safetensors"),
         ([str(message_file), "--item", "2"], "item"),
+        ([str(adapter_folder), "--item", "0"], "--item: expected a message's file beside it"),
+        ([str(adapter_folder), "--key-file", str(tmp_path / "key")], "--key-file: expected a message's file beside it"),
         ([str(message_file), "--max-bytes", "100"], "max_bytes"),
         ([str(message_file), "--key-file", str(tmp_path / "key")], "key"),
         ([str(message_file), "--key-file", str(tmp_path / "none")], "none"),

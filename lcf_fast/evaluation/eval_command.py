@@ -46,6 +46,9 @@ _DEFAULTS: dict[str, tuple[Any, Any]] = {
     "precision": ("bf16", "fp32"),
 }
 
+#: Options that say nothing unless one of these channels is there.
+_CARRIED_BY = {"placement": ("slots",), "spans": ("lcf_x", "slots"), "dtype": ("lcf_x", "slots"), "ratio": ("kvcomm",)}
+
 
 def add_eval_command(commands: Any) -> None:
     """Add ``eval`` to the subparsers."""
@@ -133,6 +136,7 @@ def _run(arguments: argparse.Namespace) -> None:
     storage_of(arguments.dtype)
     hide_loading()
     small = _is_small(arguments)
+    told = [name for name in _CARRIED_BY if getattr(arguments, name) not in (None, "bfloat16")]
     for name, defaults in _DEFAULTS.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, defaults[small])
@@ -148,7 +152,7 @@ def _run(arguments: argparse.Namespace) -> None:
     folders = dict.fromkeys(folder for _, material in wanted for folder in material.adapters + material.own_adapters)
     options = template_options_for(folders, arguments.template_options)
     agents = load_agents(arguments.sharer, arguments.receiver, arguments.precision, device, options)
-    trials = _trials(arguments, wanted, agents, device)
+    trials = _trials(arguments, wanted, agents, device, told)
     names = ("sharer", "receiver", "precision", "limit", "seed")
     settings = {name: getattr(arguments, name) for name in names}
     if options:
@@ -234,9 +238,13 @@ def _source(arguments: argparse.Namespace) -> Source:
 
 
 def _trials(
-    arguments: argparse.Namespace, wanted: Sequence[tuple[AskedSet, _Material]], agents: dict[str, Agent], device: Any
+    arguments: argparse.Namespace,
+    wanted: Sequence[tuple[AskedSet, _Material]],
+    agents: dict[str, Agent],
+    device: Any,
+    told: Sequence[str],
 ) -> list[Trial]:
-    """Who takes part in which set; what serves several sets is loaded once."""
+    """Who takes part in which set; what serves several sets is loaded once. ``told``: options that are for somebody."""
     from .entrants import suits
     from .failures import EvaluationError
     from .run import Trial
@@ -251,6 +259,10 @@ def _trials(
     for name in names:
         if name not in known:
             raise EvaluationError("--channels", expected=f"some of {', '.join(known)}", got=repr(name))
+    for name in told:
+        if not any(each.startswith(_CARRIED_BY[name]) for each in known):
+            expected = f"{' or '.join(_CARRIED_BY[name])} among the channels, which it is of"
+            raise EvaluationError(f"--{name}", expected=expected, got=", ".join(known))
     trials = []
     for asked, material in wanted:
         able = [one for one in everyone[material] if suits(one, asked) and (not names or one.name in names)]

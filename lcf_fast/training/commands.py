@@ -46,8 +46,9 @@ _CACHE_EXAMPLES = """examples:
   lcf-fast cache --sharer S --receiver R --data set.jsonl --out prefills               once; goes on if it was stopped
   lcf-fast train --sharer S --receiver R --data set.jsonl --cached prefills --out run  as often as you like
 
-Give both commands the same --data, --cross-context, --steps, --batch-size, --micro-batch-size, --seed, --max-tokens and
---precision, and the same adapter layers, so that what is stored is what is read.
+Give both commands the same --data, --limit, --held-out, --template-options, --cross-context, --steps, --batch-size,
+--micro-batch-size, --seed, --max-tokens and --precision, and the same adapter layers, so that what is stored is what is
+read.
 """
 
 #: At most so many held-out examples make the loss that a run ends with.
@@ -253,10 +254,13 @@ class _Run:
 
 
 def _settings(arguments: argparse.Namespace) -> TrainingSettings:
+    from ..errors import GeometryError
     from .settings import TrainingSettings
 
     later = ("placement", "guard_weight", "guard_margin")
     names = [*_SHARED_SETTINGS, *_TRAINING_SETTINGS, "precision", "device", *later]
+    if getattr(arguments, "guard_margin", None) is not None and not arguments.guard_weight:
+        raise GeometryError("--guard-margin", expected="--guard-weight along with it", got="it alone")
     given: dict[str, Any] = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
     temperature = getattr(arguments, "gate_temperature", None)
     if getattr(arguments, "slot_dropout", False):

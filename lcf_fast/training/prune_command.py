@@ -32,6 +32,11 @@ _EXAMPLES = """examples:
 Of --data it reads what lcf-fast train leaves out with the same --held-out; with --held-out 0 all of it.
 """
 _NEEDED = ("sharer", "receiver", "data")
+#: All that is for measuring, and what it is where nothing is given.
+_MEASURING: dict[str, Any] = {
+    **dict.fromkeys((*_NEEDED, "cached", "device", "held_out", "max_tokens", "template_options")),
+    **{"precision": "bf16", "split": "train", "examples": 256, "seed": 42, "micro_batch_size": 4, "on_error": "skip"},
+}
 
 
 def add_prune_command(commands: Any) -> None:
@@ -56,27 +61,27 @@ def add_prune_command(commands: Any) -> None:
     models = parser.add_argument_group("models, which ranking needs")
     models.add_argument("--sharer", metavar="MODEL", help="a transformers model: folder or hub id")
     models.add_argument("--receiver", metavar="MODEL", help="as --sharer; may be the same")
-    models.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of both models; default: bf16")
+    models.add_argument("--precision", choices=["bf16", "fp32"], help="of both models; default: bf16")
     models.add_argument("--device", help="such as cuda or cpu; default: a GPU if there is one")
     data = parser.add_argument_group("data, which ranking needs")
     data.add_argument("--data", metavar="SET", help="JSON lines, parquet, or a data set's hub id")
-    data.add_argument("--split", default="train", help="of a hub's set; default: train")
+    data.add_argument("--split", help="of a hub's set; default: train")
     data.add_argument(
         "--held-out",
         type=float,
         metavar="FRACTION",
         help="that training left out, to be read here; 0: read all; default: as of lcf-fast train, 0.01, for LCF-X 0",
     )
-    data.add_argument("--examples", type=int, default=256, metavar="N", help="read at most N of them; default: 256")
-    data.add_argument("--seed", type=int, default=42, help="which N; default: 42")
-    data.add_argument("--micro-batch-size", type=int, default=4, metavar="N", help="examples at a time; default: 4")
+    data.add_argument("--examples", type=int, metavar="N", help="read at most N of them; default: 256")
+    data.add_argument("--seed", type=int, help="which N; default: 42")
+    data.add_argument("--micro-batch-size", type=int, metavar="N", help="examples at a time; default: 4")
     most = "longest sequence; default: 2048, or the models' limit if less"
     data.add_argument("--max-tokens", type=int, metavar="N", help=most)
     as_trained = "for both chat templates; default: as the adapter was trained"
     data.add_argument("--cached", metavar="DIR", type=Path, help="prefills of them that lcf-fast cache stored")
-    data.add_argument("--on-error", choices=["skip", "refuse"], default="skip", help="of broken ones; default: skip")
+    data.add_argument("--on-error", choices=["skip", "refuse"], help="of broken ones; default: skip")
     data.add_argument("--template-options", type=json_object, metavar="JSON", help=as_trained)
-    parser.set_defaults(run=_prune)
+    parser.set_defaults(run=_prune, **_MEASURING)
 
 
 @dataclass(frozen=True)
@@ -147,11 +152,11 @@ def _load_adapter(arguments: argparse.Namespace) -> tuple[LatentCacheFlow, dict[
         raise RunError("OUT", expected="a folder without an adapter", got=f"{arguments.out}, which holds one")
     if arguments.out.exists() and not arguments.out.is_dir():
         raise RunError("OUT", expected="a folder, or none yet", got=f"{arguments.out}, a file")
-    given = [name for name in (*_NEEDED, "cached") if getattr(arguments, name) is not None]
+    given = [name for name, default in _MEASURING.items() if getattr(arguments, name) != default]
     if arguments.audit_only or arguments.layers is not None:
         if given:
             option = "--audit-only" if arguments.audit_only else "--layers"
-            got = ", ".join(f"--{name}" for name in given)
+            got = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise RunError(option, expected="no models and data, which nothing is measured on", got=got)
     elif missing := [f"--{name}" for name in _NEEDED if name not in given]:
         got = f"no {', '.join(missing)}"

@@ -354,6 +354,10 @@ def test_a_model_trained_on_at_the_same_path_is_another_run(
         (["--data", "FACTS", "--ratio", "0.5", "0.50"], "ratios: expected each once, got 0.5, 0.5"),
         (["--data", "FACTS", "--text-tokens", "3", "3"], "text_tokens: expected each once"),
         (["--data", "FACTS", "--spans", "one", "one"], "spans: expected each once"),
+        (["--data", "FACTS", "--spans", "one"], "--spans: expected lcf_x or slots among the channels"),
+        (["--data", "FACTS", "--adapter", "LCF", "--placement", "prefix"], "--placement: expected slots among"),
+        (["--data", "FACTS", "--dtype", "int8"], "--dtype: expected lcf_x or slots among the channels"),
+        (["--set", "ARC", "--ratio", "0.3"], "--ratio: expected kvcomm among the channels"),
         (["--data", "FACTS", "--spans", "words"], "paragraphs or sentences"),
         (["--data", "FACTS", "--text-template", "none"], "{note}"),
         (["--data", "missing.jsonl"], "missing.jsonl"),
@@ -373,6 +377,7 @@ def test_bad_input_is_one_line(
     more: list[str], match: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = {name.upper(): str(world / name) for name in ("lcf", "own_lcf_x", "own_c2c")}
+    real["ARC"] = f"arc-c={world / 'arc.jsonl'}"
     real["FACTS"] = str(world / "facts.jsonl")
     assert main(arguments(world, tmp_path / "out", *(real.get(word, word) for word in more))) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]

@@ -228,6 +228,8 @@ def test_what_an_adapter_needs_is_told(folder: Path, tmp_path: Path, capsys: pyt
         (["prune", mine, out], "no --sharer, --receiver, --data"),
         (["prune", mine, str(folder / "cross"), "--audit-only"], "a folder without an adapter"),
         (["prune", str(tmp_path), out, "--audit-only"], "config.json"),
+        (["prune", mine, out, "--audit-only", "--examples", "3"], "which nothing is measured on, got --examples"),
+        (["prune", mine, out, "--layers", "1", "--held-out", "0"], "which nothing is measured on, got --held-out"),
         (["prune", mine, __file__, "--audit-only"], "OUT: expected a folder, or none yet"),
         (["prune", mine, out, "--layers", "4"], "--layers: expected receiver layers among [0, 1, 2, 3], got 4"),
     ):

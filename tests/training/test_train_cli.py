@@ -208,6 +208,8 @@ def test_an_adapter_says_which_template_options_it_was_trained_with(folder: Path
         (["--init-from", "nowhere"], "--bottleneck"),
         (["--cached", "nowhere"], "manifest.json"),
         (["--cross-context"], "cross"),
+        (["--guard-margin", "2"], "--guard-margin: expected --guard-weight along with it"),
+        (["--split", "test"], "split: expected a hub's data set beside it"),
         (["--device", "foo"], "--device: expected a name such as cpu or cuda:0, got 'foo'"),
         (["--device", "cuda:99"], "--device: expected"),
     ],
