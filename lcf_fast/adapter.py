@@ -123,6 +123,8 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
         self.gate_temperature = 1.0
         #: Of "sharer" and "receiver", where known, which models it was trained between (`weights_sample`).
         self.trained_between: dict[str, str] = {}
+        #: Of the chat templates that it was trained with, ``{}`` for none; None: not known. Saved with the adapter.
+        self.trained_template_options: dict[str, Any] | None = None
         #: Digests of other sharers' halves whose messages are taken.
         self.accepted_sharers: frozenset[str] = frozenset()
         self.reset_parameters()

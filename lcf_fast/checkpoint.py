@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .config import CacheGeometry, LCFConfig, check_routing
 from .errors import CheckpointError, GeometryError, LCFError
-from .files import write_whole
+from .files import sweep, write_whole
 from .fingerprint import Origin, is_digest
 from .placement import PLACEMENTS, check_placement
 from .reading.model_fingerprint import weights_sample
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     Side = TypeVar("Side", bound=SideOf)
 
 __all__ = ["CONFIG_FILE", "FORMAT_VERSION", "SIDE_FILE", "WEIGHTS_FILE"]
-__all__ += ["load", "load_adapter", "load_any", "load_side", "save", "save_side"]
+__all__ += ["load", "load_adapter", "load_any", "load_side", "save", "save_side", "template_options"]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "adapter.safetensors"
@@ -58,6 +58,8 @@ def save(adapter: LatentCacheFlow | LatentSlots, directory: str | os.PathLike[st
         description["trained_between"] = adapter.trained_between
     if isinstance(adapter, LatentSlots) and adapter.trained_placement is not None:
         description["placement"] = check_placement(adapter.trained_placement)
+    if adapter.trained_template_options is not None:
+        description["template_options"] = adapter.trained_template_options
     _save(adapter, directory, WEIGHTS_FILE, description)
 
 
@@ -97,6 +99,7 @@ def _save(
 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     weights = to_bytes(tensors, metadata={"format": "pt"})
     description = description | {
@@ -142,6 +145,7 @@ def load(
         raise CheckpointError(f"{path}: trained_between", expected="digests of the models", got=repr(between)[:80])
     for name, model in (("sharer", sharer), ("receiver", receiver)):
         _check_weights(name, model, between.get(name), folder)
+    options = _template_options(path, description)
     origin, accepted = None, description.get("accepted_sharers", [])
     if config.cross_context and "origin" in description:  # adapters of before there were digests have none
         origin = _origin(path, description["origin"])
@@ -155,6 +159,7 @@ def load(
         adapter._set_origin(origin)
     adapter.accepted_sharers = frozenset(accepted)
     adapter.trained_between = dict(between)
+    adapter.trained_template_options = options
     if isinstance(adapter, LatentSlots):
         adapter.trained_placement = placement
     return adapter.to(device=device, dtype=dtype).eval()
@@ -184,6 +189,19 @@ def load_adapter(directory: str | os.PathLike[str], **options: Any) -> LatentCac
     if config.slots:
         return LatentSlots.from_pretrained(directory, **options)
     return LatentCacheFlow.from_pretrained(directory, **options)
+
+
+def template_options(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Of the chat templates that an adapter was trained with, before it is loaded; None: its folder does not say."""
+    path = Path(directory) / CONFIG_FILE
+    return _template_options(path, _read_config(path)[0])
+
+
+def _template_options(path: Path, description: dict[str, Any]) -> dict[str, Any] | None:
+    options = description.get("template_options")
+    if not (options is None or isinstance(options, dict)):
+        raise CheckpointError(f"{path}: template_options", expected="a JSON object", got=repr(options)[:80])
+    return options
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], LCFConfig]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .demo.command import add_demo_command
 from .demo.study_command import add_study_command
-from .errors import LCFError
+from .errors import CheckpointError, LCFError
 from .evaluation.eval_command import add_eval_command
 from .evaluation.latency_command import add_latency_command
 from .training.commands import add_cache_command, add_train_command
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+#: What is said of a command that Ctrl-C has stopped, where it has kept what it had done.
+_GOES_ON = dict.fromkeys(("cache", "eval", "latency", "study"), "; the same command goes on from there")
 #: Rows of a table of spans; a message may carry thousands.
 _MOST_SPANS = 20
 
@@ -53,8 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (LCFError, OSError) as error:
-        print(f"lcf-fast {arguments.command}: error: {_printable(str(error))}", file=sys.stderr)
+        said = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            said = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        print(f"lcf-fast {arguments.command}: error: {_printable(said)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"lcf-fast {arguments.command}: stopped{_GOES_ON.get(arguments.command, '')}", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -82,7 +90,7 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("path", metavar="PATH", type=Path, help=what)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write a PNG heat map (needs matplotlib)")
-    parser.add_argument("--item", type=int, default=0, help="the item whose spans or slots are shown; default: 0")
+    parser.add_argument("--item", type=int, help="the item whose spans or slots are shown; default: 0")
     parser.add_argument("--key-file", metavar="FILE", type=Path, help="the key that the message was written with")
     parser.add_argument("--max-bytes", type=int, metavar="N", help="refuse longer messages; default: 64 MiB")
     parser.set_defaults(run=_inspect)
@@ -92,9 +100,14 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from .inspection import AdapterReport, SideReport, SlotsReport, inspect, write_png
     from .message import MAX_BYTES
 
+    for name in ("item", "key_file", "max_bytes"):
+        if getattr(arguments, name) is not None and arguments.path.is_dir():
+            expected, got = "a message's file beside it", f"{arguments.path}, a folder"
+            raise CheckpointError(f"--{name.replace('_', '-')}", expected=expected, got=got)
+    item = arguments.item or 0
     key = None if arguments.key_file is None else arguments.key_file.read_bytes()
     most = MAX_BYTES if arguments.max_bytes is None else arguments.max_bytes
-    report, maps = inspect(arguments.path, key=key, max_bytes=most, item=arguments.item)
+    report, maps = inspect(arguments.path, key=key, max_bytes=most, item=item)
     if arguments.plot is not None:
         write_png(maps, arguments.plot)
     if arguments.json:
@@ -106,7 +119,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     elif isinstance(report, SideReport):
         _print_side(_console(), report)
     else:
-        _print_message(_console(), report, arguments.item)
+        _print_message(_console(), report, item)
 
 
 def _print_adapter(console: Console, report: AdapterReport) -> None:

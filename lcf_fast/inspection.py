@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .adapter import LatentCacheFlow
 from .checkpoint import load_any
 from .config import CacheGeometry
 from .errors import BackendError, IndexRangeError
+from .files import write_whole
 from .message import MAX_BYTES, Message
 from .sharer import SideOf
 from .slots import LatentSlots
@@ -444,4 +446,6 @@ def write_png(maps: Sequence[HeatMap], path: str | os.PathLike[str]) -> None:
             axis.set_ticks(range(0, len(labels), every), [str(label) for label in labels[::every]], fontsize=7)
         if max(map(len, heat.columns)) > 4:
             axes.tick_params(axis="x", rotation=90)
-    figure.savefig(path, format="png", dpi=120)
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_whole(Path(path), picture.getvalue())

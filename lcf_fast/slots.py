@@ -66,6 +66,7 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
         trained_between: of "sharer" and "receiver", where known, which models it was trained between.
         trained_placement: ``"append"`` or ``"prefix"``, where its slots stood in training; None: not known. Saved with
             the adapter.
+        trained_template_options: of the chat templates in training, ``{}`` for none; None: not known. Saved as well.
     """
 
     _captured = ("summarize", "expand", "place")
@@ -96,6 +97,7 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
         self.accepted_sharers: frozenset[str] = frozenset()
         self.trained_between: dict[str, str] = {}
         self.trained_placement: Placement | None = None
+        self.trained_template_options: dict[str, Any] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -322,6 +324,7 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
         like = self.get_parameter("up_weight")
         made = LatentSlots(config, device=like.device, dtype=like.dtype)
         made.trained_placement = self.trained_placement
+        made.trained_template_options = self.trained_template_options
         for name, parameter in made.named_parameters():
             if name not in SHARER_OF_SLOTS:
                 parameter.requires_grad_(False).copy_(self.get_parameter(name).detach())

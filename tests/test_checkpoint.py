@@ -15,7 +15,17 @@ import torch
 from adapters import RECEIVER, SHARER, assert_equal, make_adapter, make_caches
 from safetensors.torch import load_file, save_file
 
-from lcf_fast import CacheGeometry, CheckpointError, GeometryError, LatentCacheFlow, LCFConfig, LCFError, checkpoint
+from lcf_fast import (
+    CacheGeometry,
+    CheckpointError,
+    GeometryError,
+    LatentCacheFlow,
+    LatentSlots,
+    LCFConfig,
+    LCFError,
+    checkpoint,
+)
+from lcf_fast.checkpoint import load_adapter, template_options
 from lcf_fast.reading.model_fingerprint import weights_sample
 
 QWEN25, QWEN3 = CacheGeometry(24, 2, 64), CacheGeometry(28, 8, 128)
@@ -266,3 +276,18 @@ def test_models_of_other_weights_than_it_was_trained_with_are_refused(tmp_path: 
         (tmp_path / "config.json").write_text(json.dumps({**description, "trained_between": broken}))
         with pytest.raises(CheckpointError, match="trained_between"):
             LatentCacheFlow.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+def test_template_options_of_the_training_are_kept(slots: int, tmp_path: Path) -> None:
+    config = LCFConfig(CacheGeometry(2, 1, 8), CacheGeometry(2, 1, 8), bottleneck=64, slots=slots)
+    adapter = LatentSlots(config) if slots else LatentCacheFlow(config)
+    for options in (None, {}, {"enable_thinking": False, "date_string": "25 Nov 2026"}):
+        adapter.trained_template_options = options
+        adapter.save_pretrained(tmp_path)
+        assert load_adapter(tmp_path).trained_template_options == template_options(tmp_path) == options
+    description = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**description, "template_options": ["enable_thinking"]}))
+    for read in (load_adapter, template_options):
+        with pytest.raises(CheckpointError, match="template_options: expected a JSON object"):
+            read(tmp_path)

@@ -271,6 +271,8 @@ def test_errors_are_one_line_and_exit_code_2(
         ([str(tmp_path)], "config.json"),
         ([str(adapter_folder)], "adapter.safetensors"),
         ([str(message_file), "--item", "2"], "item"),
+        ([str(adapter_folder), "--item", "0"], "--item: expected a message's file beside it"),
+        ([str(adapter_folder), "--key-file", str(tmp_path / "key")], "--key-file: expected a message's file beside it"),
         ([str(message_file), "--max-bytes", "100"], "max_bytes"),
         ([str(message_file), "--key-file", str(tmp_path / "key")], "key"),
         ([str(message_file), "--key-file", str(tmp_path / "none")], "none"),
@@ -281,6 +283,22 @@ def test_errors_are_one_line_and_exit_code_2(
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("lcf-fast inspect: error: ") and err.count("\n") == 1, err
         assert text in err, arguments
+
+
+@pytest.mark.parametrize(
+    ("command", "said"), [("eval", "stopped; the same command goes on from there"), ("inspect", "stopped")]
+)
+def test_ctrl_c_is_one_line_and_exit_code_130(
+    command: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lcf_fast.inspection.inspect", interrupted)
+    monkeypatch.setattr("lcf_fast.demo.suite.prepare_suite", interrupted)
+    given = ["--out", str(tmp_path / "out"), "--no-plots"] if command == "eval" else ["notes.lcf"]
+    assert main([command, *given]) == 130
+    assert capsys.readouterr().err == f"lcf-fast {command}: {said}\n"
 
 
 def test_a_key_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,7 @@ def add_demo_command(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Refuse what cannot be done, then do it all."""
     from ..errors import IndexRangeError
+    from ..files import sweep
     from ..training.models import hide_loading
     from .statistics import check_scipy
 
@@ -63,6 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_plot()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
 
     from rich.console import Console
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..training.models import hide_loading
+from . import worker
 
 __all__ = ["Display", "Job", "Watch", "Workers", "pack", "unpack"]
 
@@ -45,7 +46,7 @@ class Workers:
             # Not by fork: threads of torch would not survive it.
             context = get_context("spawn")
             self._mail: Any = context.Queue()
-            self._pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(self._mail,))
+            self._pool = ProcessPoolExecutor(count, context, initializer=worker.begin, initargs=(self._mail,))
 
     def __enter__(self) -> Workers:
         torch.set_num_threads(1)
@@ -85,7 +86,8 @@ class Workers:
         return result
 
 
-def _begin(mail: Any) -> None:
+def begin(mail: Any) -> None:
+    """In a worker, before its first job."""
     global _mail
     _mail = mail
     torch.set_num_threads(1)

@@ -18,7 +18,7 @@ import torch
 
 from ..checkpoint import load_any
 from ..errors import CheckpointError
-from ..files import write_whole
+from ..files import sweep, write_whole
 from ..message import Message
 from .agents import AgentSize, answers_of, make_agent, recall_accuracy, teach_recall
 from .channels import MATCHED, NONE, TEXT, CrossChannels, first_token_times, read
@@ -95,6 +95,8 @@ def run_study(
     """
     chosen = [method_of(key) for key in methods]
     _check_mark(out, plan)
+    for folder in (out, _agent_path(out, 0).parent):
+        sweep(folder)
     with Workers(workers, Display()) as pool:
         unlearned = [seed for seed in seeds if not _agent_path(out, seed).exists()]
         pool.run([Job(f"model {seed}", _learn, (plan, out, seed)) for seed in unlearned])

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..training.commands import json_object, template_options_for
+
 if TYPE_CHECKING:
     from ..channels import Agent
     from .asked import Source
@@ -43,6 +45,9 @@ _DEFAULTS: dict[str, tuple[Any, Any]] = {
     "batch_size": (8, 25),
     "precision": ("bf16", "fp32"),
 }
+
+#: Options that say nothing unless one of these channels is there.
+_CARRIED_BY = {"placement": ("slots",), "spans": ("lcf_x", "slots"), "dtype": ("lcf_x", "slots"), "ratio": ("kvcomm",)}
 
 
 def add_eval_command(commands: Any) -> None:
@@ -89,6 +94,8 @@ def add_eval_command(commands: Any) -> None:
     how.add_argument("--spans", nargs="+", metavar="SCHEME", help="of LCF-X: paragraphs, sentences, one, windows:N; "
                      "the first with all controls; default: paragraphs")  # fmt: skip
     how.add_argument("--ratio", type=float, nargs="+", metavar="R", help="of layers that KVComm shares; default: 0.5")
+    how.add_argument("--template-options", type=json_object, metavar="JSON",
+                     help="for both chat templates; default: as the adapters were trained")  # fmt: skip
     how.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer; default: 32")
     how.add_argument("--batch-size", type=int, metavar="N", help="questions at a time; default: 8")
     how.add_argument("--precision", choices=["bf16", "fp32"], help="of the models; default: bf16")
@@ -129,6 +136,7 @@ def _run(arguments: argparse.Namespace) -> None:
     storage_of(arguments.dtype)
     hide_loading()
     small = _is_small(arguments)
+    told = [name for name in _CARRIED_BY if getattr(arguments, name) not in (None, "bfloat16")]
     for name, defaults in _DEFAULTS.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, defaults[small])
@@ -141,10 +149,14 @@ def _run(arguments: argparse.Namespace) -> None:
     from .run import evaluate, write_report
 
     device = chosen_device(arguments.device)
-    agents = load_agents(arguments.sharer, arguments.receiver, arguments.precision, device)
-    trials = _trials(arguments, wanted, agents, device)
+    folders = dict.fromkeys(folder for _, material in wanted for folder in material.adapters + material.own_adapters)
+    options = template_options_for(folders, arguments.template_options)
+    agents = load_agents(arguments.sharer, arguments.receiver, arguments.precision, device, options)
+    trials = _trials(arguments, wanted, agents, device, told)
     names = ("sharer", "receiver", "precision", "limit", "seed")
     settings = {name: getattr(arguments, name) for name in names}
+    if options:
+        settings["template_options"] = options
     # A path alone would not tell a model that has been trained on since.
     settings["models"] = {role: model_sample(agent.model, arguments.precision) for role, agent in agents.items()}
     summary = evaluate(
@@ -226,9 +238,13 @@ def _source(arguments: argparse.Namespace) -> Source:
 
 
 def _trials(
-    arguments: argparse.Namespace, wanted: Sequence[tuple[AskedSet, _Material]], agents: dict[str, Agent], device: Any
+    arguments: argparse.Namespace,
+    wanted: Sequence[tuple[AskedSet, _Material]],
+    agents: dict[str, Agent],
+    device: Any,
+    told: Sequence[str],
 ) -> list[Trial]:
-    """Who takes part in which set; what serves several sets is loaded once."""
+    """Who takes part in which set; what serves several sets is loaded once. ``told``: options that are for somebody."""
     from .entrants import suits
     from .failures import EvaluationError
     from .run import Trial
@@ -243,6 +259,10 @@ def _trials(
     for name in names:
         if name not in known:
             raise EvaluationError("--channels", expected=f"some of {', '.join(known)}", got=repr(name))
+    for name in told:
+        if not any(each.startswith(_CARRIED_BY[name]) for each in known):
+            expected = f"{' or '.join(_CARRIED_BY[name])} among the channels, which it is of"
+            raise EvaluationError(f"--{name}", expected=expected, got=", ".join(known))
     trials = []
     for asked, material in wanted:
         able = [one for one in everyone[material] if suits(one, asked) and (not names or one.name in names)]

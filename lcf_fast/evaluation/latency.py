@@ -25,7 +25,7 @@ import torch
 from ..channels import Channel, Request, TextChannel
 from ..channels.request import Timings
 from ..counting import counted
-from ..files import write_whole
+from ..files import only_writer, write_whole
 from ..machine import about
 from ..reading.chat import ChatReader
 from .failures import EvaluationError
@@ -138,24 +138,24 @@ def run_latency(
             own = {**asdict(protocol), **common, **group.settings, "channels": list(makers)}
             _same_settings(path, _cell(cells, group.name, protocol.batch), own)
             wanted[group.name, protocol.batch] = own
-    for group, makers in chosen:
-        kept: Makers = {name: cache(make) for name, make in makers.items()}
-        for protocol in protocols:
-            key = group.name, protocol.batch
-            if _cell(cells, *key) is not None:
-                continue
-            if progress:
-                print(f"{group.name}: {said(protocol)}", file=sys.stderr, flush=True)
-            found = measure(kept, group, protocol, progress=progress)
-            cells.append(
-                {"group": key[0], "batch": key[1], "settings": wanted[key], "about": machine, "channels": found}
-            )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"format": _FORMAT, "cells": cells}, indent=1, allow_nan=False) + "\n"
-            write_whole(path, text.encode())
-        del kept
-        makers.clear()  # and with them the models of this group
-        gc.collect()
+    with only_writer(path.parent):
+        for group, makers in chosen:
+            kept: Makers = {name: cache(make) for name, make in makers.items()}
+            for protocol in protocols:
+                key = group.name, protocol.batch
+                if _cell(cells, *key) is not None:
+                    continue
+                if progress:
+                    print(f"{group.name}: {said(protocol)}", file=sys.stderr, flush=True)
+                found = measure(kept, group, protocol, progress=progress)
+                cells.append(
+                    {"group": key[0], "batch": key[1], "settings": wanted[key], "about": machine, "channels": found}
+                )
+                text = json.dumps({"format": _FORMAT, "cells": cells}, indent=1, allow_nan=False) + "\n"
+                write_whole(path, text.encode())
+            del kept
+            makers.clear()  # and with them the models of this group
+            gc.collect()
     return [cell for key in wanted if (cell := _cell(cells, *key)) is not None]
 
 

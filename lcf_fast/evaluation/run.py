@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from ..channels.base import Channel
 from ..channels.request import Request
 from ..counting import counted
 from ..errors import LCFError
-from ..files import write_whole
+from ..files import only_writer, sweep, write_whole
 from .choice import choice_token_ids, letters, predicted_choices
 from .extractive import score_answer
 from .failures import EvaluationError
@@ -109,6 +110,7 @@ def evaluate(
         progress: whether it is shown how far each cell is.
 
     Raises:
+        BlockingIOError: another run is writing into ``folder``. OSError: it cannot be written.
         EvaluationError: no entrant or set, names that come twice, an unknown control, a batch or an answer of nothing;
             settings other than the folder's, a pair of channels that no set will have both of. And what channels raise,
             naming the question where it is of one.
@@ -148,10 +150,11 @@ def evaluate(
         if (key := (asked.name, entrant.name, read)) not in checked:
             checked.add(key)
             _check_questions(entrant.make(cell.control), asked, cell, max_new_tokens, progress)
-    for number, (asked, entrant, cell) in enumerate(missing, 1):
-        label = f"cell {number} of {len(missing)}: {', '.join(cell.key)}"
-        channel = entrant.make(cell.control)
-        store.append(cell, _ask(channel, cell, asked.items, batch_size, max_new_tokens, label, progress))
+    with only_writer(store.folder) if missing else nullcontext():
+        for number, (asked, entrant, cell) in enumerate(missing, 1):
+            label = f"cell {number} of {len(missing)}: {', '.join(cell.key)}"
+            channel = entrant.make(cell.control)
+            store.append(cell, _ask(channel, cell, asked.items, batch_size, max_new_tokens, label, progress))
     notes = tuple(note for trial in trials for note in trial.asked.notes)
     return replace(summarize(store.read(), pairs=pairs, progress=progress), notes=notes)
 
@@ -160,6 +163,7 @@ def write_report(summary: Summary, folder: str | os.PathLike[str], *, plots: boo
     """``summary.json``, ``report.md`` and, with matplotlib, ``bytes.png`` and ``first_token.png``."""
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
     write_whole(out / SUMMARY, summary_json(summary).encode())
     write_whole(out / REPORT, markdown(summary).encode())
     written = [out / SUMMARY, out / REPORT]

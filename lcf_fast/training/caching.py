@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
 __all__ = ["StorePlan", "plan_prefills", "write_prefills"]
 
 _ENTRY_BYTES = 1024  # more than an example takes beside its tensors, in the shard's header and in JSON
-_REMAINS = re.compile(r"\.(shard-\d{5}\.(safetensors|json)|manifest\.json)\.[0-9a-f]{16}")
 
 
 @dataclass
@@ -240,11 +238,8 @@ def _begin(folder: Path, plan: StorePlan, manifest: Manifest) -> list[int]:
         if changed:
             expected = f"a new folder, or a store of the same {', '.join(changed)}"
             raise RunError(str(folder), expected=expected, got="another store")
-    elif any(not _REMAINS.fullmatch(path.name) for path in folder.iterdir()):
+    elif any(folder.iterdir()):
         raise RunError(str(folder), expected="a new folder, or a store", got="a folder that holds something else")
-    for path in folder.iterdir():
-        if _REMAINS.fullmatch(path.name):
-            path.unlink()
     waiting = plan.waiting(folder)
     write_whole(folder / MANIFEST, manifest.to_bytes())
     return waiting

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, GeometryError
-from ..files import write_whole
+from ..files import sync_folder, write_whole
 from .failures import RunError
 from .settings import TrainingSettings
 
@@ -105,7 +105,7 @@ class Checkpoints:
             try:
                 self._write(temporary, checkpoint, adapter, optimizer)
                 os.rename(temporary, path)
-                _sync(self.folder)
+                sync_folder(self.folder)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
@@ -160,8 +160,6 @@ class Checkpoints:
             "optimizer": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
         }
         write_whole(folder / STATE_FILE, (json.dumps(state, indent=2) + "\n").encode())
-        _sync(folder / ADAPTER_FOLDER)
-        _sync(folder)
 
     def _drop_oldest(self) -> None:
         for path in self.paths()[: -self.keep]:
@@ -171,15 +169,6 @@ class Checkpoints:
 
     def _aside(self, path: Path) -> Path:
         return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-
-
-def _sync(folder: Path) -> None:
-    """Bring a folder's entries to the disk, so that a rename outlives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 __all__ = ["add_cache_command", "add_train_command", "json_object", "layer_list", "stored_prefills"]
+__all__ += ["template_options_for"]
 
 _TRAIN_EXAMPLES = """examples:
   lcf-fast train --sharer Qwen/Qwen2.5-0.5B-Instruct --receiver Qwen/Qwen3-0.6B --data openhermes.jsonl --out run
@@ -44,8 +46,9 @@ _CACHE_EXAMPLES = """examples:
   lcf-fast cache --sharer S --receiver R --data set.jsonl --out prefills               once; goes on if it was stopped
   lcf-fast train --sharer S --receiver R --data set.jsonl --cached prefills --out run  as often as you like
 
-Give both commands the same --data, --cross-context, --steps, --batch-size, --micro-batch-size, --seed, --max-tokens and
---precision, and the same adapter layers, so that what is stored is what is read.
+Give both commands the same --data, --limit, --held-out, --template-options, --cross-context, --steps, --batch-size,
+--micro-batch-size, --seed, --max-tokens and --precision, and the same adapter layers, so that what is stored is what is
+read.
 """
 
 #: At most so many held-out examples make the loss that a run ends with.
@@ -94,6 +97,29 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
     return found
+
+
+def template_options_for(adapters: Iterable[Path], told: dict[str, Any] | None) -> dict[str, Any]:
+    """For the chat templates: what is told, else what the adapters say that they were trained with.
+
+    Where an adapter was trained with others than are told, that is said on standard error.
+
+    Raises:
+        RunError: nothing is told and the adapters were not trained alike. CheckpointError: a damaged adapter's folder.
+    """
+    from ..checkpoint import template_options
+    from .failures import RunError
+
+    trained = {folder: found for folder in adapters if (found := template_options(folder)) is not None}
+    used = next(iter(trained.values()), {}) if told is None else told
+    others = {folder: found for folder, found in trained.items() if found != used}
+    if others and told is None:
+        got = "; ".join(f"{json.dumps(found)} of {folder}" for folder, found in trained.items())
+        raise RunError("--template-options", expected="one for all (they were not trained alike)", got=got)
+    for folder, found in others.items():
+        print(f"{folder}: trained with the template options {json.dumps(found)}, now with {json.dumps(used)}",
+              file=sys.stderr)  # fmt: skip
+    return used
 
 
 # --- arguments
@@ -228,10 +254,13 @@ class _Run:
 
 
 def _settings(arguments: argparse.Namespace) -> TrainingSettings:
+    from ..errors import GeometryError
     from .settings import TrainingSettings
 
     later = ("placement", "guard_weight", "guard_margin")
     names = [*_SHARED_SETTINGS, *_TRAINING_SETTINGS, "precision", "device", *later]
+    if getattr(arguments, "guard_margin", None) is not None and not arguments.guard_weight:
+        raise GeometryError("--guard-margin", expected="--guard-weight along with it", got="it alone")
     given: dict[str, Any] = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
     temperature = getattr(arguments, "gate_temperature", None)
     if getattr(arguments, "slot_dropout", False):
@@ -255,7 +284,7 @@ def _prepare(arguments: argparse.Namespace, *, shown: bool, first: bool) -> _Run
     from ..errors import IndexRangeError
     from .batches import ExampleData
     from .data import read_examples
-    from .models import hide_loading, load_geometry, load_tokenizer, longest_sequence
+    from .models import geometry_of, hide_loading, load_config, load_tokenizer, longest_sequence
 
     if not shown:
         hide_loading()
@@ -264,8 +293,9 @@ def _prepare(arguments: argparse.Namespace, *, shown: bool, first: bool) -> _Run
         arguments.cross_context = True
     settings = _settings(arguments)
     models = {role: getattr(arguments, role) for role in ("sharer", "receiver")}
-    settings = replace(settings, max_tokens=longest_sequence(models, settings.max_tokens, arguments.max_tokens))
-    sharer, receiver = (load_geometry(role, name) for role, name in models.items())
+    configs = {role: load_config(role, name) for role, name in models.items()}
+    sharer, receiver = (geometry_of(role, config) for role, config in configs.items())
+    settings = replace(settings, max_tokens=longest_sequence(configs, settings.max_tokens, arguments.max_tokens))
     config = _config(arguments, sharer, receiver)
     kept = tuple(range(receiver.layers)) if arguments.keep_layers is None else arguments.keep_layers
     if any(not 0 <= layer < receiver.layers for layer in kept):
@@ -344,6 +374,7 @@ def _train_on(arguments: argparse.Namespace, ranks: Any) -> None:
         check_unused(arguments.out, ranks)
     run = _prepare(arguments, shown=shown, first=ranks.first)
     adapter = _adapter(arguments, run)
+    adapter.trained_template_options = arguments.template_options or {}
     if isinstance(adapter, LatentSlots):
         settings = replace(run.settings, placement=placement_of(adapter, arguments.placement))
         run = replace(run, settings=settings)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..counting import counted
-from ..files import whole_file
+from ..files import sweep, whole_file
 from ..reading.data_errors import DataError
 from .data import OnError, check_choice, name_broken, parse_example
 from .rows import RowError, file_rows
@@ -184,6 +184,7 @@ def _convert(
     rows = file_rows(source)
     if target.exists() and target.samefile(source):
         raise DataError(str(target), expected="another file than the source", got="the same")
+    sweep(target.parent)
     written, left_out, broken = 0, Counter[str](), []
     with whole_file(target) as file:
         for number, item in counted(rows, f"converting {source.name}", shown=progress):
@@ -267,7 +268,7 @@ def add_convert_command(commands: Any) -> None:
     parser.add_argument("layout", choices=["openhermes", "hotpotqa"], help="which set's published layout IN has")
     parser.add_argument("source", metavar="IN", type=Path, help="JSON (a list or lines); OpenHermes also parquet")
     parser.add_argument("target", metavar="OUT", type=Path, help="the JSON lines to write")
-    parser.add_argument("--seed", type=int, default=42, help="of HotpotQA's cut into two contexts; default: 42")
+    parser.add_argument("--seed", type=int, help="of HotpotQA's cut into two contexts; default: 42")
     parser.add_argument(
         "--on-error", choices=["skip", "refuse"], default="skip", help="what to do with broken items; default: skip"
     )
@@ -281,9 +282,12 @@ def _run(arguments: argparse.Namespace) -> None:
             if arguments.broken.resolve() == getattr(arguments, name).resolve():
                 what = {"source": "IN", "target": "OUT"}[name]
                 raise DataError("--broken", expected=f"another file than {what}", got=str(arguments.broken))
+    if arguments.seed is not None and arguments.layout != "hotpotqa":
+        raise DataError("--seed", expected="hotpotqa beside it, since nothing else is drawn", got=arguments.layout)
     options: dict[str, Any] = {"on_error": arguments.on_error, "progress": True}
     if arguments.layout == "hotpotqa":
-        result = convert_hotpotqa(arguments.source, arguments.target, seed=arguments.seed, **options)
+        seed = 42 if arguments.seed is None else arguments.seed
+        result = convert_hotpotqa(arguments.source, arguments.target, seed=seed, **options)
     else:
         result = convert_openhermes(arguments.source, arguments.target, **options)
     if arguments.broken is not None:

@@ -110,7 +110,7 @@ def read_examples(
         source: a file of JSON lines (or a JSON list), a parquet file or a folder of them, or a hub's id such as
             ``owner/name``. Parquet and hub sets need the `datasets` library.
         kind: "shared" or "cross"; None: as the first example. A set that holds both is refused.
-        split: of a hub's set.
+        split: of a hub's set; of a file none but "train", which it is.
         on_error: "skip" leaves broken lines out and names them in `ExampleSet.broken`; "refuse" stops at the first.
         limit: at most so many examples: with a seed a sample of all, without one the first, and lines behind the last
             of them are not read.
@@ -208,6 +208,9 @@ def _rows(source: str | os.PathLike[str], split: str) -> tuple[str, Iterable[Row
     by_name = isinstance(source, str) and _HUB_NAME.fullmatch(name) and not name.endswith(_FILE_ENDINGS)
     if by_name and not path.exists():
         return name, hub_rows(name, split)
+    if split != "train":
+        expected = "a hub's data set beside it, since files have none"
+        raise DataError("split", expected=expected, got=f"{split!r} of {path}")
     return str(path), file_rows(path)
 
 

@@ -11,7 +11,11 @@ from ..errors import BackendError, LCFError
 from ..reading.prefill import DTYPES
 from .failures import RunError
 
-__all__ = ["hide_loading", "load_config", "load_geometry", "load_model", "load_tokenizer", "longest_sequence"]
+__all__ = ["geometry_of", "hide_loading", "load_config", "load_model", "load_tokenizer", "longest_sequence"]
+
+_WANTED = "the folder or hub id of a causal language model with its tokenizer"
+#: How classes of causal language models are called, of text alone and of text beside other things.
+_CAUSAL = ("forcausallm", "lmheadmodel", "forconditionalgeneration")
 
 
 def load_model(role: str, name: str, precision: str, *, downloads: bool = True) -> Any:
@@ -23,10 +27,15 @@ def load_model(role: str, name: str, precision: str, *, downloads: bool = True) 
         downloads: whether what is not on this machine may be fetched from the hub.
 
     Raises:
-        RunError: it cannot be loaded. BackendError: transformers is not installed.
+        RunError: it cannot be loaded, is no causal LM, or lacks weights. BackendError: transformers is not installed.
     """
-    options = {"dtype": DTYPES[precision], "local_files_only": not downloads}
-    return _loaded(role, name, "AutoModelForCausalLM", **options).eval()
+    config = load_config(role, name, downloads=downloads)
+    options = {"config": config, "dtype": DTYPES[precision], "local_files_only": not downloads}
+    model, found = _loaded(role, name, "AutoModelForCausalLM", output_loading_info=True, **options)
+    if missing := sorted(found["missing_keys"]):  # transformers draws these at random, and warns
+        got = f"none of {', '.join(missing[:3])}" + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise RunError(f"{role} {name}", expected="weights of all that its config.json describes", got=got)
+    return model.eval()
 
 
 def load_tokenizer(role: str, name: str) -> Any:
@@ -34,35 +43,49 @@ def load_tokenizer(role: str, name: str) -> Any:
     return _loaded(role, name, "AutoTokenizer")
 
 
-def load_config(role: str, name: str) -> Any:
-    """A model's configuration alone. Arguments and errors: as `load_model`."""
-    return _loaded(role, name, "AutoConfig")
+def load_config(role: str, name: str, *, downloads: bool = True) -> Any:
+    """A causal LM's configuration alone. Arguments and errors: as `load_model`."""
+    config = _loaded(role, name, "AutoConfig", local_files_only=not downloads)
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    # Transformers loads BERT's weights and the half of an encoder-decoder model as causal LMs, too.
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    named = getattr(config, "architectures", None) or ([] if kind is None else [kind.__name__])
+    fits = any(each == getattr(kind, "__name__", None) or each.lower().endswith(_CAUSAL) for each in named)
+    if kind is None or not fits or getattr(config, "is_encoder_decoder", False):
+        got = ", ".join(named) or f"a configuration of {config.model_type!r}"
+        raise RunError(f"{role} {name}", expected=_WANTED, got=f"{got}, which is none")
+    return config
 
 
-def load_geometry(role: str, name: str) -> CacheGeometry:
-    """A model's geometry, without its weights. Arguments and errors: as `load_model`."""
-    config = load_config(role, name)
+def geometry_of(role: str, config: Any) -> CacheGeometry:
+    """A model's geometry, off the configuration that `load_config` read.
+
+    Raises:
+        GeometryError: one without a uniform key-value cache, as `CacheGeometry.of` says.
+    """
     try:
         return CacheGeometry.of(config)
     except LCFError as error:
-        raise type(error)(f"{role} {name}: {error.argument}", expected=error.expected, got=error.got) from error
+        where = f"{role} {config.name_or_path}: {error.argument}"
+        raise type(error)(where, expected=error.expected, got=error.got) from error
 
 
-def longest_sequence(models: Mapping[str, str], default: int, given: int | None) -> int:
+def longest_sequence(configs: Mapping[str, Any], default: int, given: int | None) -> int:
     """``--max-tokens``: what is given, else the default, or what the models have positions for, if that is less.
 
     Args:
-        models: names by role.
+        configs: of the models by role, as `load_config` read them.
 
     Raises:
-        RunError: more was given than a model has positions for. Else as `load_config`.
+        RunError: more was given than a model has positions for.
     """
-    for role, name in models.items():
-        limit = getattr(load_config(role, name).get_text_config(), "max_position_embeddings", None)
+    for role, config in configs.items():
+        limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
         if not isinstance(limit, int) or limit < 1:
             continue
         if given is not None and given > limit:
-            expected = f"{limit} at most, the max_position_embeddings of the {role} {name}"
+            expected = f"{limit} at most, the max_position_embeddings of the {role} {config.name_or_path}"
             raise RunError("--max-tokens", expected=expected, got=str(given))
         default = min(default, limit)
     return default if given is None else given
@@ -84,7 +107,6 @@ def _loaded(role: str, name: str, kind: str, **options: Any) -> Any:
         raise BackendError(role, expected=expected, got="an environment without it") from None
     try:
         return getattr(transformers, kind).from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of any kind: damaged weights, a field of another type, a library that is not there
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        expected = "the folder or hub id of a causal language model with its tokenizer"
-        raise RunError(f"{role} {name}", expected=expected, got=first[:300]) from error
+        raise RunError(f"{role} {name}", expected=_WANTED, got=first[:300]) from error

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .commands import json_object, layer_list, stored_prefills
+from .commands import json_object, layer_list, stored_prefills, template_options_for
 
 if TYPE_CHECKING:
     from ..adapter import LatentCacheFlow
@@ -32,6 +32,11 @@ _EXAMPLES = """examples:
 Of --data it reads what lcf-fast train leaves out with the same --held-out; with --held-out 0 all of it.
 """
 _NEEDED = ("sharer", "receiver", "data")
+#: All that is for measuring, and what it is where nothing is given.
+_MEASURING: dict[str, Any] = {
+    **dict.fromkeys((*_NEEDED, "cached", "device", "held_out", "max_tokens", "template_options")),
+    **{"precision": "bf16", "split": "train", "examples": 256, "seed": 42, "micro_batch_size": 4, "on_error": "skip"},
+}
 
 
 def add_prune_command(commands: Any) -> None:
@@ -56,26 +61,27 @@ def add_prune_command(commands: Any) -> None:
     models = parser.add_argument_group("models, which ranking needs")
     models.add_argument("--sharer", metavar="MODEL", help="a transformers model: folder or hub id")
     models.add_argument("--receiver", metavar="MODEL", help="as --sharer; may be the same")
-    models.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of both models; default: bf16")
+    models.add_argument("--precision", choices=["bf16", "fp32"], help="of both models; default: bf16")
     models.add_argument("--device", help="such as cuda or cpu; default: a GPU if there is one")
     data = parser.add_argument_group("data, which ranking needs")
     data.add_argument("--data", metavar="SET", help="JSON lines, parquet, or a data set's hub id")
-    data.add_argument("--split", default="train", help="of a hub's set; default: train")
+    data.add_argument("--split", help="of a hub's set; default: train")
     data.add_argument(
         "--held-out",
         type=float,
         metavar="FRACTION",
         help="that training left out, to be read here; 0: read all; default: as of lcf-fast train, 0.01, for LCF-X 0",
     )
-    data.add_argument("--examples", type=int, default=256, metavar="N", help="read at most N of them; default: 256")
-    data.add_argument("--seed", type=int, default=42, help="which N; default: 42")
-    data.add_argument("--micro-batch-size", type=int, default=4, metavar="N", help="examples at a time; default: 4")
+    data.add_argument("--examples", type=int, metavar="N", help="read at most N of them; default: 256")
+    data.add_argument("--seed", type=int, help="which N; default: 42")
+    data.add_argument("--micro-batch-size", type=int, metavar="N", help="examples at a time; default: 4")
     most = "longest sequence; default: 2048, or the models' limit if less"
     data.add_argument("--max-tokens", type=int, metavar="N", help=most)
+    as_trained = "for both chat templates; default: as the adapter was trained"
     data.add_argument("--cached", metavar="DIR", type=Path, help="prefills of them that lcf-fast cache stored")
-    data.add_argument("--on-error", choices=["skip", "refuse"], default="skip", help="of broken ones; default: skip")
-    data.add_argument("--template-options", type=json_object, metavar="JSON", help="for both chat templates")
-    parser.set_defaults(run=_prune)
+    data.add_argument("--on-error", choices=["skip", "refuse"], help="of broken ones; default: skip")
+    data.add_argument("--template-options", type=json_object, metavar="JSON", help=as_trained)
+    parser.set_defaults(run=_prune, **_MEASURING)
 
 
 @dataclass(frozen=True)
@@ -105,12 +111,12 @@ def _prune(arguments: argparse.Namespace) -> None:
         check_matplotlib()
         if not arguments.plot.absolute().parent.is_dir():
             raise RunError("--plot", expected="a file in a folder that is there", got=str(arguments.plot))
-    adapter = _load_adapter(arguments)
+    adapter, configs = _load_adapter(arguments)
     parameters = adapter.parameter_count()
     report, measured = audit_gates(adapter), None
     by_name = arguments.layers is not None
     if not (arguments.audit_only or by_name):
-        measured = _measure(arguments, adapter, report)
+        measured = _measure(arguments, adapter, configs, report)
         report = _rank(adapter, measured)
     try:
         kept = tuple(sorted(arguments.layers)) if by_name else report.keep(arguments.keep)
@@ -134,37 +140,40 @@ def _prune(arguments: argparse.Namespace) -> None:
             )
 
 
-def _load_adapter(arguments: argparse.Namespace) -> LatentCacheFlow:
-    """The adapter, all arguments checked that need no models' weights."""
+def _load_adapter(arguments: argparse.Namespace) -> tuple[LatentCacheFlow, dict[str, Any]]:
+    """The adapter and the models' configurations, all arguments checked that need no models' weights."""
     from ..adapter import LatentCacheFlow
     from ..checkpoint import CONFIG_FILE
     from ..errors import IndexRangeError
     from .failures import RunError
-    from .models import load_geometry
+    from .models import geometry_of, load_config
 
     if (arguments.out / CONFIG_FILE).exists():
         raise RunError("OUT", expected="a folder without an adapter", got=f"{arguments.out}, which holds one")
-    given = [name for name in (*_NEEDED, "cached") if getattr(arguments, name) is not None]
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise RunError("OUT", expected="a folder, or none yet", got=f"{arguments.out}, a file")
+    given = [name for name, default in _MEASURING.items() if getattr(arguments, name) != default]
     if arguments.audit_only or arguments.layers is not None:
         if given:
             option = "--audit-only" if arguments.audit_only else "--layers"
-            got = ", ".join(f"--{name}" for name in given)
+            got = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise RunError(option, expected="no models and data, which nothing is measured on", got=got)
     elif missing := [f"--{name}" for name in _NEEDED if name not in given]:
         got = f"no {', '.join(missing)}"
         raise RunError("lcf-fast prune", expected="models and data to rank layers with (or --audit-only)", got=got)
-    models: dict[str, Any] = (
-        {} if not given else {role: load_geometry(role, getattr(arguments, role)) for role in _NEEDED[:2]}
-    )
+    configs = {role: load_config(role, getattr(arguments, role)) for role in _NEEDED[:2]} if given else {}
+    models: dict[str, Any] = {role: geometry_of(role, config) for role, config in configs.items()}
     adapter = LatentCacheFlow.from_pretrained(arguments.adapter, **models)
     held = adapter.receiver_layers.tolist()
     for layer in arguments.layers or ():
         if layer not in held:
             raise IndexRangeError("--layers", expected=f"receiver layers among {held}", got=str(layer))
-    return adapter
+    return adapter, configs
 
 
-def _measure(arguments: argparse.Namespace, adapter: LatentCacheFlow, report: PruningReport) -> _Measured:
+def _measure(
+    arguments: argparse.Namespace, adapter: LatentCacheFlow, configs: dict[str, Any], report: PruningReport
+) -> _Measured:
     """Data, then models: what is cheap to find wrong first."""
     from ..devices import chosen_device
     from ..pruning import PruningError, live_layers
@@ -204,9 +213,7 @@ def _measure(arguments: argparse.Namespace, adapter: LatentCacheFlow, report: Pr
         steps=min(len(examples), arguments.examples),
         batch_size=1,
         micro_batch_size=1,
-        max_tokens=longest_sequence(
-            {role: getattr(arguments, role) for role in _NEEDED[:2]}, TrainingSettings.max_tokens, arguments.max_tokens
-        ),
+        max_tokens=longest_sequence(configs, TrainingSettings.max_tokens, arguments.max_tokens),
         seed=arguments.seed,
         precision=arguments.precision,
         device=arguments.device,
@@ -215,7 +222,7 @@ def _measure(arguments: argparse.Namespace, adapter: LatentCacheFlow, report: Pr
         examples,
         settings=settings,
         on_error=arguments.on_error,
-        template_options=arguments.template_options,
+        template_options=template_options_for([arguments.adapter], arguments.template_options),
         progress=shown,
         **tokenizers,
     )

@@ -15,6 +15,7 @@ from tiny_folders import save_tiny_model, write_lines
 from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig
 from lcf_fast.c2c import C2CConfig, C2CFuser
 from lcf_fast.cli import main
+from lcf_fast.reading.chat import ChatReader
 
 pytest.importorskip("matplotlib")
 
@@ -238,6 +239,47 @@ def test_without_models_it_is_two_small_agents(
     assert "agents of seed 1" in capsys.readouterr().err
 
 
+def test_adapters_are_asked_with_the_template_options_that_they_were_trained_with(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts: list[str] = []
+    real = ChatReader.render
+
+    def rendered(self: ChatReader, messages: Any) -> str:
+        prompts.append(real(self, messages))
+        return prompts[-1]
+
+    monkeypatch.setattr(ChatReader, "render", rendered)
+    for name in ("lcf", "lcf_x"):
+        adapter = LatentCacheFlow.from_pretrained(world / name)
+        adapter.trained_template_options = {"thinking": False} if name == "lcf" else {}
+        adapter.save_pretrained(tmp_path / name)
+    alone = ["--adapter", str(tmp_path / "lcf"), "--data", str(world / "turns.jsonl"), "--channels", "none", "lcf"]
+    alone += ["--no-controls", "--no-plots"]
+
+    def settings(name: str, *more: str) -> Any:
+        prompts.clear()
+        assert main(arguments(world, tmp_path / name, *alone, *more)) == 0
+        cells = json.loads((tmp_path / name / "cells.json").read_text(encoding="utf-8"))["cells"]
+        return [cell["settings"].get("template_options") for cell in cells]
+
+    assert settings("untold") == [{"thinking": False}] * 2
+    assert any("<think>" in prompt for prompt in prompts)
+    assert "trained with" not in capsys.readouterr().err
+    assert settings("none", "--template-options", "{}") == [None] * 2
+    assert prompts and not any("<think>" in prompt for prompt in prompts)
+    said = capsys.readouterr().err
+    assert f'{tmp_path / "lcf"}: trained with the template options {{"thinking": false}}, now with {{}}' in said
+    assert main(arguments(world, tmp_path / "none", *alone)) == 2
+    assert "template_options" in capsys.readouterr().err
+
+    both = [*alone, "--adapter", str(tmp_path / "lcf_x")]
+    assert main(arguments(world, tmp_path / "both", *both)) == 2
+    said = capsys.readouterr().err
+    assert "--template-options: expected one for all" in said and str(tmp_path / "lcf_x") in said
+    assert main(arguments(world, tmp_path / "both", *both, "--template-options", "{}")) == 0
+
+
 def test_one_model_on_both_sides_brings_kvcomm(world: Path, tmp_path: Path) -> None:
     same = arguments(world, tmp_path / "out", "--data", str(world / "facts.jsonl"), "--channels", "none", "kvcomm_0.5")
     same[same.index("--sharer") + 1] = str(world / "receiver")
@@ -312,6 +354,10 @@ def test_a_model_trained_on_at_the_same_path_is_another_run(
         (["--data", "FACTS", "--ratio", "0.5", "0.50"], "ratios: expected each once, got 0.5, 0.5"),
         (["--data", "FACTS", "--text-tokens", "3", "3"], "text_tokens: expected each once"),
         (["--data", "FACTS", "--spans", "one", "one"], "spans: expected each once"),
+        (["--data", "FACTS", "--spans", "one"], "--spans: expected lcf_x or slots among the channels"),
+        (["--data", "FACTS", "--adapter", "LCF", "--placement", "prefix"], "--placement: expected slots among"),
+        (["--data", "FACTS", "--dtype", "int8"], "--dtype: expected lcf_x or slots among the channels"),
+        (["--set", "ARC", "--ratio", "0.3"], "--ratio: expected kvcomm among the channels"),
         (["--data", "FACTS", "--spans", "words"], "paragraphs or sentences"),
         (["--data", "FACTS", "--text-template", "none"], "{note}"),
         (["--data", "missing.jsonl"], "missing.jsonl"),
@@ -331,6 +377,7 @@ def test_bad_input_is_one_line(
     more: list[str], match: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = {name.upper(): str(world / name) for name in ("lcf", "own_lcf_x", "own_c2c")}
+    real["ARC"] = f"arc-c={world / 'arc.jsonl'}"
     real["FACTS"] = str(world / "facts.jsonl")
     assert main(arguments(world, tmp_path / "out", *(real.get(word, word) for word in more))) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]

@@ -20,6 +20,7 @@ from lcf_fast.evaluation.run import AskedSet, Entrant, Item, Trial, choice_item,
 from lcf_fast.evaluation.sets import Question
 from lcf_fast.evaluation.summary import Summary
 from lcf_fast.evaluation.verdicts import NO_CONTENT
+from lcf_fast.files import only_writer
 
 WORDS = ("cat", "city", "user", "France", "seven", "Paris")
 
@@ -204,4 +205,18 @@ def test_pairs_are_of_what_the_folder_will_hold(entrants: list[Entrant], tmp_pat
 def test_sizes_of_nothing(name: str, size: int, entrants: list[Entrant], tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=f"{name}: expected 1 or more, got {size}"):
         ask(entrants, [facts(3)], tmp_path, **{name: size})
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_run_at_a_time_writes_into_a_folder(entrants: list[Entrant], tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def make(control: str) -> Channel:
+        asked.append(control)
+        return entrants[0].make(control)
+
+    watched = [replace(entrants[0], make=make)]
+    with only_writer(tmp_path), pytest.raises(BlockingIOError, match="another run is writing there"):
+        ask(watched, [facts(4)], tmp_path, max_new_tokens=2)
+    assert asked == ["matched"], "checked, not asked"
     assert not list(tmp_path.iterdir())

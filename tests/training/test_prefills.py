@@ -384,9 +384,10 @@ def test_two_processes_do_not_write_one_store(tmp_path: Path) -> None:
     sharer, receiver = models()
     data = Mixed(False)
     plan = plan_prefills(data, SETTINGS, CacheGeometry.of(sharer), CacheGeometry.of(receiver))
-    (others := tmp_path / ".shard-00000.safetensors.0123456789abcdef").write_bytes(b"")
-    with only_writer(tmp_path), pytest.raises(RunError, match="another run is writing there"):
-        write_prefills(tmp_path, plan, data, sharer, receiver)
+    with only_writer(tmp_path):
+        (others := tmp_path / ".shard-00000.safetensors.0123456789abcdef.part").write_bytes(b"")
+        with pytest.raises(RunError, match="another run is writing there"):
+            write_prefills(tmp_path, plan, data, sharer, receiver)
     assert list(tmp_path.iterdir()) == [others]
 
 

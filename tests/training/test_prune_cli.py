@@ -228,6 +228,9 @@ def test_what_an_adapter_needs_is_told(folder: Path, tmp_path: Path, capsys: pyt
         (["prune", mine, out], "no --sharer, --receiver, --data"),
         (["prune", mine, str(folder / "cross"), "--audit-only"], "a folder without an adapter"),
         (["prune", str(tmp_path), out, "--audit-only"], "config.json"),
+        (["prune", mine, out, "--audit-only", "--examples", "3"], "which nothing is measured on, got --examples"),
+        (["prune", mine, out, "--layers", "1", "--held-out", "0"], "which nothing is measured on, got --held-out"),
+        (["prune", mine, __file__, "--audit-only"], "OUT: expected a folder, or none yet"),
         (["prune", mine, out, "--layers", "4"], "--layers: expected receiver layers among [0, 1, 2, 3], got 4"),
     ):
         assert main(arguments) == 2
@@ -250,6 +253,24 @@ def test_what_was_measured_is_shown_though_nothing_can_be_saved(
     assert "file" in shown.err
     found = json.loads(shown.out)
     assert (found["examples"], found["kept"], found["pruned"]) == (7, [], None)
+
+
+def test_prompts_are_as_the_adapter_was_trained(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = LatentCacheFlow.from_pretrained(folder / "shared")
+    adapter.trained_template_options = {"thinking": False}
+    adapter.save_pretrained(tmp_path / "adapter")
+
+    def loss(out: str, *more: str) -> float:
+        given = arguments(folder, tmp_path / out, "shared", "--json", "--quiet", *more)
+        assert main([given[0], str(tmp_path / "adapter"), *given[2:]]) == 0
+        shown = capsys.readouterr()
+        assert ("trained with the template options" in shown.err) == bool(more)
+        return float(json.loads(shown.out)["pruned"])
+
+    assert loss("as trained") != loss("otherwise", "--template-options", "{}")
+    assert LatentCacheFlow.from_pretrained(tmp_path / "otherwise").trained_template_options == {"thinking": False}
 
 
 def test_help_has_examples_and_loads_nothing_heavy() -> None:

@@ -19,7 +19,7 @@ from lcf_fast.cli import main
 from lcf_fast.training.batches import ExampleData
 from lcf_fast.training.commands import layer_list
 from lcf_fast.training.data import read_examples
-from lcf_fast.training.models import load_model, load_tokenizer, longest_sequence
+from lcf_fast.training.models import load_config, load_model, load_tokenizer, longest_sequence
 from lcf_fast.training.step import OnlinePrefills, TrainingStep
 from lcf_fast.training.trainer import Trainer
 
@@ -113,8 +113,9 @@ def test_train_then_cache_then_train_on_what_is_cached(
 def test_sequences_end_where_the_models_positions_do(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    models = {"sharer": str(folder / "sharer"), "receiver": str(folder / "receiver")}  # of 128 positions each
-    assert [longest_sequence(models, *limits) for limits in ((2048, None), (100, None), (2048, 128))] == [128, 100, 128]
+    configs = {role: load_config(role, str(folder / role)) for role in ("sharer", "receiver")}  # of 128 positions each
+    limits = ((2048, None), (100, None), (2048, 128))
+    assert [longest_sequence(configs, *each) for each in limits] == [128, 100, 128]
     for command in ("train", "cache"):
         assert main(arguments(folder, command, tmp_path / "run", "shared", "--max-tokens", "129")) == 2
         assert "--max-tokens: expected 128 at most, the max_position_embeddings of" in capsys.readouterr().err
@@ -184,6 +185,16 @@ def test_a_run_does_not_go_on_with_other_texts_of_the_same_lines(
     assert main([*base, "--resume"]) == 0
 
 
+def test_an_adapter_says_which_template_options_it_was_trained_with(folder: Path, tmp_path: Path) -> None:
+    told = ["--template-options", '{"thinking": false}']
+    assert main(arguments(folder, "train", tmp_path / "told", "shared", *told)) == 0
+    assert LatentCacheFlow.from_pretrained(tmp_path / "told" / "adapter").trained_template_options == {
+        "thinking": False
+    }
+    assert main(arguments(folder, "train", tmp_path / "not", "cross")) == 0
+    assert LatentCacheFlow.from_pretrained(tmp_path / "not" / "adapter").trained_template_options == {}
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -197,6 +208,8 @@ def test_a_run_does_not_go_on_with_other_texts_of_the_same_lines(
         (["--init-from", "nowhere"], "--bottleneck"),
         (["--cached", "nowhere"], "manifest.json"),
         (["--cross-context"], "cross"),
+        (["--guard-margin", "2"], "--guard-margin: expected --guard-weight along with it"),
+        (["--split", "test"], "split: expected a hub's data set beside it"),
         (["--device", "foo"], "--device: expected a name such as cpu or cuda:0, got 'foo'"),
         (["--device", "cuda:99"], "--device: expected"),
     ],
