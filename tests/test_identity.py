@@ -1,8 +1,10 @@
-"""Whose messages are: in threads, and when the adapter is gone."""
+"""Whose messages are, and who may write to whom: through casts and copies, in threads, when the adapter is gone."""
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import RECEIVER, SHARER, make_adapter
+from adapters import RECEIVER, SHARER, assert_close, cloned, make_adapter, make_caches
+from messages import assert_same
 
-from helpers import make_cache
+from helpers import make_cache, to_double
 from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig, Message
 from lcf_fast.checkpoint import load_any
+from lcf_fast.errors import DTypeError, GeometryError, MessageError, ShapeError
+from lcf_fast.sharer import SharerSide
 
 OTHER = CacheGeometry(2, 1, 24)  # another sharer model
 
@@ -57,3 +62,144 @@ def test_two_threads_make_the_first_messages(monkeypatch: pytest.MonkeyPatch) ->
     with ThreadPoolExecutor(2) as pool:
         messages = list(pool.map(lambda _: adapter.summarize(cache), range(2)))
     assert messages[0].origin == messages[1].origin == adapter.origin
+
+
+def test_a_message_is_for_its_adapter_alone() -> None:
+    adapter, (cache, receiver) = make_adapter(True), make_caches()
+    data = adapter.summarize(cache).to_bytes()
+    adapter.inject(receiver, Message.from_bytes(data))
+    for name in ("down_weight", "down_bias", "up_weight", "gate_logit", "ffn_in_weight"):
+        other = copy.deepcopy(adapter)
+        with torch.no_grad():
+            other.get_parameter(name).view(-1)[-1] += 0.5
+        assert other.origin.adapter != adapter.origin.adapter, name
+        before = cloned(receiver)
+        for message in (Message.from_bytes(data), adapter.summarize(cache)):
+            with pytest.raises(MessageError, match=r"message\.origin\.adapter"):
+                other.inject_(receiver, message)
+        assert all(torch.equal(a, b) for x, y in zip(receiver, before) for a, b in zip(x, y))
+    half = copy.deepcopy(adapter)
+    with torch.no_grad():
+        half.down_weight[0, 0, 0] += 0.5  # the sharer's columns: the receiver's half is the same
+    with pytest.raises(MessageError, match=r"message\.origin\.sharer"):
+        half.inject(receiver, Message.from_bytes(data))
+    half.accept_sharer(adapter.origin.sharer)
+    half.inject(receiver, Message.from_bytes(data))
+
+
+def test_accepted_sharers_are_saved_with_the_adapter(tmp_path: Path) -> None:
+    adapter, (_, receiver) = make_adapter(True), make_caches()
+    side = SharerSide.for_receiver(adapter, OTHER)
+    data = side.summarize(make_cache(OTHER, 2, 9)).to_bytes()
+    loaded = Message.from_bytes(data)
+    with pytest.raises(MessageError, match="accept_sharer"):
+        adapter.inject(receiver, loaded)
+    adapter.accept_sharer(side).save_pretrained(tmp_path)
+    read = LatentCacheFlow.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert read.origin == adapter.origin  # casting does not make another adapter of it
+    read.to(torch.float32).inject(receiver, loaded)
+    summary = side.summarize(make_cache(OTHER, 2, 9)).to_bytes(contents=["summary"])
+    with pytest.raises((MessageError, ShapeError)):  # only the adapter's own W_down reads a summary
+        adapter.inject(receiver, Message.from_bytes(summary))
+    with pytest.raises(MessageError, match="SharerSide for the adapter"):
+        make_adapter(True, gate_init=0.5).requires_grad_(True).accept_sharer(_foreign_side())
+    for bad in ("abc", 3, None):
+        with pytest.raises(DTypeError):
+            adapter.accept_sharer(bad)  # type: ignore[arg-type]
+    with pytest.raises(GeometryError, match="layers"):
+        make_adapter(True, keep=[1]).accept_sharer(side)
+
+
+def _foreign_side() -> SharerSide:
+    adapter = make_adapter(True)
+    with torch.no_grad():
+        adapter.get_parameter("up_bias").add_(1.0)
+    return adapter.sharer_side()
+
+
+def test_a_summary_alone_is_folded_by_the_receiver() -> None:
+    adapter, (cache, receiver) = make_adapter(True), make_caches()
+    message = adapter.summarize(cache)
+    read = Message.from_bytes(message.to_bytes(contents=["summary"]))
+    assert read.latent is None
+    assert_close(adapter.inject(receiver, read), to_double(adapter.inject(receiver, message)))
+    neither = Message(None, message.receiver_layers, 1)
+    with pytest.raises(MessageError, match="a latent or a summary"):
+        adapter.inject(receiver, neither)
+    thin = Message(None, message.receiver_layers, 1, summary=torch.zeros(5, 2, 2, 2, 3))
+    with pytest.raises(ShapeError, match="summary"):
+        adapter.inject(receiver, thin)
+
+
+def test_the_origin_is_of_the_weights_that_made_it() -> None:
+    adapter, cache = make_adapter(True), make_caches()[0]
+    early = adapter.summarize(cache)
+    read = adapter.summarize(cache)
+    known = read.origin
+    with torch.no_grad():
+        adapter.gate_logit[0, 0] += 1.0
+    assert adapter.origin != known
+    assert read.origin == known
+    with pytest.raises(MessageError, match="have changed since"):
+        early.to_bytes()
+    assert adapter.prune([0, 2]).origin != known
+    moved = make_adapter(True)
+    before = moved.origin
+    assert moved.to(torch.float16).origin == before
+
+
+def test_a_cast_half_is_the_same_half(tmp_path: Path) -> None:
+    """Casting and moving give a module new buffers: whose messages they are stays, and a change is still seen."""
+    adapter, (cache, receiver) = make_adapter(True), make_caches()
+    adapter.sharer_side().save_pretrained(tmp_path)
+    read = SharerSide.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert read.origin == adapter.origin
+    adapter.inject(receiver, Message.from_bytes(read.summarize(cache).to_bytes()))
+
+    side = adapter.sharer_side()
+    early, growing = side.summarize(cache), side.begin().extend(cache)
+    outer = torch.nn.ModuleDict({"side": side}).to(torch.float16)
+    outer.double()
+    assert side.down_bias.dtype == torch.float64
+    assert side.origin == early.origin == growing.finish().origin == adapter.origin
+    with torch.no_grad():
+        side.down_weight[0, 0, 0] += 0.5
+    side.float()
+    assert side.origin != adapter.origin
+    stale = side.summarize(cache)
+    with torch.no_grad():
+        side.down_bias.add_(1.0)
+    with pytest.raises(MessageError, match="have changed since"):
+        side.double() and stale.origin
+
+
+def test_a_copied_half_is_the_same_half() -> None:
+    """In another process it knows its adapter by the digest, as it was; in this one by the adapter, whatever becomes of
+    it."""
+    adapter, (cache, receiver) = make_adapter(True), make_caches()
+    for side in (adapter.sharer_side(), SharerSide.for_receiver(adapter, SHARER)):
+        origin = side.origin
+        side.half()  # which a copy cannot see
+        sent = pickle.loads(pickle.dumps(side))
+        assert sent.origin == origin and sent.adapter_digest == adapter.origin.adapter
+        assert pickle.loads(pickle.dumps(sent)).origin == origin
+        copied = copy.deepcopy(side)
+        assert copied.origin == origin
+        adapter.inject(receiver, copied.summarize(cache))
+        for made in (sent, copied):
+            assert_same(made.summarize(cache), side.summarize(cache))
+            with torch.no_grad():
+                made.down_weight.add_(1.0)
+            assert made.origin.sharer != origin.sharer
+    with torch.no_grad():
+        adapter.gate_logit.add_(1.0)
+    assert copied.adapter_digest == side.adapter_digest == adapter.origin.adapter != sent.adapter_digest
+
+
+def test_geometry_of_the_message_is_checked() -> None:
+    adapter, (cache, receiver) = make_adapter(True), make_caches()
+    message = adapter.summarize(cache)
+    assert (message.sharer, message.receiver) == (SHARER, RECEIVER)
+    wrong = Message(message.latent, message.receiver_layers, 1, receiver=CacheGeometry(5, 3, 16))
+    with pytest.raises(GeometryError, match=r"message\.receiver"):
+        adapter.inject(receiver, wrong)
