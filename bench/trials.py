@@ -255,7 +255,7 @@ class Trial:
         for one in self.held:
             self.asked += [pair for pair in asked(task.kind, task.case, one.operands) if pair not in self.asked]
         if not self.asked:
-            raise ValueError(f"{task.said()}: the policy has no row of kind {task.kind!r} here")
+            raise ValueError(f"the policy has no row of kind {task.kind!r} here")
         self.row = self.asked[0][1]
 
     def candidates(self) -> list[Row]:

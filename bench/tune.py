@@ -146,10 +146,10 @@ def tune(
         with step(task.said()):
             try:
                 line = tune_task(task, bench, found, compiled, left / (len(tasks) - i))
-            except ValueError as error:
-                line = str(error)
-            except torch.cuda.OutOfMemoryError:
-                line = f"{task.said()}: more memory than there is"
+            except Exception as error:  # one task that fails must not take the others with it
+                if is_fatal(error) and not isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
+                line = f"{task.said()}: it raised {type(error).__name__}: {str(error)[:300]}"
             finally:
                 found.write()
         print(line, flush=True)

@@ -93,9 +93,10 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Bring a folder's entries to the disk, so that a rename outlives a power cut, where the system can."""
-    if os.name == "nt":  # which opens no folders
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # a folder to write to and not to list; on Windows, which opens none, every one
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:

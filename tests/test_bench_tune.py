@@ -250,6 +250,19 @@ def test_a_row_that_raises_is_passed_over(
     assert any(one["wrong"] and one["row"]["block_tokens"] == 24 for one in found.trials)
 
 
+def test_a_task_that_fails_leaves_the_others(
+    small: Task, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_row = replace(small, kind="split")  # of a CPU's "chip", which one program fills
+    small = replace(small, grid={"block_tokens": (16, 32)}, also=())
+    timed_as(monkeypatch, {(16, 128): 0.9, (32, 128): 1.2})
+    found = tune.Found(tmp_path, bench)
+    with torch.no_grad(), use_backend("triton"):
+        tune.tune([no_row, small], bench, found, 100.0)
+    assert "no row of kind 'split'" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "tuned.json").read_text())["rows"]) == 1
+
+
 def test_times_are_taken_with_the_row_that_they_are_of(small: Task, bench: Bench) -> None:
     with torch.no_grad(), use_backend("triton"):
         trial = Trial(small, bench)
