@@ -1,10 +1,11 @@
 """Everything that needs a CUDA GPU: ``make gpu`` or ``python tests/gpu --out DIR``.
 
 Three runs, each in under ten minutes: the checks and the benchmark; with ``--only sweep latency``, what takes longer
-to measure; with ``--only tune``, launch configurations that may be faster (`bench.tune`). Uses the Python it runs in and installs nothing; ``pip install --no-deps --no-build-isolation -e .``
-must have gone before. DIR gets the steps' logs, the results of the benchmark, and ``summary.json``; at the end stand
-the targets that they meet and miss (``python -m bench.targets``). In a copy without its repository ``LCF_FAST_COMMIT``
-names the commit. Exit status: 0 all steps passed, 1 one failed, 2 there is nothing to run on.
+to measure; with ``--only tune``, launch configurations that may be faster (`bench.tune`). Uses the Python it runs in
+and installs nothing; ``pip install --no-deps --no-build-isolation -e .`` must have gone before. DIR gets the steps'
+logs, the results of the benchmark, and ``summary.json``; at the end stand the targets that they meet and miss
+(``python -m bench.targets``). In a copy without its repository ``LCF_FAST_COMMIT`` names the commit. Exit status: 0 all
+steps passed, 1 one failed, 2 there is nothing to run on.
 """
 
 from __future__ import annotations
