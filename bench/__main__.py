@@ -10,7 +10,6 @@ interpreter.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -45,10 +44,9 @@ With --sweep, --tokens, --batch, --context, --bottleneck and --dtype narrow its 
 def parser() -> argparse.ArgumentParser:
     from .cases import ALL_GROUPS, CASE_NAMES
 
-    description, _, rest = (__doc__ or "").partition("\n\n")
     result = argparse.ArgumentParser(
         prog="python -m bench",
-        description=f"{description}\n\n{rest}",
+        description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -108,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file = given.out / "results.json"
 
     def keep(so_far: dict[str, Any]) -> None:
-        write_whole(file, _text({**so_far, "command": command}))
+        write_whole(file, report.to_json({**so_far, "command": command}))
 
     try:
         results = run(settings, report.Steps(), keep)
@@ -121,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = slug(results["about"]) + ("-sweep" if given.sweep else "")
     files = [file, given.out / f"{name}.json"]
     for one in files:
-        write_whole(one, _text(results))
+        write_whole(one, report.to_json(results))
     try:
         from .plot import draw
 
@@ -137,10 +135,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"wrote {', '.join(map(str, files))}")
     interrupted = any(one["why"] == INTERRUPTED for one in results["left_out"])
     return 1 if results["failures"] or interrupted else 0
-
-
-def _text(results: Mapping[str, Any]) -> bytes:
-    return (json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _settings(given: argparse.Namespace, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> Settings:

@@ -277,6 +277,35 @@ def geometry_of(layers: Sequence[Pair]) -> CacheGeometry:
     return CacheGeometry(len(layers), key.shape[1], key.shape[3])
 
 
+def random_caches(
+    sharer: CacheGeometry,
+    receiver: CacheGeometry,
+    *,
+    batch: int,
+    tokens: int,
+    context: int,
+    spans: list[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    light: bool = False,
+) -> Caches:
+    """Numbers of order 1 in the place of what models made.
+
+    Args:
+        light: one layer's memory serves all of a cache, where only what is compiled matters.
+    """
+
+    def cache(geometry: CacheGeometry, length: int) -> list[Pair]:
+        shape = batch, geometry.kv_heads, length, geometry.head_dim
+
+        def pair() -> Pair:
+            return torch.randn(shape, device=device, dtype=dtype), torch.randn(shape, device=device, dtype=dtype)
+
+        return [pair()] * geometry.layers if light else [pair() for _ in range(geometry.layers)]
+
+    return Caches(cache(sharer, tokens), cache(receiver, tokens), cache(receiver, context), spans)
+
+
 def make_config(group: Group, sharer: CacheGeometry, receiver: CacheGeometry, width: int) -> LCFConfig:
     """LCF from sharer to receiver; LCF-X and slots from the receiver's model to itself."""
     return LCFConfig(

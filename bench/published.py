@@ -17,7 +17,7 @@ from typing import Any
 from lcf_fast.demo.slot_report import study_markdown
 from lcf_fast.evaluation.latency_report import latency_markdown
 
-from . import eval_table, plot, table, targets
+from . import eval_table, plot, report, table, targets
 from .machine import slug
 from .table import replaced
 
@@ -110,7 +110,7 @@ def take(folder: Path, results: Path) -> list[Path]:
     written = []
     for file, data in taken.items():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        file.write_bytes(report.to_json(data))
         written.append(file)
         if data.get("rows"):
             plot.draw(data, file.with_suffix(".svg"))

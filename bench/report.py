@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +41,11 @@ class Steps:
         else:
             yield
         print(f"  {time.perf_counter() - started:6.1f} s  {text}", file=sys.stderr, flush=True)
+
+
+def to_json(results: Mapping[str, Any]) -> bytes:
+    """Results as they lie in files."""
+    return (json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def number(value: float | None, digits: int = 3) -> str:

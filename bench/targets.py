@@ -353,10 +353,9 @@ def _is_other(file: Path) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    description, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m bench.targets",
-        description=f"{description}\n\n{rest}",
+        description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

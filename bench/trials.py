@@ -22,7 +22,7 @@ from lcf_fast.kernels import fusion_plan, tuned
 from . import timing
 from .cases import CASES, Shape
 from .errors import judge
-from .inputs import Caches, Operands, Pair, geometry_of, make_config, make_operands, make_weights
+from .inputs import Operands, geometry_of, make_config, make_operands, make_weights, random_caches
 from .job import is_fatal
 from .plan import BY_NAME
 from .variants import OURS, REFERENCE, flatten
@@ -170,24 +170,6 @@ def near(row: Row, grid: Mapping[str, tuple[int, ...]]) -> list[Row]:
     return sorted((other for other in found if other != row), key=distance)
 
 
-def random_caches(
-    sharer: CacheGeometry, receiver: CacheGeometry, size: Size, device: torch.device, dtype: torch.dtype, *, light: bool
-) -> Caches:
-    """Of order 1; ``light``: one layer's memory serves them all, where only what is compiled matters."""
-
-    def cache(geometry: CacheGeometry, length: int) -> list[Pair]:
-        shape = size.batch, geometry.kv_heads, length, geometry.head_dim
-
-        def pair() -> Pair:
-            key, value = torch.randn(2, *shape, device=device, dtype=dtype).unbind(0)
-            return key, value
-
-        return [pair()] * geometry.layers if light else [pair() for _ in range(geometry.layers)]
-
-    spans = [size.context * i // 4 for i in range(5)]
-    return Caches(cache(sharer, size.tokens), cache(receiver, size.tokens), cache(receiver, size.context), spans)
-
-
 @dataclass(frozen=True)
 class Bench:
     """Where tasks are run: geometries, width, dtype and device."""
@@ -201,7 +183,17 @@ class Bench:
     def operands(self, case: str, size: Size, *, light: bool = False) -> Operands:
         """Inputs of a case at a size."""
         group = BY_NAME[_CASES[case.removesuffix(INDEXED)].group]
-        caches = random_caches(self.sharer, self.receiver, size, self.device, self.dtype, light=light)
+        caches = random_caches(
+            self.sharer,
+            self.receiver,
+            batch=size.batch,
+            tokens=size.tokens,
+            context=size.context,
+            spans=[size.context * i // 4 for i in range(5)],
+            device=self.device,
+            dtype=self.dtype,
+            light=light,
+        )
         config = make_config(group, geometry_of(caches.sharer), geometry_of(caches.receiver), self.width)
         return make_operands(group, caches, config, make_weights(config, device=self.device, dtype=self.dtype))
 
@@ -257,9 +249,6 @@ class Trial:
         if not self.asked:
             raise ValueError(f"the policy has no row of kind {task.kind!r} here")
         self.row = self.asked[0][1]
-
-    def candidates(self) -> list[Row]:
-        return candidates(self.task, self.row)
 
     @cached_property
     def _sets(self) -> list[list[Operands]]:

@@ -9,7 +9,6 @@ Without that variable nothing changes: the package tunes nothing by itself.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 import lcf_fast
+from lcf_fast.files import write_whole
 from lcf_fast.kernels import tuned
 
 from . import ROOT, machine, report
@@ -71,8 +71,7 @@ class Found:
     def write(self) -> None:
         for name, key, values in (("tuned", "rows", self.entries), ("trials", "trials", self.trials)):
             data = {"schema": tuned.SCHEMA, "about": self.about, key: values}
-            text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
-            (self.out / f"{name}.json").write_text(text, encoding="utf-8")
+            write_whole(self.out / f"{name}.json", report.to_json(data))
 
 
 def compile_beside(tasks: Sequence[Task], bench: Bench, seconds: float) -> set[tuple[str, int]]:
@@ -161,7 +160,7 @@ def tune_task(task: Task, bench: Bench, found: Found, compiled: set[tuple[str, i
     """One task; what came of it, in a line."""
     end = time.monotonic() + seconds
     trial = Trial(task, bench)
-    rows = [row for i, row in enumerate(trial.candidates()[:MOST]) if compiled is None or (task.name, i) in compiled]
+    rows = [row for i, row in enumerate(candidates(task, trial.row)[:MOST]) if compiled is None or (task.name, i) in compiled]
     own_wrong = trial.wrong(trial.row)
     if own_wrong:
         return f"{task.said()}: the policy's own row is out of bounds, and nothing is tuned: {own_wrong}"
@@ -210,10 +209,9 @@ def _said(
 
 
 def parser() -> argparse.ArgumentParser:
-    description, _, rest = (__doc__ or "").partition("\n\n")
     result = argparse.ArgumentParser(
         prog="python -m bench.tune",
-        description=f"{description}\n\n{rest}",
+        description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -23,7 +23,7 @@ from lcf_fast import CacheGeometry
 
 from . import ROOT
 from .cases import QWEN3, QWEN25, WHOLE, cases_of
-from .inputs import Caches, Pair, make_config, make_operands, make_weights
+from .inputs import make_config, make_operands, make_weights, random_caches
 from .plan import ASIDE, BY_NAME, Point, points, urgent
 from .settings import DTYPES, LONGEST, Sweep, default_settings, dtype_name
 from .variants import OURS
@@ -80,21 +80,20 @@ def touch(
     draw = lru_cache(maxsize=2)(make_weights)
     for point in chosen:
         group = point.group
-
-        def cache(
-            geometry: CacheGeometry, length: int, rows: int = point.batch, dtype: torch.dtype = point.dtype
-        ) -> list[Pair]:
-            shape = rows, geometry.kv_heads, length, geometry.head_dim
-            pair = torch.randn(shape, device=device, dtype=dtype), torch.randn(shape, device=device, dtype=dtype)
-            return [pair] * geometry.layers  # one layer's memory serves them all
-
         for case in cases_of(group)[: 1 if point.brief else None]:
             try:
                 config = make_config(group, sharer, receiver, point.width)
                 weights = draw(config, device=device, dtype=point.dtype)
-                spans = [0, max(point.context // 3, 1), point.context]
-                caches = Caches(
-                    cache(sharer, point.tokens), cache(receiver, point.tokens), cache(receiver, point.context), spans
+                caches = random_caches(
+                    sharer,
+                    receiver,
+                    batch=point.batch,
+                    tokens=point.tokens,
+                    context=point.context,
+                    spans=[0, max(point.context // 3, 1), point.context],
+                    device=device,
+                    dtype=point.dtype,
+                    light=True,
                 )
                 OURS[case.name](make_operands(group, caches, config, weights))
             except Exception as error:  # it has its place in the results

@@ -19,7 +19,7 @@ from .checks import check_state_numbers, check_tensor, describe, reads_values
 from .eager_ranges import STATS
 from .errors import DeviceError, DTypeError, MessageError, ShapeError, SpanError
 from .fingerprint import Origin
-from .identity import Pending, found_origin
+from .identity import Pending, TakesOrigin
 from .inputs import host_spans, without_gaps
 from .message import Message
 from .slot_states import SlotStates
@@ -33,7 +33,7 @@ __all__ = ["GrowingMessage", "GrowingSlots", "PartialPool", "merged"]
 
 
 @dataclass(frozen=True, eq=False)
-class PartialPool:
+class PartialPool(TakesOrigin):
     """What a piece of a context comes to, of a size that does not depend on its length.
 
     Attributes:
@@ -67,10 +67,6 @@ class PartialPool:
             raise ShapeError("spans", expected=f"one for each of {states.shape[1]} items", got=str(len(self.spans)))
         if type(self.tokens) is not int:
             raise DTypeError("tokens", expected="an int", got=describe(self.tokens))
-
-    def __getstate__(self) -> dict[str, Any]:
-        # In another process there is no adapter to ask.
-        return {**self.__dict__, "made_by": found_origin(self.made_by)}
 
     @property
     def nbytes(self) -> int:

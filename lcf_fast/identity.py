@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .errors import MessageError
 from .fingerprint import Origin
 
-__all__ = ["HasOrigin", "Pending", "found_origin"]
+__all__ = ["HasOrigin", "Pending", "TakesOrigin", "found_origin"]
 
 _seeing = Lock()
 
@@ -59,6 +59,15 @@ class Pending:
 def found_origin(made_by: Pending | Origin | None) -> Origin | None:
     """The origin, looked up now where it has not been."""
     return made_by() if isinstance(made_by, Pending) else made_by
+
+
+class TakesOrigin:
+    """What is pickled takes the origin along and not its maker: in another process there is no adapter to ask."""
+
+    made_by: Pending | Origin | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "made_by": found_origin(self.made_by)}
 
 
 class HasOrigin(nn.Module):

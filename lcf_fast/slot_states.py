@@ -18,13 +18,13 @@ from .backends import resolve
 from .checks import check_state_numbers, check_tensor, describe, reads_values
 from .errors import DeviceError, DTypeError, ShapeError, SpanError
 from .fingerprint import Origin
-from .identity import Pending, found_origin
+from .identity import Pending, TakesOrigin
 
 __all__ = ["SlotStates", "finish_states", "merge_states"]
 
 
 @dataclass(frozen=True, eq=False)
-class SlotStates:
+class SlotStates(TakesOrigin):
     """What a piece of a context comes to, of a size that does not depend on its length.
 
     Attributes:
@@ -47,10 +47,6 @@ class SlotStates:
         if tuple(stats.shape) != (*states.shape[:4], 2):
             raise ShapeError("stats", expected=f"{(*states.shape[:4], 2)}", got=describe(stats))
         check_state_numbers(states, stats)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # In another process there is no adapter to ask.
-        return {**self.__dict__, "made_by": found_origin(self.made_by)}
 
     @property
     def nbytes(self) -> int:

@@ -232,8 +232,7 @@ def check_preamble(preamble: bytes | bytearray | memoryview, *, key: bytes | Non
         MessageError: also: keyed where ``key`` is None, or not where it is not; longer than ``max_bytes``.
     """
     _check_key(key)
-    if type(max_bytes) is not int:
-        raise DTypeError("max_bytes", expected="an int", got=repr(max_bytes)[:80])
+    _check_max_bytes(max_bytes)
     length, flags = stated_length(preamble), int.from_bytes(preamble[12:16], "little")
     if flags not in (0, _KEYED):
         refuse("flags", f"0 or {_KEYED}", flags)
@@ -364,6 +363,11 @@ def _tensors(view: memoryview, start: int, description: Description, places: Map
 # ---------------------------------------------------------------------
 
 
+def _check_max_bytes(max_bytes: Any) -> None:
+    if type(max_bytes) is not int:
+        raise DTypeError("max_bytes", expected="an int", got=repr(max_bytes)[:80])
+
+
 def _check_key(key: Any) -> None:
     if key is None:
         return
@@ -383,8 +387,7 @@ def read_file(path: str | os.PathLike[str], *, max_bytes: int) -> bytearray:
     """The bytes of a file that can be a message by its size; else a MessageError, before any are read."""
     if not isinstance(path, (str, os.PathLike)):
         raise DTypeError("path", expected="a str or a path", got=type(path).__name__)
-    if type(max_bytes) is not int:
-        raise DTypeError("max_bytes", expected="an int", got=repr(max_bytes)[:80])
+    _check_max_bytes(max_bytes)
     try:
         # Looked at before it is opened: opening a pipe would wait for a writer.
         if not stat.S_ISREG(os.stat(path).st_mode):

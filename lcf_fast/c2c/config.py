@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..config import CacheGeometry, _finite_float, check_positive_int, layer_map
-from ..errors import DTypeError, GeometryError
+from ..config import CacheGeometry, _finite_float, check_geometry, check_positive_int, layer_map
+from ..errors import GeometryError
 
 __all__ = ["C2CConfig"]
 
@@ -47,9 +47,7 @@ class C2CConfig:
 
     def __post_init__(self) -> None:
         for name in ("sharer", "receiver"):
-            if not isinstance(getattr(self, name), CacheGeometry):
-                got = type(getattr(self, name)).__name__
-                raise DTypeError(name, expected="a CacheGeometry (CacheGeometry.of(model) makes one)", got=got)
+            check_geometry(name, getattr(self, name))
         for name in ("hidden", "intermediate", "num_layers", "anneal_steps"):
             check_positive_int(name, getattr(self, name))
         if self.num_layers < 3:

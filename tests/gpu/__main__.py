@@ -272,10 +272,9 @@ def targets(out: Path) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    description, _, rest = (__doc__ or "").partition("\n\n")
     result = argparse.ArgumentParser(
         prog="python tests/gpu",
-        description=f"{description}\n\n{rest}",
+        description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
