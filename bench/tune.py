@@ -160,7 +160,9 @@ def tune_task(task: Task, bench: Bench, found: Found, compiled: set[tuple[str, i
     """One task; what came of it, in a line."""
     end = time.monotonic() + seconds
     trial = Trial(task, bench)
-    rows = [row for i, row in enumerate(candidates(task, trial.row)[:MOST]) if compiled is None or (task.name, i) in compiled]
+    rows = candidates(task, trial.row)[:MOST]
+    if compiled is not None:
+        rows = [row for i, row in enumerate(rows) if (task.name, i) in compiled]
     own_wrong = trial.wrong(trial.row)
     if own_wrong:
         return f"{task.said()}: the policy's own row is out of bounds, and nothing is tuned: {own_wrong}"
