@@ -42,8 +42,14 @@ class TileConfig:
 _HALF: dict[str, dict[int, tuple[TileConfig, ...]]] = {
     "sm_90": {
         64: (TileConfig(128, 64, 64, 8, 3), TileConfig(16, 64, 64, 4, 3)),
-        # 128 tokens on 8 warps: two warpgroups, each with its own 64 rows of HGMMA.
-        128: (TileConfig(128, 64, 64, 8, 3), TileConfig(64, 64, 64, 4, 3), TileConfig(16, 64, 64, 4, 3)),
+        # 128 tokens on 8 warps: two warpgroups, each with its own 64 rows of HGMMA. 256 halve what is pulled of weights
+        # (310 MB through L2 at 2,048 tokens instead of 620) and fit with 32 hidden units of 128 tokens at a time.
+        128: (
+            TileConfig(256, 64, 32, 8, 3),
+            TileConfig(128, 64, 64, 8, 3),
+            TileConfig(64, 64, 64, 4, 3),
+            TileConfig(16, 64, 64, 4, 3),
+        ),
         # 32 hidden units at a time leave room for 128 rows.
         256: (TileConfig(128, 64, 32, 8, 2), TileConfig(64, 64, 64, 8, 2), TileConfig(16, 64, 32, 4, 3)),
         # The latent alone is 512 floats a row. 64 rows are the fewest for HGMMA; they spill, but in no loop.
@@ -68,6 +74,8 @@ _HALF: dict[str, dict[int, tuple[TileConfig, ...]]] = {
 }
 # At d = 512 the 64-row tile compiles to an empty kernel for sm_100 (Triton 3.7.1), so the next smaller one leads.
 _HALF["sm_100"] = {**_HALF["sm_90"], 512: _HALF["sm_90"][512][1:]}
+# Nor are 256 tokens for it, whose ptxas aims at 128 registers a thread.
+_HALF["sm_100"][128] = _HALF["sm_90"][128][1:]
 # At d = 256 this one spills least there, 14 times in place and twice out of place; others 29 times and more in all.
 _HALF["sm_100"][256] = (TileConfig(128, 32, 64, 8, 2), *_HALF["sm_90"][256][1:])
 
@@ -137,7 +145,15 @@ def tile_config(width: int, itemsize: int, target: str, rows: int, tokens: int) 
 def _tile(width: int, itemsize: int, target: str, rows: int, tokens: int) -> TileConfig:
     options = tile_options(width, itemsize, target)
     wanted = PROCESSORS[known_target(target)]
+
+    def busiest(config: TileConfig) -> int:
+        """Tokens that one multiprocessor goes through, tile after tile."""
+        return -(-rows * -(-tokens // config.block_tokens) // wanted) * config.block_tokens
+
     for i, config in enumerate(options):
+        # A token pulls 14 KB through L2 in a tile of 256, with its share of the weights, and 19 KB in one of 128.
+        if config.block_tokens > 128 and 3 * busiest(config) >= 4 * busiest(options[i + 1]):
+            continue
         if rows * -(-tokens // config.block_tokens) >= wanted:
             # The smallest pulls the weights most often: 620 MB through L2 at 256 tokens of 28 layers (d = 128), 113 us
             # at 5.5 TB/s, where 64 rows pull 155 MB. Not where the next larger one keeps half the chip busy.

@@ -25,6 +25,7 @@ from .common import (
     gelu,
     head_chunk,
     hidden_chunk,
+    inlined,
     long_dot,
     needs_wide_offsets,
     row_offsets,
@@ -82,6 +83,20 @@ def add_source(
     return z_k, z_v
 
 
+@inlined
+def upper_lower(x):
+    """The upper and the lower half of a tile's rows; where a thread holds rows of both, nothing moves."""
+    upper, lower = tl.split(tl.permute(tl.reshape(x, [2, x.shape[0] // 2, x.shape[1]]), (1, 2, 0)))
+    return upper, lower
+
+
+@inlined
+def below(upper, lower):
+    """One tile of two, the inverse of `upper_lower`."""
+    both = tl.permute(tl.join(upper, lower), (2, 0, 1))
+    return tl.reshape(both, [2 * upper.shape[0], upper.shape[1]])
+
+
 @triton.jit
 def rms_norm_tile(z_k, z_v, p_norm, WIDTH: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr):
     """``rmsnorm(z)`` as matrix operands, its two halves, and ``1 / rms`` of each row."""
@@ -92,6 +107,29 @@ def rms_norm_tile(z_k, z_v, p_norm, WIDTH: tl.constexpr, EPS: tl.constexpr, DTYP
     n_k = cast(z_k * scale[:, None] * tl.load(p_norm + o_z).to(tl.float32)[None, :], DTYPE)
     n_v = cast(z_v * scale[:, None] * tl.load(p_norm + HALF + o_z).to(tl.float32)[None, :], DTYPE)
     return n_k, n_v, scale
+
+
+@inlined
+def add_units(
+    n_k,
+    n_v,
+    out_k,
+    out_v,
+    b_in_k,
+    b_in_v,
+    b_out_k,
+    b_out_v,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``out + W_out gelu(W_in n)`` of some hidden units, whose parts of both weights are given."""
+    hidden = tl.zeros([n_k.shape[0], b_in_k.shape[1]], dtype=tl.float32)
+    hidden = long_dot(n_k, b_in_k, hidden, PRECISION)
+    hidden = long_dot(n_v, b_in_v, hidden, PRECISION)
+    hidden = cast(gelu(hidden, DTYPE), DTYPE)
+    out_k = long_dot(hidden, b_out_k, out_k, PRECISION)
+    out_v = long_dot(hidden, b_out_v, out_v, PRECISION)
+    return out_k, out_v
 
 
 @triton.jit
@@ -132,20 +170,53 @@ def ffn_block(
         out_v = tl.zeros_like(z_v)
     for i in range(0, HIDDEN // BLOCK_F):
         o_hidden = i * BLOCK_F + o_f
-        p_w = p_in + o_hidden[None, :] * WIDTH + o_z[:, None]
-        hidden = tl.zeros([z_k.shape[0], BLOCK_F], dtype=tl.float32)
-        hidden = long_dot(n_k, cast(tl.load(p_w), DTYPE), hidden, PRECISION)
-        hidden = long_dot(n_v, cast(tl.load(p_w + HALF), DTYPE), hidden, PRECISION)
-        hidden = cast(gelu(hidden, DTYPE), DTYPE)
-        p_w = p_out + o_z[None, :] * HIDDEN + o_hidden[:, None]
-        out_k = long_dot(hidden, cast(tl.load(p_w), DTYPE), out_k, PRECISION)
-        out_v = long_dot(hidden, cast(tl.load(p_w + HALF * HIDDEN), DTYPE), out_v, PRECISION)
+        p_i = p_in + o_hidden[None, :] * WIDTH + o_z[:, None]
+        p_o = p_out + o_z[None, :] * HIDDEN + o_hidden[:, None]
+        out_k, out_v = add_units(
+            n_k, n_v, out_k, out_v, cast(tl.load(p_i), DTYPE), cast(tl.load(p_i + HALF), DTYPE),
+            cast(tl.load(p_o), DTYPE), cast(tl.load(p_o + HALF * HIDDEN), DTYPE), DTYPE, PRECISION,
+        )  # fmt: skip
     if HAS_NOISE:
         keep = keep_tile(seed, threshold, o_z, o_token, i_item, row, i_block)
         out_k = z_k + tl.where(keep, out_k * keep_scale, 0.0)
         keep = keep_tile(seed, threshold, HALF + o_z, o_token, i_item, row, i_block)
         out_v = z_v + tl.where(keep, out_v * keep_scale, 0.0)
     return out_k, out_v
+
+
+@triton.jit
+def ffn_block_pair(
+    a_k,
+    a_v,
+    b_k,
+    b_v,
+    p_norm,
+    p_in,
+    p_out,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    EPS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`ffn_block` of two tiles, without noise: weights are read once for both, hidden units exist of one at a time."""
+    HALF: tl.constexpr = WIDTH // 2
+    o_z = tl.arange(0, HALF)
+    o_f = tl.arange(0, BLOCK_F)
+    na_k, na_v, _ = rms_norm_tile(a_k, a_v, p_norm, WIDTH, EPS, DTYPE)
+    nb_k, nb_v, _ = rms_norm_tile(b_k, b_v, p_norm, WIDTH, EPS, DTYPE)
+    for i in range(0, HIDDEN // BLOCK_F):
+        o_hidden = i * BLOCK_F + o_f
+        p_i = p_in + o_hidden[None, :] * WIDTH + o_z[:, None]
+        p_o = p_out + o_z[None, :] * HIDDEN + o_hidden[:, None]
+        b_in_k = cast(tl.load(p_i), DTYPE)
+        b_in_v = cast(tl.load(p_i + HALF), DTYPE)
+        b_out_k = cast(tl.load(p_o), DTYPE)
+        b_out_v = cast(tl.load(p_o + HALF * HIDDEN), DTYPE)
+        a_k, a_v = add_units(na_k, na_v, a_k, a_v, b_in_k, b_in_v, b_out_k, b_out_v, DTYPE, PRECISION)
+        b_k, b_v = add_units(nb_k, nb_v, b_k, b_v, b_in_k, b_in_v, b_out_k, b_out_v, DTYPE, PRECISION)
+    return a_k, a_v, b_k, b_v
 
 
 @triton.jit
@@ -235,13 +306,25 @@ def blocks_tile(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All FFN blocks of a layer on a tile; see `ffn_block`."""
-    for i in tl.static_range(BLOCKS):
-        z_k, z_v = ffn_block(
-            z_k, z_v, p_norm + i * WIDTH, p_in + i * HIDDEN * WIDTH, p_out + i * HIDDEN * WIDTH,
-            i, seed, threshold, keep_scale, o_token, i_item, row,
-            WIDTH, HIDDEN, BLOCK_F, EPS, HAS_NOISE, DTYPE, PRECISION,
-        )  # fmt: skip
+    """All FFN blocks of a layer on a tile; see `ffn_block`. More than 128 tokens are two tiles here, or hidden units would
+    not fit beside z."""
+    if z_k.shape[0] > 128 and not HAS_NOISE:
+        a_k, b_k = upper_lower(z_k)
+        a_v, b_v = upper_lower(z_v)
+        for i in tl.static_range(BLOCKS):
+            a_k, a_v, b_k, b_v = ffn_block_pair(
+                a_k, a_v, b_k, b_v, p_norm + i * WIDTH, p_in + i * HIDDEN * WIDTH, p_out + i * HIDDEN * WIDTH,
+                WIDTH, HIDDEN, BLOCK_F, EPS, DTYPE, PRECISION,
+            )  # fmt: skip
+        z_k = below(a_k, b_k)
+        z_v = below(a_v, b_v)
+    else:
+        for i in tl.static_range(BLOCKS):
+            z_k, z_v = ffn_block(
+                z_k, z_v, p_norm + i * WIDTH, p_in + i * HIDDEN * WIDTH, p_out + i * HIDDEN * WIDTH,
+                i, seed, threshold, keep_scale, o_token, i_item, row,
+                WIDTH, HIDDEN, BLOCK_F, EPS, HAS_NOISE, DTYPE, PRECISION,
+            )  # fmt: skip
     return z_k, z_v
 
 

@@ -20,7 +20,7 @@ from lcf_fast import CacheGeometry, use_backend
 from lcf_fast.kernels import fusion_plan, policy, pooling_policy, slot_policy, tuned
 
 BY_NAME = {task.name: task for task in TASKS}
-ROW = policy.TileConfig(128, 64, 64, 8, 3)
+ROW = policy.TileConfig(256, 64, 32, 8, 3)
 BETTER = policy.TileConfig(64, 64, 64, 8, 2)
 
 
@@ -48,7 +48,7 @@ def test_a_file_replaces_the_row_that_it_names_and_no_other(tmp_path: Path, entr
     assert policy.tile_config(128, 2, "sm_90", 28, 2048) == ROW
     entries(tuned.read(written(tmp_path, tuned.entry(place, ROW, BETTER))))
     assert policy.tile_config(128, 2, "sm_90", 28, 2048) == BETTER
-    assert policy.tile_config(128, 2, "sm_90", 28, 512) == policy.tile_options(128, 2, "sm_90")[1]
+    assert policy.tile_config(128, 2, "sm_90", 28, 512) == policy.tile_options(128, 2, "sm_90")[2]
     assert policy.tile_config(128, 2, "sm_86", 28, 2048) == policy.tile_options(128, 2, "sm_80")[0]
     assert policy.tile_config(64, 2, "sm_90", 28, 2048) == policy.tile_options(64, 2, "sm_90")[0]
     assert policy.tile_config(128, 4, "sm_90", 28, 2048) == policy.tile_options(128, 4, "sm_90")[0]
@@ -129,8 +129,12 @@ def test_near_rows_come_first() -> None:
 
 def test_what_is_tried_first() -> None:
     rows = candidates(BY_NAME["tile"], ROW)
-    assert rows[:2] == [policy.TileConfig(64, 64, 64, 4, 3), policy.TileConfig(64, 64, 64, 4, 2)]
-    assert len(set(rows)) == len(rows) == 161 and ROW not in rows
+    assert rows[:3] == [
+        policy.TileConfig(128, 64, 64, 8, 3),
+        policy.TileConfig(64, 64, 64, 4, 3),
+        policy.TileConfig(64, 64, 64, 4, 2),
+    ]
+    assert len(set(rows)) == len(rows) == 215 and ROW not in rows
     split = policy.split_config(128, 2, "sm_90", 28, 1)
     assert candidates(BY_NAME["one"], split)[0] is None
 

@@ -142,18 +142,19 @@ def injection_case(width: int, dtype: str, config: TileConfig, *, receiver: tupl
 def cases(chip: str) -> list[Case]:
     """What is compiled for ``chip``: every width at its largest tile; on sm_90 every tile and every form."""
     built = [fusion_case(width, "bf16", tile_options(width, 2, chip)[0]) for width in (64, 128, 256, 512)]
-    largest = tile_options(128, 2, chip)[0]
+    largest, next_largest = tile_options(128, 2, chip)[:2]
     built.append(fusion_case(128, "bf16", largest, message=True))
     built.append(projection_case(128, "bf16", largest))
     built.append(injection_case(128, "bf16", largest))
     if chip == "sm_90":
         for width in (64, 128, 256, 512):
             built += [fusion_case(width, "bf16", config) for config in tile_options(width, 2, chip)[1:]]
-        built.append(fusion_case(128, "bf16", largest, inplace=False, index=True))
+        for config in (largest, next_largest):
+            built.append(fusion_case(128, "bf16", config, inplace=False, index=True))
+            built.append(fusion_case(128, "fp16", config))
         built.append(fusion_case(128, "bf16", largest, aligned=False))
         built.append(fusion_case(128, "bf16", backward_config(128, 2, chip), inplace=False, noise=True))
         built.append(fusion_case(128, "bf16", largest, receiver=(5, 80)))
         built.append(fusion_case(128, "bf16", largest, receiver=(2, 256)))
-        built.append(fusion_case(128, "fp16", largest))
         built.append(fusion_case(128, "fp32", tile_options(128, 4, chip)[0]))
     return built

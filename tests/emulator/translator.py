@@ -193,6 +193,10 @@ class Translator:
 
     # Memory
 
+    def _createpolicy(self, statement: Statement) -> Step:
+        """What leaves a cache first: changes no value, and a load or store that names it is one like any other."""
+        return lambda frame: None
+
     def _ld(self, statement: Statement) -> Step:
         parts = statement.opcode.split(".")
         kind, space = parts[-1], parts[1]

@@ -31,7 +31,10 @@ def test_every_size_has_a_tile(width: int, itemsize: int, chip: str) -> None:
 @pytest.mark.parametrize(
     ("tokens", "block"),
     [
-        (2048, 128),  # 28 layers x 16 tiles: three programs a multiprocessor
+        (2048, 256),  # 28 layers x 8 tiles: two rounds of 256, as long as four of 128
+        (4096, 256),  # four rounds of 256 against seven of 128: a seventh more tokens, a quarter less through L2
+        (1536, 128),  # two rounds of 256 against three of 128: a third more
+        (1024, 128),  # 28 x 4 = 112 of 256 would not fill the chip
         (640, 128),  # 28 x 5 = 140 still fill 132 multiprocessors
         (512, 64),  # 28 x 4 = 112 would not
         (256, 64),  # 112 again: not all, but 16 rows would pull the weights four times as often
@@ -94,6 +97,7 @@ def test_how_many_programs_share_a_tile(programs: int, steps: int, heads: int, c
 
 def test_a_bigger_batch_keeps_the_tile_large() -> None:
     assert policy.tile_config(128, 2, "sm_90", 28 * 8, 128).block_tokens == 128
+    assert policy.tile_config(128, 2, "sm_90", 28 * 8, 2048).block_tokens == 256
 
 
 @pytest.mark.parametrize(
