@@ -306,8 +306,10 @@ def blocks_tile(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All FFN blocks of a layer on a tile; see `ffn_block`. More than 128 tokens are two tiles here, or hidden units would
-    not fit beside z."""
+    """All FFN blocks of a layer on a tile; see `ffn_block`.
+
+    More than 128 tokens are two tiles here: the hidden units of all would not fit in registers beside z.
+    """
     if z_k.shape[0] > 128 and not HAS_NOISE:
         a_k, b_k = upper_lower(z_k)
         a_v, b_v = upper_lower(z_v)

@@ -9,11 +9,14 @@ import pytest
 from bench import cases, published, targets
 from bench.measures import floors
 from bench.published import NOTES
-from bench.targets import COPY_GB_S, FEW, LCF, MATMUL_TFLOP_S, POOL, TRAIN
+from bench.targets import BATCH, COPY_GB_S, FEW, LCF, MATMUL_TFLOP_S, POOL, TRAIN
+from lcf_fast.kernels import policy
 
 TEXT = NOTES.read_text(encoding="utf-8")
 EXPERIMENTS = TEXT.partition("## First experiments")[2]
-PROCESSORS, TILE, CHUNK = 132, 128, 64
+PROCESSORS, CHUNK = 132, 64
+#: The policy's tile at 2,048 tokens and the one below it; what an L2 cache holds and hands out.
+TILE, LESS, L2_BYTES, L2_GB_S = 256, 128, 50e6, 5500
 
 
 def row(begins: str) -> str:
@@ -71,8 +74,9 @@ def test_latents_of_training() -> None:
 def test_rounds() -> None:
     tiles = 28 * 2048 // TILE
     rounds = tiles / PROCESSORS
-    said = f"{tiles} tiles of {TILE} tokens are {rounds:.2f} rounds, run as 4: {100 * (1 - rounds / 4):.0f}% less"
+    said = f"{tiles} tiles of {TILE} tokens are {rounds:.2f} rounds, run as 2: {100 * (1 - rounds / 2):.0f}% less"
     assert said in row("LCF, 2,048 tokens: programs that stay")
+    assert policy.tile_config(128, 2, "sm_90", 28, 2048).block_tokens == TILE
 
 
 def test_states_of_chunks() -> None:
@@ -93,23 +97,44 @@ def test_nothing_is_passed_off_as_measured() -> None:
     assert lines and all(line.endswith("| not measured |") for line in lines)
 
 
+def l2_bytes(pick: targets.Pick, tile: int) -> tuple[float, float, float]:
+    """What tiles pull through L2: weights, the rows, the receiver's rows once more."""
+    shape = pick.shape()
+    weights = cases.fuse_layers(replace(shape, tokens=0)).bytes
+    rows = cases.fuse_layers(shape).bytes - weights
+    receiver = 28 * shape.batch * shape.tokens * 2 * 1024 * 2
+    return shape.batch * shape.tokens // tile * weights, rows - receiver, receiver
+
+
 def test_what_l2_moves() -> None:
-    """448 tiles; every one reads its layer's weights, its rows, and the receiver's rows once more."""
-    shape = LCF.shape()
-    weights = cases.fuse_layers(replace(shape, tokens=0)).bytes / 28
-    rows = cases.fuse_layers(shape).bytes - 28 * weights
-    tiles = 28 * shape.tokens // TILE
-    receiver = 28 * shape.tokens * 2 * 1024 * 2
-    sharer = rows - 2 * receiver
-    total = tiles * weights + sharer + 2 * receiver
-    ends = tiles * ((2 * 128 + 2 * 1024) * 128 + 2 * 1024 * 64) * 2  # W_down and W_up
+    weights, once, again = l2_bytes(LCF, TILE)
+    total = weights + once + again
+    more, _, _ = l2_bytes(LCF, LESS)
+    total_less = more + once + again
+    batch, batch_less = (1e-3 * sum(l2_bytes(BATCH, tile)) / L2_GB_S for tile in (TILE, LESS))
     text = " ".join(TEXT.split())
+    rows = 28 * LCF.shape().tokens
     for claim in (
-        f"each of {tiles} tiles reads a layer's {weights / 1e6:.2f} MB of weights, {tiles * weights / 1e6:.0f} MB",
-        f"its rows {(sharer + receiver) / 1e6:.0f} MB, and the receiver's again for the edit, {receiver / 1e6:.0f} MB",
-        f"{total / 1e6:,.0f} MB at 2,048 tokens",
-        f"half as often, {ends / 2 / 1e6:.0f} MB or {ends / 2 / 5.5e6:.0f} µs less",
-        f"hold {PROCESSORS * TILE * (sharer + receiver) / 28 / shape.tokens / 1e6:.0f} MB of rows",
-        f"up to {receiver / 1e6:.0f} MB or {1e-3 * receiver / COPY_GB_S:.0f} µs more",
+        f"a layer's {weights * TILE / rows / 1e6:.2f} MB of weights",
+        f"the rows are {once / 1e6:.0f} MB and {again / 1e6:.0f} MB",
+        f"weights are {more / 1e6:.0f} MB for tiles of {LESS}, {weights / 1e6:.0f} MB for {TILE}",
+        f"{round(total_less / 1e6, -1):,.0f} and {round(total / 1e6, -1):,.0f} MB",
+        f"{round(1e-3 * total_less / L2_GB_S, -1):.0f} and {1e-3 * total / L2_GB_S:.0f} µs where L2 gives 5,500 GB/s",
+        f"it is {round(batch_less, -1):,.0f} and {round(batch, -1):,.0f} µs",
+        f"hold {PROCESSORS * TILE * once / rows / 1e6:.0f} MB of rows (of {LESS}: "
+        f"{PROCESSORS * LESS * once / rows / 1e6:.0f} MB)",
+        f"up to {again / 1e6:.0f} MB or {1e-3 * again / COPY_GB_S:.0f} µs more",
     ):
-        assert claim in text
+        assert claim in text, claim
+
+
+def test_what_the_edit_finds_in_l2() -> None:
+    """Rows are read keys first and edited backwards: what was read since, of all tiles in flight, is to fit."""
+    layer = PROCESSORS * 2 * 1024 * 2  # of a token, keys and values, of all multiprocessors' tiles
+    there = {tile: min(1.0, L2_BYTES / (tile * layer)) for tile in (TILE, LESS)}
+    assert there[LESS] == pytest.approx(0.75, abs=0.05), "all values and half of the keys"
+    assert there[TILE] == pytest.approx(1 / 3, abs=0.05), "a third"
+    again = l2_bytes(LCF, TILE)[2]
+    # Forwards, values first: of 128 tokens values are half of what is read again, of 256 not even those fit.
+    less, more = sorted(round((there[tile] - forwards) * again / 1e6) for tile, forwards in ((LESS, 0.5), (TILE, 0.0)))
+    assert f"{round(less, -1)} to {round(more, -1)} MB less" in row("LCF, 2,048 tokens: the edit")
