@@ -30,7 +30,7 @@ from .variants import OURS
 
 LIMIT_S = 120.0
 #: Batches and receiver positions, between them every tile of `lcf_fast.kernels.policy`; batches of one have their own.
-SIZES = ((1, 8), (1, 128), (1, 512), (1, 2048), (8, 512))
+SIZES = ((1, 8), (1, 128), (1, 512), (1, 1024), (1, 2048), (8, 512))
 CONTEXTS = ((1, 2000), (1, LONGEST), (8, 2000))
 
 
