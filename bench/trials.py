@@ -123,6 +123,7 @@ TASKS = (
             "block_tokens": (16, 32, 64, 128),
             "group_spans": (8, 16, 32),
             "num_warps": (2, 4, 8),
+            "max_registers": (96, 128, 168, 255),
             "merge_chunks": (16, 32, 64),
             "merge_warps": (4, 8),
         },

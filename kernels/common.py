@@ -79,6 +79,20 @@ def exact_dot(rows, tile, acc, DTYPE: tl.constexpr):
 
 
 @inlined
+def third_of(x, i_third, DTYPE: tl.constexpr):
+    """Of the three 16-bit numbers that add up to a float32 (`exact_dot`) the first, second or third; beyond those 0.
+
+    With ``i_third`` along an axis of a product that tensor instructions pad anyway, one product does the work of three.
+    """
+    first = x.to(DTYPE)
+    x -= first.to(tl.float32)
+    second = x.to(DTYPE)
+    third = (x - second.to(tl.float32)).to(DTYPE)
+    zero = tl.zeros_like(third)
+    return tl.where(i_third == 0, first, tl.where(i_third == 1, second, tl.where(i_third == 2, third, zero)))
+
+
+@inlined
 def row_scale(rows):
     """A power of two a row that brings its largest element to between 2**8 and 2**9, and the inverse.
 

@@ -2,8 +2,8 @@
 
 Two launches for all layers, whatever the number of spans (a third, in `fold`, makes the message of the summary):
 
-1. `pool_chunk_kernel`: a program reads one chunk of tokens of one layer, batch item and head, each byte of the cache
-   once, and reduces it to a partial state;
+1. `pool_chunk_kernel`: a program reads chunks of tokens of one layer, batch item and head, each byte of the cache
+   once, and reduces each to a partial state;
 2. `merge_kernel` in `merging`, which also says what a state is: states merge, 32 chunks at a time; a longer sequence
    takes one more launch for every factor of 31.
 
@@ -15,7 +15,8 @@ weighted sum a token, be it one span or a span a token.
 Overlapping spans lie in tracks, within each of which they do not overlap. A program serves one track; those of a chunk
 run side by side, so that the cache comes from memory once and from the L2 cache for the other tracks.
 
-Sums are float32 throughout; float32 factors of 16-bit tiles are split in three, so nothing is rounded to 16 bits.
+Sums are float32 throughout; float32 factors of 16-bit tiles are split in three, so nothing is rounded to 16 bits. The
+thirds are rows of one product, which a tensor instruction would pad with zeros anyway.
 Cost a token, layer and KV head: ``2·D`` elements read, ``8·D`` FLOPs a track. A chunk writes, and the merge reads,
 ``8·D`` bytes for each part that is there, mostly one of three. Floor: the cache's bytes at the copy bandwidth (2,000
 tokens of Qwen3-0.6B, 28 layers: 229 MB, 53 us on an H200).
@@ -36,14 +37,17 @@ from .common import (
     address_tables,
     alike_runs,
     device_guard,
-    exact_dot,
+    dot,
     inlined,
+    needs_wide_offsets,
     pointer_of,
+    row_offsets,
     target_of,
+    third_of,
 )
 from .fold import fold
 from .merging import INNER, LEFT, PARTS, RIGHT, STATS, finite_or_zero, merge
-from .pooling_policy import PoolingConfig, pooling_config
+from .pooling_policy import PoolingConfig, chunks_in_turn, pooling_config
 
 #: Most memory that the states of one launch may take; beyond it layers are pooled in turns. A launch of that size takes
 #: hundreds of microseconds, so that one more costs nothing.
@@ -80,6 +84,8 @@ def spans_ended(p_offsets, position, spans, tokens, SLACK: tl.constexpr):
         "tokens",
         "spans",
         "chunks",
+        "groups",
+        "each",
         "batch",
         "tracks",
         "stride_offsets_batch",
@@ -100,6 +106,8 @@ def pool_chunk_kernel(
     tokens,
     spans,
     chunks,
+    groups,
+    each,
     batch,
     tracks,
     stride_key_batch,
@@ -122,10 +130,12 @@ def pool_chunk_kernel(
     SCALE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     SLACK: tl.constexpr,
+    IS_WIDE: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Reduce one chunk of BLOCK_T tokens of one (layer, batch item, head, track) to its state.
+    """Reduce ``each`` chunks of BLOCK_T tokens of one (layer, batch item, head, track), one after the other, to their
+    states; ``groups`` programs share a track.
 
     ``keys``, ``values``: launch tables. ``span_query``, ``global_query`` ``(L, H, D)`` contiguous. ``states``
     ``(L, B, H, tracks, chunks, PARTS, 2, D)``, ``stats`` ``(L, B, H, tracks, chunks, STATS)``, float32; the vectors of
@@ -133,120 +143,134 @@ def pool_chunk_kernel(
     ``tokens`` belongs to a span that began before the piece or goes on after it.
     """
     USE_DOT: tl.constexpr = tl.float32 != DTYPE  # tensor instructions; float32 has none that are exact
-    ROWS: tl.constexpr = 16 if USE_DOT else 4  # >= PARTS, and what a tensor instruction takes
+    ROWS: tl.constexpr = 16 if USE_DOT else 4  # 4 > PARTS; 16 are what a tensor instruction takes
     i_program = tl.program_id(0)
     i_track = i_program % tracks
-    i_chunk = (i_program // tracks) % chunks
-    i_row = i_program // (tracks * chunks)  # (layer, batch item, head)
+    i_first = (i_program // tracks) % groups * each
+    i_row = i_program // (tracks * groups)  # (layer, batch item, head)
     i_head = i_row % HEADS
     i_batch = (i_row // HEADS) % batch
     i_layer = i_row // (HEADS * batch)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < HEAD_DIM
-    begin = i_chunk * BLOCK_T
-    end = tl.minimum(begin + BLOCK_T, tokens)
-    o_t = begin + tl.arange(0, BLOCK_T)
-
-    # Tokens of no span and padding are never loaded: what lies there (NaN, too) can not reach a sum.
     p_offsets = offsets + i_batch.to(tl.int64) * stride_offsets_batch + i_track * stride_offsets_track
-    m_t = (o_t >= load_offset(p_offsets, 0, tokens, 0)) & (o_t < load_offset(p_offsets, spans, tokens, 0))
-    if HAS_MASK:
-        p_mask = mask + i_batch.to(tl.int64) * stride_mask_batch + i_track.to(tl.int64) * stride_mask_track
-        p_mask += o_t.to(tl.int64) * stride_mask_token
-        m_t = m_t & (tl.load(p_mask, mask=m_t, other=0) != 0)
-    m_td = m_t[:, None] & m_d[None, :]
     p_key = pointer_of(keys, i_layer, LAYERS, DTYPE, IS_ALIGNED)
     p_key += i_batch.to(tl.int64) * stride_key_batch + i_head.to(tl.int64) * stride_key_head
     p_value = pointer_of(values, i_layer, LAYERS, DTYPE, IS_ALIGNED)
     p_value += i_batch.to(tl.int64) * stride_value_batch + i_head.to(tl.int64) * stride_value_head
-    o_t64 = o_t.to(tl.int64)
-    b_key = tl.load(p_key + o_t64[:, None] * stride_key_token + o_d[None, :], mask=m_td, other=0.0)
-    b_value = tl.load(p_value + o_t64[:, None] * stride_value_token + o_d[None, :], mask=m_td, other=0.0)
-
-    # While the rows are under way: which spans cross the chunk's ends, which lie inside. [left_end, right_begin) holds
-    # the inner ones; spans first_inner .. last-1 are those.
-    first = spans_ended(p_offsets, begin, spans, tokens, SLACK)
-    last = spans_ended(p_offsets, end, spans, tokens, SLACK)
-    left_end = load_offset(p_offsets, first, tokens, SLACK)
-    right_begin = load_offset(p_offsets, last, tokens, SLACK)
-    has_left = (first < spans) & (left_end < begin)
-    has_right = (last < spans) & (right_begin < end)
-    is_through = has_left & has_right & (first == last)
-    has_right = has_right & (is_through == 0)
-    if has_left:
-        left_end = load_offset(p_offsets, first + 1, tokens, SLACK)
-    first_inner = first + has_left.to(tl.int32)
-
+    o_key = row_offsets(tl.arange(0, BLOCK_T), stride_key_token, IS_WIDE)
+    o_value = row_offsets(tl.arange(0, BLOCK_T), stride_value_token, IS_WIDE)
     p_query = (i_layer * HEADS + i_head) * HEAD_DIM + o_d
     b_span_query = tl.load(span_query + p_query, mask=m_d, other=0.0).to(tl.float32)
     b_global_query = tl.load(global_query + p_query, mask=m_d, other=0.0).to(tl.float32)
+    o_r = tl.arange(0, ROWS)
     if USE_DOT:
-        o_r = tl.arange(0, ROWS)
-        b_query = tl.where((o_r == 0)[:, None], b_span_query[None, :], 0.0)
-        b_query = tl.where((o_r == 1)[:, None], b_global_query[None, :], b_query)
-        b_scores = tl.zeros([ROWS, BLOCK_T], dtype=tl.float32)
-        b_scores = exact_dot(b_query, tl.trans(b_key), b_scores, DTYPE) * SCALE
-        b_score = tl.sum(tl.where((o_r == 0)[:, None], b_scores, 0.0), 0)
-        b_global = tl.sum(tl.where((o_r == 1)[:, None], b_scores, 0.0), 0)
-    else:
-        b_score = tl.sum(b_key * b_span_query[None, :], 1) * SCALE
-        b_global = tl.sum(b_key * b_global_query[None, :], 1) * SCALE
+        # Rows 0 and 1 of each four are the two queries, the fours the numbers that add up to them.
+        b_query = tl.where((o_r % 4 == 1)[:, None], b_global_query[None, :], 0.0)
+        b_query = tl.where((o_r % 4 == 0)[:, None], b_span_query[None, :], b_query)
+        b_query = third_of(b_query, (o_r // 4)[:, None], DTYPE)
+    covered = load_offset(p_offsets, 0, tokens, 0)
+    ended = load_offset(p_offsets, spans, tokens, 0)
+    i_state = (i_row.to(tl.int64) * tracks + i_track) * chunks
 
-    # Each token's part, logit and weight: softmax over a part of weight * exp(logit) is what the token counts for.
-    # Outside INNER that is the span's own softmax; inside it is the span's logit and the token's share of the span.
-    m_inner = (o_t >= left_end) & (o_t < right_begin)
-    b_part = tl.where(m_inner, INNER, tl.where(o_t < left_end, LEFT, RIGHT))
-    b_logit = tl.where(m_inner, 0.0, b_score)
-    b_weight = tl.where(m_inner, 0.0, 1.0)
-    i_span = first_inner
-    while i_span < last:
-        o_span = i_span + tl.arange(0, GROUP)
-        m_span = o_span < last
-        span_begin = tl.load(p_offsets + o_span, mask=m_span, other=0)
-        span_end = tl.load(p_offsets + o_span + 1, mask=m_span, other=0)
-        m_member = (o_t[None, :] >= span_begin[:, None]) & (o_t[None, :] < span_end[:, None])
-        m_member = m_member & m_span[:, None] & m_t[None, :] & m_inner[None, :]
-        b_member = tl.where(m_member, b_score[None, :], float("-inf"))
-        b_member = tl.exp(b_member - finite_or_zero(tl.max(b_member, 1))[:, None])
-        total = tl.sum(b_member, 1)
-        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-        b_member = b_member * inverse[:, None]
-        span_logit = tl.sum(b_member * b_global[None, :], 1)
-        b_weight += tl.sum(b_member, 0)
-        b_logit += tl.sum(tl.where(m_member, span_logit[:, None], 0.0), 0)
-        i_span += GROUP
+    first = spans_ended(p_offsets, i_first * BLOCK_T, spans, tokens, SLACK)
+    for i_chunk in range(i_first, tl.minimum(i_first + each, chunks)):
+        begin = i_chunk * BLOCK_T
+        end = tl.minimum(begin + BLOCK_T, tokens)
+        o_t = begin + tl.arange(0, BLOCK_T)
 
-    i_state = (i_row.to(tl.int64) * tracks + i_track) * chunks + i_chunk
-    p_stats = stats + i_state * STATS
-    p_state = states + i_state * (PARTS * 2 * HEAD_DIM)
-    tl.store(p_stats + 2 * PARTS, is_through.to(tl.float32))
-    o_part = tl.arange(0, ROWS)
-    m_part = m_t[None, :] & (b_part[None, :] == o_part[:, None])
-    b_sum = tl.where(m_part, b_logit[None, :], float("-inf"))
-    maximum = tl.max(b_sum, 1)
-    b_sum = tl.exp(b_sum - finite_or_zero(maximum)[:, None]) * b_weight[None, :]
-    total = tl.sum(b_sum, 1)
-    tl.store(p_stats + 2 * o_part, maximum, mask=o_part < PARTS)
-    tl.store(p_stats + 2 * o_part + 1, total, mask=o_part < PARTS)
-    if USE_DOT:
-        p_part = p_state + (o_part * (2 * HEAD_DIM))[:, None] + o_d[None, :]
-        m_part_d = (total != 0.0)[:, None] & m_d[None, :]
-        b_sum *= WEIGHT_SCALE
-        zeros = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
-        tl.store(p_part, exact_dot(b_sum, b_key, zeros, DTYPE) / WEIGHT_SCALE, mask=m_part_d)
-        tl.store(p_part + HEAD_DIM, exact_dot(b_sum, b_value, zeros, DTYPE) / WEIGHT_SCALE, mask=m_part_d)
-    else:
-        for i_part in tl.static_range(PARTS):
-            is_present = has_left
-            if i_part == RIGHT:
-                is_present = has_right
-            if i_part == INNER:
-                is_present = first_inner < last
-            if is_present:
-                b_part_sum = tl.sum(tl.where((o_part == i_part)[:, None], b_sum, 0.0), 0)[:, None]
-                p_part = p_state + i_part * (2 * HEAD_DIM) + o_d
-                tl.store(p_part, tl.sum(b_part_sum * b_key, 0), mask=m_d)
-                tl.store(p_part + HEAD_DIM, tl.sum(b_part_sum * b_value, 0), mask=m_d)
+        # Tokens of no span and padding are never loaded: what lies there (NaN, too) can not reach a sum.
+        m_t = (o_t >= covered) & (o_t < ended)
+        if HAS_MASK:
+            p_mask = mask + i_batch.to(tl.int64) * stride_mask_batch + i_track.to(tl.int64) * stride_mask_track
+            p_mask += o_t.to(tl.int64) * stride_mask_token
+            m_t = m_t & (tl.load(p_mask, mask=m_t, other=0) != 0)
+        m_td = m_t[:, None] & m_d[None, :]
+        # The scalar base takes what differs between chunks: a tile's offsets are the same for all, and 32-bit.
+        p_tile = p_key + begin.to(tl.int64) * stride_key_token
+        b_key = tl.load(p_tile + (o_key[:, None] + o_d[None, :]), mask=m_td, other=0.0)
+        p_tile = p_value + begin.to(tl.int64) * stride_value_token
+        b_value = tl.load(p_tile + (o_value[:, None] + o_d[None, :]), mask=m_td, other=0.0)
+
+        # While the rows are under way: which spans cross the chunk's ends, which lie inside. [left_end, right_begin)
+        # holds the inner ones; spans first_inner .. last-1 are those.
+        last = spans_ended(p_offsets, end, spans, tokens, SLACK)
+        left_end = load_offset(p_offsets, first, tokens, SLACK)
+        right_begin = load_offset(p_offsets, last, tokens, SLACK)
+        has_left = (first < spans) & (left_end < begin)
+        has_right = (last < spans) & (right_begin < end)
+        is_through = has_left & has_right & (first == last)
+        has_right = has_right & (is_through == 0)
+        if has_left:
+            left_end = load_offset(p_offsets, first + 1, tokens, SLACK)
+        first_inner = first + has_left.to(tl.int32)
+
+        if USE_DOT:
+            b_scores = dot(b_query, tl.trans(b_key), tl.zeros([ROWS, BLOCK_T], dtype=tl.float32), "ieee") * SCALE
+            b_score = tl.sum(tl.where((o_r % 4 == 0)[:, None], b_scores, 0.0), 0)
+            b_global = tl.sum(tl.where((o_r % 4 == 1)[:, None], b_scores, 0.0), 0)
+        else:
+            b_score = tl.sum(b_key * b_span_query[None, :], 1) * SCALE
+            b_global = tl.sum(b_key * b_global_query[None, :], 1) * SCALE
+
+        # Each token's part, logit and weight: softmax over a part of weight * exp(logit) is what the token counts for.
+        # Outside INNER that is the span's own softmax; inside it is the span's logit and the token's share of the span.
+        m_inner = (o_t >= left_end) & (o_t < right_begin)
+        b_part = tl.where(m_inner, INNER, tl.where(o_t < left_end, LEFT, RIGHT))
+        b_logit = tl.where(m_inner, 0.0, b_score)
+        b_weight = tl.where(m_inner, 0.0, 1.0)
+        i_span = first_inner
+        while i_span < last:
+            o_span = i_span + tl.arange(0, GROUP)
+            m_span = o_span < last
+            span_begin = tl.load(p_offsets + o_span, mask=m_span, other=0)
+            span_end = tl.load(p_offsets + o_span + 1, mask=m_span, other=0)
+            m_member = (o_t[None, :] >= span_begin[:, None]) & (o_t[None, :] < span_end[:, None])
+            m_member = m_member & m_span[:, None] & m_t[None, :] & m_inner[None, :]
+            b_member = tl.where(m_member, b_score[None, :], float("-inf"))
+            b_member = tl.exp(b_member - finite_or_zero(tl.max(b_member, 1))[:, None])
+            total = tl.sum(b_member, 1)
+            inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+            b_member = b_member * inverse[:, None]
+            span_logit = tl.sum(b_member * b_global[None, :], 1)
+            b_weight += tl.sum(b_member, 0)
+            b_logit += tl.sum(tl.where(m_member, span_logit[:, None], 0.0), 0)
+            i_span += GROUP
+
+        p_stats = stats + (i_state + i_chunk) * STATS
+        p_state = states + (i_state + i_chunk) * (PARTS * 2 * HEAD_DIM)
+        tl.store(p_stats + 2 * PARTS, is_through.to(tl.float32))
+        m_part = m_t[None, :] & (b_part[None, :] == (o_r % 4)[:, None])
+        b_sum = tl.where(m_part, b_logit[None, :], float("-inf"))
+        maximum = tl.max(b_sum, 1)
+        b_sum = tl.exp(b_sum - finite_or_zero(maximum)[:, None]) * b_weight[None, :]
+        total = tl.sum(b_sum, 1)
+        tl.store(p_stats + 2 * o_r, maximum, mask=o_r < PARTS)
+        tl.store(p_stats + 2 * o_r + 1, total, mask=o_r < PARTS)
+        if USE_DOT:
+            b_sum = third_of(b_sum * WEIGHT_SCALE, (o_r // 4)[:, None], DTYPE)
+            o_part = tl.arange(0, 4)
+            m_there = (tl.sum(tl.reshape(total, [ROWS // 4, 4]), 0) != 0.0) & (o_part < PARTS)
+            p_part = p_state + (o_part * (2 * HEAD_DIM))[:, None] + o_d[None, :]
+            m_part_d = m_there[:, None] & m_d[None, :]
+            zeros = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+            b_keys = tl.reshape(dot(b_sum, b_key, zeros, "ieee"), [ROWS // 4, 4, BLOCK_D])
+            tl.store(p_part, tl.sum(b_keys, 0) / WEIGHT_SCALE, mask=m_part_d)
+            b_values = tl.reshape(dot(b_sum, b_value, zeros, "ieee"), [ROWS // 4, 4, BLOCK_D])
+            tl.store(p_part + HEAD_DIM, tl.sum(b_values, 0) / WEIGHT_SCALE, mask=m_part_d)
+        else:
+            for i_part in tl.static_range(PARTS):
+                is_present = has_left
+                if i_part == RIGHT:
+                    is_present = has_right
+                if i_part == INNER:
+                    is_present = first_inner < last
+                if is_present:
+                    b_part_sum = tl.sum(tl.where((o_r == i_part)[:, None], b_sum, 0.0), 0)[:, None]
+                    p_part = p_state + i_part * (2 * HEAD_DIM) + o_d
+                    tl.store(p_part, tl.sum(b_part_sum * b_key, 0), mask=m_d)
+                    tl.store(p_part + HEAD_DIM, tl.sum(b_part_sum * b_value, 0), mask=m_d)
+        first = last
 
 
 def _pool_chunks(
@@ -271,7 +295,9 @@ def _pool_chunks(
     states = make(rows, tracks, chunks, PARTS.value, 2, head_dim, dtype=torch.float32)
     stats = make(rows, tracks, chunks, STATS.value, dtype=torch.float32)
     mask_strides = (0, 0, 0) if attention_mask is None else _with_track(attention_mask.stride())
-    pool_chunk_kernel[(rows * tracks * chunks,)](
+    each = chunks_in_turn(rows * tracks * chunks, target_of(keys[0]))
+    groups = triton.cdiv(chunks, each)
+    pool_chunk_kernel[(rows * tracks * groups,)](
         key_table,
         value_table,
         span_query,
@@ -283,6 +309,8 @@ def _pool_chunks(
         tokens,
         span_offsets.shape[-1] - 1,
         chunks,
+        groups,
+        each,
         batch,
         tracks,
         *keys[0].stride()[:3],
@@ -298,9 +326,11 @@ def _pool_chunks(
         SCALE=head_dim**-0.5,
         HAS_MASK=attention_mask is not None,
         SLACK=slack,
+        IS_WIDE=needs_wide_offsets(config.block_tokens, keys[0], values[0]),
         IS_ALIGNED=aligned,
         DTYPE=TRITON_DTYPE[keys[0].dtype],
         num_warps=config.num_warps,
+        **({} if torch.version.hip else {"maxnreg": config.max_registers}),
     )
     return states, stats
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .policy import PROCESSORS, known_target
 from .tuned import in_place_of
 
 
@@ -20,6 +21,7 @@ class PoolingConfig:
         num_warps: warps a program of the chunk kernel.
         merge_chunks: chunks a program of the merge; one less where a further merge follows.
         merge_warps: warps a program of the merge.
+        max_registers: a thread of the chunk kernel may take; 255 is no limit. Not on AMD.
     """
 
     block_tokens: int
@@ -27,6 +29,7 @@ class PoolingConfig:
     num_warps: int
     merge_chunks: int
     merge_warps: int
+    max_registers: int = 255
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,18 @@ class FoldConfig:
     num_stages: int
 
 
-#: Keys and values of a chunk, bytes. They wait in registers, which is what limits the bytes in flight: 32 KB by four
-#: warps is 128 to 214 registers a thread on sm_80 to sm_100, so two to four programs a multiprocessor, 64 to 128 KB
-#: (latency times bandwidth of an H200 is about 25 KB a multiprocessor, half of it idle while programs reduce). 64 KB
-#: spills; 16 KB pays the work on spans, which does not depend on the head's width, twice; eight warps need more
-#: instructions for the same bytes.
+#: Keys and values of a chunk, bytes. They pass through registers, which is what limits the bytes in flight: 32 KB by
+#: four warps is 140 to 215 registers a thread on sm_90, and without a spill the 128 that let four programs share a
+#: multiprocessor, 128 KB (latency times bandwidth of an H200 is about 25 KB a multiprocessor, most of it idle while
+#: programs reduce). 64 KB leave two programs; 16 KB pay the work on spans, which does not depend on the head's width,
+#: twice; eight warps need more instructions for the same bytes. float32, multiplied on the plain cores, would spill.
 CHUNK_BYTES = 32 * 1024
 #: Below 16 tokens no tensor instruction fits; above 128 the [spans, tokens] tiles take the registers.
 CHUNK_TOKENS = (16, 128)
+#: Chunks that a program takes one after the other, at the most, and programs a multiprocessor that must be left. What a
+#: program does once (tables, divisions, queries, the search for its first span) takes half as many instructions as a
+#: chunk does; but six rounds of the four programs that share a multiprocessor should stay, or the last one weighs.
+CHUNKS_IN_TURN, PROGRAMS = 8, 24
 #: Sums that a fold program keeps: 32 a thread, by at most four warps.
 FOLD_SUMS = 4096
 
@@ -83,7 +90,13 @@ def pooling_backward_config(head_dim: int, itemsize: int) -> PoolingConfig:
         num_warps=4,
         merge_chunks=32,
         merge_warps=8,
+        max_registers=128 if itemsize < 4 else 255,
     )
+
+
+def chunks_in_turn(chunks: int, target: str) -> int:
+    """How many of all ``chunks`` (of layers, items, heads and tracks) a program of the chunk kernel takes."""
+    return max(1, min(CHUNKS_IN_TURN, chunks // (PROGRAMS * PROCESSORS[known_target(target)])))
 
 
 def fold_config(channels: int, batch: int) -> FoldConfig:

@@ -79,6 +79,16 @@ def test_rounds() -> None:
     assert policy.tile_config(128, 2, "sm_90", 28, 2048).block_tokens == TILE
 
 
+def test_what_a_chunk_may_issue() -> None:
+    """At 90% of the copy bandwidth; four warps, and four instructions a clock at 1,755 MHz."""
+    shape = POOL.shape()
+    chunk = CHUNK * 2 * shape.config.sharer.head_dim * shape.itemsize
+    clocks = chunk / (0.9 * COPY_GB_S * 1e9 / PROCESSORS) * 1755e6
+    text = row("LCF-X, pooling")
+    assert f"has {round(clocks, -1):,.0f} clocks" in text
+    assert f"{100 * 1380 / clocks:.0f}% of what can be issued, then {100 * 928 / clocks:.0f}%" in text
+
+
 def test_states_of_chunks() -> None:
     """A part of a state is 8 D bytes, for keys and values of 2 D elements a token."""
     head, item = POOL.shape().config.sharer.head_dim, POOL.shape().itemsize

@@ -21,6 +21,7 @@ class Case:
             ``{(0,): [["tt.divisibility", 16]]}``.
         num_warps, num_stages: launch options.
         expect_mma: whether tensor instructions must appear.
+        max_registers: a limit on registers a thread, where the launcher sets one.
     """
 
     name: str
@@ -31,6 +32,14 @@ class Case:
     num_warps: int
     num_stages: int
     expect_mma: bool
+    max_registers: int | None = None
+
+    def options(self, chip: str) -> dict[str, int]:
+        """What the launcher passes to Triton for a chip."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.max_registers is not None and chip.startswith("sm_"):
+            options["maxnreg"] = self.max_registers
+        return options
 
 
 def make(
@@ -43,6 +52,7 @@ def make(
     unaligned: Iterable[str] = (),
     *,
     expect_mma: bool = False,
+    max_registers: int | None = None,
 ) -> Case:
     """A case as a launch would specialise it: pointers and strides divide by 16, ``unaligned`` and lengths do not.
 
@@ -59,4 +69,4 @@ def make(
             attrs.update({(i, j): [["tt.divisibility", 16]] for j in range(len(kind))})
         else:
             attrs[(i,)] = [["tt.divisibility", 16]]
-    return Case(name, kernel, signature, constexprs, attrs, num_warps, num_stages, expect_mma)
+    return Case(name, kernel, signature, constexprs, attrs, num_warps, num_stages, expect_mma, max_registers)

@@ -26,7 +26,7 @@ _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*
 def loops_of(case: Case, chip: str) -> tuple[int, list[Counter[str]]]:
     """Registers a thread, and each loop's instructions by kind, in the order in which loops end."""
     source = ASTSource(case.kernel, dict(case.signature), dict(case.constexprs), dict(case.attrs))
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = case.options(chip)
     registers, sass = disassemble(triton.compile(source, target=TARGETS[chip], options=options).asm["cubin"])
     ends = {begin: sass.index("\n", end) for begin, end in nvidia_loops(sass)}
     return registers, [Counter(_INSTRUCTION.findall(sass[begin:end])) for begin, end in ends.items()]

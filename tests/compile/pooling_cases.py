@@ -35,6 +35,7 @@ def pool_case(head_dim: int, dtype: str, *, has_mask: bool = False, aligned: boo
         "SCALE": head_dim**-0.5,
         "HAS_MASK": has_mask,
         "SLACK": slack,
+        "IS_WIDE": False,
         "IS_ALIGNED": aligned,
         "DTYPE": FLOATS[dtype],
     }
@@ -49,6 +50,7 @@ def pool_case(head_dim: int, dtype: str, *, has_mask: bool = False, aligned: boo
         config.num_warps,
         unaligned=() if aligned else tables,
         expect_mma=dtype != "fp32",
+        max_registers=config.max_registers,
     )
 
 

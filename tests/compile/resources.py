@@ -59,7 +59,7 @@ class Resources:
 def compile_case(case: Case, chip: str) -> Resources:
     """Cross-compile; no GPU is touched."""
     source = ASTSource(case.kernel, dict(case.signature), dict(case.constexprs), dict(case.attrs))
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = case.options(chip)
     compiled = triton.compile(source, target=TARGETS[chip], options=options)
     shared = compiled.metadata.shared
     if chip == "gfx942":

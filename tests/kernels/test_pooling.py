@@ -25,7 +25,7 @@ from helpers import (
 from lcf_fast import reference
 from lcf_fast.kernels import pooling
 from lcf_fast.kernels.fold import fold
-from lcf_fast.kernels.pooling_policy import PoolingConfig, fold_config, pooling_config
+from lcf_fast.kernels.pooling_policy import PoolingConfig, chunks_in_turn, fold_config, pooling_config
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Budget of float32 results. One rounding of a score moves a whole head's vector, so that one head is one sample of the
@@ -39,6 +39,7 @@ SMALL = PoolingConfig(block_tokens=16, group_spans=4, num_warps=4, merge_chunks=
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens make many chunks and several levels of merges."""
     monkeypatch.setattr(pooling, "pooling_config", lambda *_: SMALL)
+    monkeypatch.setattr(pooling, "chunks_in_turn", lambda *_: 3)  # to a program, the last of which has fewer
 
 
 def queries(heads: int, head_dim: int, generator: torch.Generator, scale: float = 1.0) -> Pair:
@@ -259,6 +260,26 @@ def test_chunk_size_does_not_matter(
     check(key, value, queries(1, 64, generator), table([[0, 16, 33, 128, 128, 190]], device))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunks_in_turn_are_the_same_to_the_bit(
+    dtype: torch.dtype, device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever spans do at the ends of a program's chunks: cross, begin, end, are empty; overlapping ones, too."""
+    monkeypatch.setattr(pooling, "pooling_config", lambda *_: SMALL)
+    key, value = one_layer(2, 1, 150, 64, generator, device=device, dtype=dtype)
+    query = [q.to(device, dtype) for q in queries(1, 64, generator)]
+    first = [[0, 5, 32, 32, 33, 90, 150], [7, 7, 48, 96, 97, 97, 97]]
+    second = [[1, 2, 3, 4, 5, 6, 7], [0, 64, 80, 96, 112, 120, 149]]
+    offsets = torch.tensor([first, second], dtype=torch.int32, device=device)
+    mask = torch.rand(2, 2, 150, generator=generator).to(device) > 0.2
+    results = []
+    for each in (1, 2, 4, 100):
+        monkeypatch.setattr(pooling, "chunks_in_turn", lambda *_, each=each: each)
+        results.append(pooling.attention_pool(key, value, *query, offsets, mask))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
 def test_run_to_run(device: torch.device, generator: torch.Generator) -> None:
     key, value = one_layer(1, 2, 200, 64, generator, device=device, dtype=torch.float16)
     query = [q.to(device) for q in queries(2, 64, generator)]
@@ -391,6 +412,9 @@ def test_policy() -> None:
         (64, 4): 64, (80, 4): 32, (96, 4): 32, (128, 4): 32, (256, 4): 16,
     }  # fmt: skip
     assert pooling_config(8, 2, "sm_90").block_tokens == 128
+    # 28 layers of 8 heads, of which 24 programs a multiprocessor should be left: 500 tokens, 2,000, 32,768, 8 x 2,000.
+    chunks = [28 * 8 * n for n in (8, 32, 512, 256)]
+    assert [chunks_in_turn(n, "sm_90") for n in chunks] == [1, 2, 8, 8]
     assert pooling_config(1024, 4, "gfx942").block_tokens == 16
     for batch, rows in ((1, 1), (2, 2), (3, 4), (8, 8), (100, 8)):
         config = fold_config(1024, batch)
