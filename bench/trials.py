@@ -124,6 +124,7 @@ TASKS = (
             "group_spans": (8, 16, 32),
             "num_warps": (2, 4, 8),
             "max_registers": (96, 128, 168, 255),
+            "max_turns": (1, 4, 8, 16),
             "merge_chunks": (16, 32, 64),
             "merge_warps": (4, 8),
         },

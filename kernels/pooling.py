@@ -47,7 +47,7 @@ from .common import (
 )
 from .fold import fold
 from .merging import INNER, LEFT, PARTS, RIGHT, STATS, finite_or_zero, merge
-from .pooling_policy import PoolingConfig, chunks_in_turn, pooling_config
+from .pooling_policy import PoolingConfig, pooling_config, turns
 
 #: Most memory that the states of one launch may take; beyond it layers are pooled in turns. A launch of that size takes
 #: hundreds of microseconds, so that one more costs nothing.
@@ -295,7 +295,7 @@ def _pool_chunks(
     states = make(rows, tracks, chunks, PARTS.value, 2, head_dim, dtype=torch.float32)
     stats = make(rows, tracks, chunks, STATS.value, dtype=torch.float32)
     mask_strides = (0, 0, 0) if attention_mask is None else _with_track(attention_mask.stride())
-    each = chunks_in_turn(rows * tracks * chunks, target_of(keys[0]))
+    each = turns(config, rows * tracks * chunks, target_of(keys[0]))
     groups = triton.cdiv(chunks, each)
     pool_chunk_kernel[(rows * tracks * groups,)](
         key_table,

@@ -22,6 +22,7 @@ class PoolingConfig:
         merge_chunks: chunks a program of the merge; one less where a further merge follows.
         merge_warps: warps a program of the merge.
         max_registers: a thread of the chunk kernel may take; 255 is no limit. Not on AMD.
+        max_turns: chunks that a program takes one after the other, at the most.
     """
 
     block_tokens: int
@@ -30,6 +31,7 @@ class PoolingConfig:
     merge_chunks: int
     merge_warps: int
     max_registers: int = 255
+    max_turns: int = 8
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,10 @@ class FoldConfig:
 CHUNK_BYTES = 32 * 1024
 #: Below 16 tokens no tensor instruction fits; above 128 the [spans, tokens] tiles take the registers.
 CHUNK_TOKENS = (16, 128)
-#: Chunks that a program takes one after the other, at the most, and programs a multiprocessor that must be left. What a
-#: program does once (tables, divisions, queries, the search for its first span) takes half as many instructions as a
-#: chunk does; but six rounds of the four programs that share a multiprocessor should stay, or the last one weighs.
-CHUNKS_IN_TURN, PROGRAMS = 8, 24
+#: Programs a multiprocessor that are left where a program takes several chunks. What it does once (tables, divisions,
+#: queries, the search for its first span) takes half as many instructions as a chunk does; but six rounds of the four
+#: programs that share a multiprocessor should stay, or the last one weighs.
+PROGRAMS = 24
 #: Sums that a fold program keeps: 32 a thread, by at most four warps.
 FOLD_SUMS = 4096
 
@@ -94,9 +96,9 @@ def pooling_backward_config(head_dim: int, itemsize: int) -> PoolingConfig:
     )
 
 
-def chunks_in_turn(chunks: int, target: str) -> int:
+def turns(config: PoolingConfig, chunks: int, target: str) -> int:
     """How many of all ``chunks`` (of layers, items, heads and tracks) a program of the chunk kernel takes."""
-    return max(1, min(CHUNKS_IN_TURN, chunks // (PROGRAMS * PROCESSORS[known_target(target)])))
+    return max(1, min(config.max_turns, chunks // (PROGRAMS * PROCESSORS[known_target(target)])))
 
 
 def fold_config(channels: int, batch: int) -> FoldConfig:

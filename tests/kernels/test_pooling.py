@@ -25,7 +25,7 @@ from helpers import (
 from lcf_fast import reference
 from lcf_fast.kernels import pooling
 from lcf_fast.kernels.fold import fold
-from lcf_fast.kernels.pooling_policy import PoolingConfig, chunks_in_turn, fold_config, pooling_config
+from lcf_fast.kernels.pooling_policy import PoolingConfig, fold_config, pooling_config, turns
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Budget of float32 results. One rounding of a score moves a whole head's vector, so that one head is one sample of the
@@ -39,7 +39,7 @@ SMALL = PoolingConfig(block_tokens=16, group_spans=4, num_warps=4, merge_chunks=
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens make many chunks and several levels of merges."""
     monkeypatch.setattr(pooling, "pooling_config", lambda *_: SMALL)
-    monkeypatch.setattr(pooling, "chunks_in_turn", lambda *_: 3)  # to a program, the last of which has fewer
+    monkeypatch.setattr(pooling, "turns", lambda *_: 3)  # to a program, the last of which has fewer
 
 
 def queries(heads: int, head_dim: int, generator: torch.Generator, scale: float = 1.0) -> Pair:
@@ -274,7 +274,7 @@ def test_chunks_in_turn_are_the_same_to_the_bit(
     mask = torch.rand(2, 2, 150, generator=generator).to(device) > 0.2
     results = []
     for each in (1, 2, 4, 100):
-        monkeypatch.setattr(pooling, "chunks_in_turn", lambda *_, each=each: each)
+        monkeypatch.setattr(pooling, "turns", lambda *_, each=each: each)
         results.append(pooling.attention_pool(key, value, *query, offsets, mask))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
@@ -414,7 +414,7 @@ def test_policy() -> None:
     assert pooling_config(8, 2, "sm_90").block_tokens == 128
     # 28 layers of 8 heads, of which 24 programs a multiprocessor should be left: 500 tokens, 2,000, 32,768, 8 x 2,000.
     chunks = [28 * 8 * n for n in (8, 32, 512, 256)]
-    assert [chunks_in_turn(n, "sm_90") for n in chunks] == [1, 2, 8, 8]
+    assert [turns(pooling_config(128, 2, "sm_90"), n, "sm_90") for n in chunks] == [1, 2, 8, 8]
     assert pooling_config(1024, 4, "gfx942").block_tokens == 16
     for batch, rows in ((1, 1), (2, 2), (3, 4), (8, 8), (100, 8)):
         config = fold_config(1024, batch)

@@ -25,7 +25,7 @@ BACK_ENDS = {"triton": pooling, "eager": eager_ranges}
 @pytest.fixture(params=BACK_ENDS)
 def back_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(pooling, "pooling_config", lambda *_: SMALL)
-    monkeypatch.setattr(pooling, "chunks_in_turn", lambda *_: 3)  # to a program, the last of which has fewer
+    monkeypatch.setattr(pooling, "turns", lambda *_: 3)  # to a program, the last of which has fewer
     return BACK_ENDS[request.param]
 
 
