@@ -151,8 +151,22 @@ TASKS = (
         "backward",
         "fuse_layers (train)",
         (Size(batch=8, tokens=1024),),
-        {"block_tokens": (16, 32, 64), "block_channels": (32, 64), "block_hidden": (16, 32, 64), "num_warps": (4, 8),
+        {"block_tokens": (32, 64, 128), "block_channels": (32, 64), "block_hidden": (16, 32, 64), "num_warps": (4, 8),
          "num_stages": (1, 2, 3)},
+    ),
+    Task(
+        "ffn-weights",
+        "ffn_weights",
+        "fuse_layers (train)",
+        (Size(batch=8, tokens=1024),),
+        {"block_tokens": (64, 128), "block_hidden": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
+    ),
+    Task(
+        "columns",
+        "columns",
+        "fuse_layers (train)",
+        (Size(batch=8, tokens=1024),),
+        {"block_tokens": (32, 64, 128), "block_channels": (64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
     ),
 )  # fmt: skip
 

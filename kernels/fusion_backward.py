@@ -74,7 +74,7 @@ def fuse_layers_backward(
     sharer_tokens = None if sharer is None else sharer[0][0].shape[2]
     slots = [at for _, _, at in _slots(receiver, live)]
     blocks, width = stacked["norm_weight"].shape[1:]
-    most = layers_at_a_time(len(receiver), batch * (last - first), blocks, width)
+    most = layers_at_a_time(len(receiver), batch * (last - first), blocks, width, receiver[0][0].element_size())
     for rows in _pieces(sharer, receiver, live, most):
         some = {name: tensor[rows] for name, tensor in stacked.items()}
         own, other = receiver[rows], None if sharer is None else sharer[rows]
@@ -82,28 +82,29 @@ def fuse_layers_backward(
             other, own, some, index=index, message=None if message is None else message[rows], positions=positions,
             norm_eps=norm_eps, noise=noise, row=rows.start,
         )  # fmt: skip
-        dstates = torch.empty_like(states)
+        dlatent = torch.empty_like(states[-1])
         codes = [layer_code(0, *slots[row], *live[row]) for row in range(rows.start, rows.stop)]
         parts = injection_gradients(
-            grad, codes, states[-1], dstates[-1], some, index=index, sharer_tokens=sharer_tokens, positions=positions,
+            grad, codes, states[-1], dlatent, some, index=index, sharer_tokens=sharer_tokens, positions=positions,
             noise=noise, row=rows.start, reads_gate=False,
         )  # fmt: skip
-        parts |= _projection_parts(states, dstates, some, own[0][0].dtype, first, norm_eps, noise, rows.start)
+        parts |= _projection_parts(states, dlatent, some, own[0][0].dtype, first, norm_eps, noise, rows.start)
         columns = some["down_weight"].shape[2]
-        parts["down_weight"] = down_gradient(other, own, dstates[0], columns, index=index, positions=positions)
+        parts["down_weight"] = down_gradient(other, own, dlatent, columns, index=index, positions=positions)
         if result.message is None:
-            parts["down_bias"] = dstates[0].sum((1, 2))
+            parts["down_bias"] = dlatent.sum((1, 2))
         else:
-            result.message[rows] = dstates[0].sum(2)
+            result.message[rows] = dlatent.sum(2)
         for name, part in parts.items():
             found[name][rows] = part
-        _add_to_caches(result, rows, dstates[0], some["down_weight"], sharer, receiver, index, positions)
+        _add_to_caches(result, rows, dlatent, some["down_weight"], sharer, receiver, index, positions)
     return result
 
 
-def layers_at_a_time(layers: int, rows: int, blocks: int, width: int) -> int:
-    """Of ``layers``, those whose latents and their gradients exist at once; ``rows``: edited tokens in all items."""
-    return max(-(-layers // PIECES), WORKSPACE // (2 * 4 * (blocks + 1) * rows * width))
+def layers_at_a_time(layers: int, rows: int, blocks: int, width: int, itemsize: int) -> int:
+    """Of ``layers``, those whose latents, last latent's gradient and operands exist at once; ``rows``: edited tokens in
+    all items, ``itemsize`` of the caches."""
+    return max(-(-layers // PIECES), WORKSPACE // ((4 * (blocks + 2) + 2 * itemsize * blocks) * rows * width))
 
 
 def joint_projection_backward(
@@ -134,20 +135,19 @@ def joint_projection_backward(
         other, own, one, index=index, message=None if message is None else message[None], positions=positions,
         norm_eps=norm_eps, noise=None, row=0,
     )  # fmt: skip
-    dstates = torch.empty_like(states)
-    dstates[-1, 0].copy_(grad)
+    dlatent = grad.float().contiguous()[None].clone()
     if index is not None:
         rows = index >= 0 if sharer is None else (index >= 0) & (index < sharer[0].shape[2])
-        dstates[-1, 0].masked_fill_(~rows[..., None], 0.0)
-    parts = _projection_parts(states, dstates, one, receiver[0].dtype, 0, norm_eps, None, 0)
+        dlatent[0].masked_fill_(~rows[..., None], 0.0)
+    parts = _projection_parts(states, dlatent, one, receiver[0].dtype, 0, norm_eps, None, 0)
     columns = weights["down_weight"].shape[1]
-    parts["down_weight"] = down_gradient(other, own, dstates[0], columns, index=index, positions=positions)
+    parts["down_weight"] = down_gradient(other, own, dlatent, columns, index=index, positions=positions)
     if result.message is None:
-        parts["down_bias"] = dstates[0].sum((1, 2))
+        parts["down_bias"] = dlatent.sum((1, 2))
     else:
-        result.message = dstates[0, 0].sum(1)
+        result.message = dlatent[0].sum(1)
     found |= {name: part[0] for name, part in parts.items()}
-    _add_to_caches(result, slice(0, 1), dstates[0], one["down_weight"], other, own, index, positions)
+    _add_to_caches(result, slice(0, 1), dlatent, one["down_weight"], other, own, index, positions)
     return result
 
 
@@ -177,7 +177,7 @@ def gated_injection_backward(
 
 def _projection_parts(
     states: Tensor,
-    dstates: Tensor,
+    dlatent: Tensor,
     weights: Mapping[str, Tensor],
     dtype: torch.dtype,
     first: int,
@@ -185,12 +185,11 @@ def _projection_parts(
     noise: NoiseArguments | None,
     row: int,
 ) -> dict[str, Tensor]:
-    """Back through the blocks: fills ``dstates``, returns their parameters' gradients."""
-    dnorm = project_gradients(
-        states, dstates, weights, first=first, dtype=dtype, norm_eps=norm_eps, noise=noise, row=row
+    """Back through the blocks: ``dlatent`` becomes the first latent's; returns their parameters' gradients."""
+    dnorm, operands = project_gradients(
+        states, dlatent, weights, first=first, dtype=dtype, norm_eps=norm_eps, noise=noise, row=row
     )  # fmt: skip
-    found = ffn_gradients(states, dstates, weights, first=first, dtype=dtype, norm_eps=norm_eps, noise=noise, row=row)
-    return {"norm_weight": dnorm, **found}
+    return {"norm_weight": dnorm, **ffn_gradients(operands, weights)}
 
 
 def _slots(

@@ -6,6 +6,7 @@ measured on a GPU yet: they are where tuning starts (`python -m bench.tune`, who
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .tuned import in_place_of
@@ -95,10 +96,20 @@ _BACKWARD: dict[int, TileConfig] = {
     256: TileConfig(16, 32, 16, 8, 2),
     512: TileConfig(16, 32, 16, 8, 1),
 }
-#: Where a chip does better than that. sm_90: 64 rows are the fewest for HGMMA; elsewhere they spill.
+#: Where a chip does better than that. sm_90: each of two warpgroups has 64 rows of HGMMA, so that 128 rows take hardly
+#: more instructions than 64 do, and half of what is pulled of weights. Dropout's random numbers then spill by the
+#: hundred, once a program, whose loops have twenty thousand instructions and none; elsewhere more rows spill in loops.
 _BACKWARD_OF: dict[tuple[str, int], TileConfig] = {
-    ("sm_90", 128): TileConfig(64, 64, 32, 8, 2),
+    ("sm_90", 64): TileConfig(128, 64, 32, 8, 2),
+    ("sm_90", 128): TileConfig(128, 64, 32, 8, 2),
     ("sm_80", 128): TileConfig(32, 64, 32, 8, 2),
+}
+#: The same for gradients of weights, whose programs walk over all rows and share those they read: of the FFN's, as many
+#: hidden units as fit, and of W_down and W_up whole heads. None: the row of the other backward kernels.
+_FFN_WEIGHTS_OF: dict[tuple[str, int], TileConfig] = {("sm_90", 128): TileConfig(128, 64, 64, 8, 2)}
+_COLUMNS_OF: dict[tuple[str, int], TileConfig] = {
+    ("sm_90", 64): TileConfig(64, 128, 32, 8, 2),
+    ("sm_90", 128): TileConfig(64, 128, 32, 8, 2),
 }
 _BACKWARD_SINGLE: dict[int, TileConfig] = {
     64: TileConfig(16, 32, 16, 8, 2),
@@ -164,15 +175,31 @@ def _tile(width: int, itemsize: int, target: str, rows: int, tokens: int) -> Til
 
 
 def backward_config(width: int, itemsize: int, target: str) -> TileConfig:
-    """The tile of every backward kernel but the pool's, and of the forward pass in training, whose random numbers take
-    registers (456 spills in the inference tile on sm_90, d = 128). Arguments as of `tile_options`."""
+    """The tile of the backward kernels but the pool's and those below, and of the forward pass in training, whose
+    random numbers take registers. Arguments as of `tile_options`."""
+    return in_place_of(_backward(width, itemsize, target), "backward", target, width, itemsize)
+
+
+def ffn_weights_config(width: int, itemsize: int, target: str) -> TileConfig:
+    """The tile of the gradients of the FFN's matrices. Arguments as of `tile_options`."""
+    row = _backward(width, itemsize, target, _FFN_WEIGHTS_OF)
+    return in_place_of(row, "ffn_weights", target, width, itemsize)
+
+
+def columns_config(width: int, itemsize: int, target: str) -> TileConfig:
+    """The tile of the gradients of W_down and W_up. Arguments as of `tile_options`."""
+    return in_place_of(_backward(width, itemsize, target, _COLUMNS_OF), "columns", target, width, itemsize)
+
+
+def _backward(
+    width: int, itemsize: int, target: str, of: Mapping[tuple[str, int], TileConfig] | None = None
+) -> TileConfig:
     if target == INTERPRETER:
-        row = tile_options(width, itemsize, target)[0]
-    elif itemsize == 4:
-        row = _BACKWARD_SINGLE[width]
-    else:
-        row = _BACKWARD_OF.get((known_target(target), width), _BACKWARD[width])
-    return in_place_of(row, "backward", target, width, itemsize)
+        return tile_options(width, itemsize, target)[0]
+    if itemsize == 4:
+        return _BACKWARD_SINGLE[width]
+    chip = known_target(target), width
+    return (of or {}).get(chip) or _BACKWARD_OF.get(chip) or _BACKWARD[width]
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 Over some layers at a time, `project_states` makes the latent before each FFN block and after the last, ``states (blocks
 + 1, G, B, N, d)`` float32, and `project_gradients` goes back through the blocks, from the last latent's gradient to the
-first's, in ``dstates`` of the same shape. N is the edited range; a row that is not edited has a gradient of zero. The
-weights' gradients are made from both, in `weight_gradients`.
+first's. N is the edited range; a row that is not edited has a gradient of zero. What it makes of a row on the way, the
+normalised latent before each block and the gradient of what the block adds, it leaves as matrix operands to
+`weight_gradients`, whose programs would each make them again.
 
 Cost a token and layer for two blocks, beside the forward pass made again: ``48·d²`` FLOPs.
 """
@@ -247,7 +248,8 @@ def block_output_gradient(
 @triton.jit(do_not_specialize=["row", "seed", "threshold", "keep_scale", "first", "span", "tiles", "batch", "slots"])
 def gradients_kernel(
     states,
-    dstates,
+    dlatent,
+    operands,
     dnorm,
     norm_weight,
     ffn_in_weight,
@@ -273,9 +275,10 @@ def gradients_kernel(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of one layer: from ``dstates[BLOCKS]`` to ``dstates[0]``; ``dnorm (G, B, tiles, BLOCKS, d)``.
+    """One tile of one layer, from the last latent's gradient to the first's, which takes its place in ``dlatent``.
 
-    IS_PACKED: as `block_launch` says of ``slots``.
+    ``operands (2, BLOCKS, G, B, N, d)``: see `project_gradients`; ``dnorm (G, B, tiles, BLOCKS, d)``. IS_PACKED: as
+    `block_launch` says of ``slots``.
     """
     HALF: tl.constexpr = WIDTH // 2
     i_program = tl.program_id(0)
@@ -287,15 +290,17 @@ def gradients_kernel(
     o_f = tl.arange(0, BLOCK_F)
     o_token, i_item = drawn_for((first + i_tile * BLOCK_T).to(tl.int64) + o_t, i_batch, slots, IS_PACKED)
     m_row = (i_tile * BLOCK_T + o_t < span)[:, None]
-    o_state = ((i_layer * batch + i_batch) * span + i_tile * BLOCK_T) * WIDTH + BLOCKS * stride_block
-    p_state = states + o_state + o_t[:, None] * WIDTH + o_z[None, :]
-    p_dstate = dstates + o_state + o_t[:, None] * WIDTH + o_z[None, :]
-    d_k = tl.load(p_dstate, mask=m_row, other=0.0)
-    d_v = tl.load(p_dstate + HALF, mask=m_row, other=0.0)
+    o_state = ((i_layer * batch + i_batch) * span + i_tile * BLOCK_T) * WIDTH
+    o_tile = o_t[:, None] * WIDTH + o_z[None, :]
+    p_state = states + o_state + BLOCKS * stride_block + o_tile
+    p_operand = operands + o_state + BLOCKS * stride_block + o_tile
+    p_dlatent = dlatent + o_state + o_tile
+    d_k = tl.load(p_dlatent, mask=m_row, other=0.0)
+    d_v = tl.load(p_dlatent + HALF, mask=m_row, other=0.0)
     for i in tl.static_range(BLOCKS):
         i_block = BLOCKS - 1 - i
         p_state -= stride_block
-        p_dstate -= stride_block
+        p_operand -= stride_block
         p_norm = norm_weight + (i_layer * BLOCKS + i_block) * WIDTH
         p_in = ffn_in_weight + (i_layer * BLOCKS + i_block) * (HIDDEN * WIDTH)
         p_out = ffn_out_weight + (i_layer * BLOCKS + i_block) * (HIDDEN * WIDTH)
@@ -305,6 +310,10 @@ def gradients_kernel(
         u_k, u_v = block_output_gradient(
             d_k, d_v, i_block, seed, threshold, keep_scale, o_token, i_item, row + i_layer, WIDTH, HAS_NOISE, DTYPE
         )  # fmt: skip
+        tl.store(p_operand, n_k, mask=m_row)
+        tl.store(p_operand + HALF, n_v, mask=m_row)
+        tl.store(p_operand + BLOCKS * stride_block, u_k, mask=m_row)
+        tl.store(p_operand + (BLOCKS * stride_block + HALF), u_v, mask=m_row)
         e_k = tl.zeros([BLOCK_T, HALF], dtype=tl.float32)
         e_v = tl.zeros([BLOCK_T, HALF], dtype=tl.float32)
         for j in range(0, HIDDEN // BLOCK_F):
@@ -332,8 +341,8 @@ def gradients_kernel(
         along = (tl.sum(e_k * y_k, 1) + tl.sum(e_v * y_v, 1)) / WIDTH
         d_k += scale[:, None] * (e_k - y_k * along[:, None])
         d_v += scale[:, None] * (e_v - y_v * along[:, None])
-        tl.store(p_dstate, d_k, mask=m_row)
-        tl.store(p_dstate + HALF, d_v, mask=m_row)
+    tl.store(p_dlatent, d_k, mask=m_row)
+    tl.store(p_dlatent + HALF, d_v, mask=m_row)
 
 
 def project_states(
@@ -430,7 +439,7 @@ def project_states(
 
 def project_gradients(
     states: Tensor,
-    dstates: Tensor,
+    dlatent: Tensor,
     weights: Mapping[str, Tensor],
     *,
     first: int,
@@ -439,18 +448,24 @@ def project_gradients(
     noise: NoiseArguments | None,
     row: int,
     slots: int | None = None,
-) -> Tensor:
-    """Fill ``dstates[:-1]`` from ``dstates[-1]``; returns the norms' gradient ``(G, blocks, d)`` float32.
+) -> tuple[Tensor, Tensor]:
+    """Back through the blocks: ``dlatent (G, B, N, d)`` float32, the last latent's gradient, becomes the first's.
 
     ``first``: the position of the first row, which the noise goes by; ``dtype``: of the products; ``slots``: as of
     `block_launch`.
+
+    Returns:
+        The norms' gradient ``(G, blocks, d)`` float32; and ``(2, blocks, G, B, N, d)`` in ``dtype``, matrix operands of
+        the weights' gradients: rows as they enter each block, normalised, and the gradient of what the block adds.
     """
-    layers, batch, _, width = states.shape[1:]
+    layers, batch, span, width = states.shape[1:]
+    blocks = states.shape[0] - 1
+    operands = states.new_empty((2, blocks, layers, batch, span, width), dtype=dtype)
     arguments, options, tiles = block_launch(states, weights, first, dtype, norm_eps, noise, row, slots)
-    dnorm = states.new_empty((layers, batch * tiles, states.shape[0] - 1, width))
+    dnorm = states.new_empty((layers, batch * tiles, blocks, width))
     with device_guard(states):
-        gradients_kernel[(layers * batch * tiles,)](states, dstates, dnorm, *arguments, **options)
-    return dnorm.sum(1)
+        gradients_kernel[(layers * batch * tiles,)](states, dlatent, operands, dnorm, *arguments, **options)
+    return dnorm.sum(1), operands
 
 
 def block_launch(

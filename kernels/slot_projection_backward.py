@@ -201,7 +201,7 @@ def expand_slots_backward(
     blocks = stacked["norm_weight"].shape[1]
     packed = grad.transpose(3, 4).reshape(layers, 2, rows, channels).contiguous()
     states = latent.new_empty((blocks + 1, layers, 1, rows, width))
-    dstates = torch.empty_like(states)
+    dlatent = torch.empty_like(states[-1])
     arguments, options, tiles = block_launch(states, stacked, 0, grad.dtype, norm_eps, noise, row, slots)
     config = backward_config(width, grad.element_size(), target_of(grad))
     with device_guard(grad):
@@ -209,7 +209,7 @@ def expand_slots_backward(
         up_slots_backward_kernel[(layers * tiles,)](
             packed,
             stacked["up_weight"],
-            dstates[-1],
+            dlatent,
             rows,
             tiles,
             CHANNELS=channels,
@@ -222,17 +222,14 @@ def expand_slots_backward(
             num_stages=config.num_stages,
         )
     if blocks:
-        dnorm = project_gradients(
-            states, dstates, stacked, first=0, dtype=grad.dtype, norm_eps=norm_eps, noise=noise, row=row, slots=slots
+        dnorm, operands = project_gradients(
+            states, dlatent, stacked, first=0, dtype=grad.dtype, norm_eps=norm_eps, noise=noise, row=row, slots=slots
         )  # fmt: skip
-    dlatent = dstates[0].view(latent.shape)
+    result = dlatent.view(latent.shape)
     if not wants_weights:
-        return dlatent, {}
+        return result, {}
     up = _column_gradient(packed[:, 0], packed[:, 1], states[-1, :, 0])
     found = {"up_weight": up.mT.unflatten(1, (2, channels)), "up_bias": packed.sum(2, dtype=torch.float32)}
     if not blocks:
-        return dlatent, found | {name: torch.zeros_like(stacked[name], dtype=torch.float32) for name in _BLOCKS}
-    found |= ffn_gradients(
-        states, dstates, stacked, first=0, dtype=grad.dtype, norm_eps=norm_eps, noise=noise, row=row, slots=slots
-    )  # fmt: skip
-    return dlatent, found | {"norm_weight": dnorm}
+        return result, found | {name: torch.zeros_like(stacked[name], dtype=torch.float32) for name in _BLOCKS}
+    return result, found | ffn_gradients(operands, stacked) | {"norm_weight": dnorm}

@@ -27,7 +27,8 @@ class Place:
     """Where the policy looked a row up.
 
     Attributes:
-        kind: which of its tables, ``tile``, ``split``, ``backward``, ``pooling``, ``slot_pool`` or ``slot_expand``.
+        kind: which of its tables, ``tile``, ``split``, ``backward``, ``ffn_weights``, ``columns``, ``pooling``,
+            ``slot_pool`` or ``slot_expand``.
         target: the chip, ``sm_90``.
         width: the bottleneck, or a head's width where that is what the table goes by.
         itemsize: bytes an element.

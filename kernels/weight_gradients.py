@@ -1,7 +1,7 @@
 """Gradients of the adapter's matrices, summed over all rows of the batch.
 
 A program owns some of a weight and walks over all rows in a fixed order: no atomics, so that every run gives the same
-bits. ``states`` and ``dstates (blocks + 1, G, B, N, d)`` are those of `projection_backward`.
+bits. Rows come as matrix operands, in the caches' dtype, since several programs read the same ones.
 
 Cost a token and layer for two blocks: ``2·C·d + 64·d²`` FLOPs for the projection, ``2·Cr·d`` for both up-projections.
 """
@@ -25,6 +25,7 @@ from .common import (
     gelu,
     gelu_slope,
     head_chunk,
+    hidden_chunk,
     needs_wide_offsets,
     odd,
     padded,
@@ -33,47 +34,32 @@ from .common import (
     table_entry,
     target_of,
 )
-from .noise import NoiseArguments, drawn_for
-from .policy import backward_config
-from .projection import rms_norm_tile
-from .projection_backward import block_launch, block_output_gradient, edited_rows
+from .policy import columns_config, ffn_weights_config
+from .projection_backward import edited_rows
 
 Pair = tuple[Tensor, Tensor]
 
 
-@triton.jit(do_not_specialize=["row", "seed", "threshold", "keep_scale", "first", "span", "tiles", "batch", "slots"])
+@triton.jit(do_not_specialize=["rows", "layers"])
 def ffn_weights_kernel(
-    states,
-    dstates,
+    operands,
     dffn_in,
     dffn_out,
-    norm_weight,
     ffn_in_weight,
     ffn_out_weight,
-    row,
-    seed,
-    threshold,
-    keep_scale,
-    first,
-    span,
-    tiles,
-    batch,
-    slots,
-    stride_block,
-    HAS_NOISE: tl.constexpr,
-    IS_PACKED: tl.constexpr,
+    rows,
+    layers,
     WIDTH: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
-    EPS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """BLOCK_F hidden units of one block of one layer: their gradients in both matrices, summed over all rows.
 
-    IS_PACKED: as `projection_backward.block_launch` says of ``slots``.
+    ``operands (2, BLOCKS, G, rows, d)``: what enters the block, and the gradient of what it adds.
     """
     HALF: tl.constexpr = WIDTH // 2
     CHUNKS: tl.constexpr = HIDDEN // BLOCK_F
@@ -85,7 +71,6 @@ def ffn_weights_kernel(
     o_z = tl.arange(0, HALF)
     o_hidden = i_chunk * BLOCK_F + tl.arange(0, BLOCK_F)
     i_weight = (i_layer * BLOCKS + i_block).to(tl.int64)
-    p_norm = norm_weight + i_weight * WIDTH
     o_in = i_weight * (HIDDEN * WIDTH) + o_hidden[None, :] * WIDTH + o_z[:, None]
     o_out = i_weight * (HIDDEN * WIDTH) + o_z[:, None] * HIDDEN + o_hidden[None, :]
     in_k = cast(tl.load(ffn_in_weight + o_in), DTYPE)
@@ -96,22 +81,16 @@ def ffn_weights_kernel(
     din_v = tl.zeros([HALF, BLOCK_F], dtype=tl.float32)
     dout_k = tl.zeros([HALF, BLOCK_F], dtype=tl.float32)
     dout_v = tl.zeros([HALF, BLOCK_F], dtype=tl.float32)
-    for i in range(0, batch * tiles):
-        i_item = i // tiles
-        i_row = (i % tiles) * BLOCK_T
-        m_row = (i_row + o_t < span)[:, None]
-        o_state = ((i_layer.to(tl.int64) * batch + i_item) * span + i_row) * WIDTH + i_block * stride_block
-        o_tile = o_t[:, None] * WIDTH + o_z[None, :]
-        p_state = states + o_state + o_tile
-        p_dstate = dstates + o_state + stride_block + o_tile
-        z_k = tl.load(p_state, mask=m_row, other=0.0)
-        z_v = tl.load(p_state + HALF, mask=m_row, other=0.0)
-        n_k, n_v, _ = rms_norm_tile(z_k, z_v, p_norm, WIDTH, EPS, DTYPE)
-        o_token, i_drawn = drawn_for(first + i_row + o_t, i_item, slots, IS_PACKED)
-        u_k, u_v = block_output_gradient(
-            tl.load(p_dstate, mask=m_row, other=0.0), tl.load(p_dstate + HALF, mask=m_row, other=0.0),
-            i_block, seed, threshold, keep_scale, o_token, i_drawn, row + i_layer, WIDTH, HAS_NOISE, DTYPE,
-        )  # fmt: skip
+    p_n = operands + (i_block * layers + i_layer).to(tl.int64) * rows * WIDTH
+    p_u = operands + ((BLOCKS + i_block) * layers + i_layer).to(tl.int64) * rows * WIDTH
+    o_tile = o_t[:, None] * WIDTH + o_z[None, :]
+    for i in range(0, tl.cdiv(rows, BLOCK_T)):
+        m_row = (i * BLOCK_T + o_t < rows)[:, None]
+        o_row = tl.cast(i, tl.int64) * (BLOCK_T * WIDTH)
+        n_k = tl.load((p_n + o_row) + o_tile, mask=m_row, other=0.0)
+        n_v = tl.load((p_n + o_row) + (HALF + o_tile), mask=m_row, other=0.0)
+        u_k = tl.load((p_u + o_row) + o_tile, mask=m_row, other=0.0)
+        u_v = tl.load((p_u + o_row) + (HALF + o_tile), mask=m_row, other=0.0)
         hidden = tl.zeros([BLOCK_T, BLOCK_F], dtype=tl.float32)
         hidden = dot(n_k, in_k, hidden, PRECISION)
         hidden = dot(n_v, in_v, hidden, PRECISION)
@@ -325,30 +304,35 @@ def up_weight_kernel(
     tl.store(dbias + o_row, d_bias, mask=m_channel)
 
 
-def ffn_gradients(
-    states: Tensor,
-    dstates: Tensor,
-    weights: Mapping[str, Tensor],
-    *,
-    first: int,
-    dtype: torch.dtype,
-    norm_eps: float,
-    noise: NoiseArguments | None,
-    row: int,
-    slots: int | None = None,
-) -> dict[str, Tensor]:
+def ffn_gradients(operands: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gradients of ``ffn_in_weight`` and ``ffn_out_weight``, stacked over ``G`` layers, float32.
 
-    ``slots``: as of `projection_backward.block_launch`.
+    ``operands``: those of `projection_backward.project_gradients`.
     """
-    layers = states.shape[1]
-    blocks, hidden = weights["ffn_in_weight"].shape[1:3]
-    arguments, options, _ = block_launch(states, weights, first, dtype, norm_eps, noise, row, slots)
+    _, blocks, layers, batch, span, width = operands.shape
     names = ("ffn_in_weight", "ffn_out_weight")
-    found = {name: torch.empty_like(weights[name], dtype=torch.float32) for name in names}
-    with device_guard(states):
-        grid = (layers * blocks * (hidden // options["BLOCK_F"]),)
-        ffn_weights_kernel[grid](states, dstates, *found.values(), *arguments, **options)
+    stacked = [weights[name] for name in names]
+    hidden = stacked[0].shape[2]
+    config = ffn_weights_config(width, operands.element_size(), target_of(operands))
+    chunk = hidden_chunk(hidden, config.block_hidden)
+    found = {name: torch.empty_like(weight, dtype=torch.float32) for name, weight in zip(names, stacked)}
+    with device_guard(operands):
+        ffn_weights_kernel[(layers * blocks * (hidden // chunk),)](
+            operands,
+            *found.values(),
+            *stacked,
+            batch * span,
+            layers,
+            WIDTH=width,
+            HIDDEN=hidden,
+            BLOCKS=blocks,
+            BLOCK_T=config.block_tokens,
+            BLOCK_F=chunk,
+            DTYPE=TRITON_DTYPE[operands.dtype],
+            PRECISION=dot_precision(operands.dtype),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
     return found
 
 
@@ -363,15 +347,16 @@ def down_gradient(
 ) -> Tensor:
     """Gradient of ``down_weight``, ``(G, d, columns)`` float32; without a sharer its columns are zero.
 
-    ``dlatent (G, B, N, d)``: of the latent before the first block, ``dstates[0]``.
+    ``dlatent (G, B, N, d)`` float32: of the latent before the first block.
     """
     key, _ = receiver[0]
+    dlatent = dlatent.to(key.dtype)  # once, and not in every program that reads it
     own = 2 * key.shape[1] * key.shape[3]
     width = dlatent.shape[3]
-    ddown = dlatent.new_empty((len(receiver), width, columns))
+    ddown = dlatent.new_empty((len(receiver), width, columns), dtype=torch.float32)
     if sharer is None:
         ddown[:, :, : columns - own].zero_()
-    config = backward_config(width, key.element_size(), target_of(key))
+    config = columns_config(width, key.element_size(), target_of(key))
     tiles = triton.cdiv(positions[1] - positions[0], config.block_tokens)
     for caches, column in ((sharer, 0), (receiver, columns - own)):
         if caches is None:
@@ -436,10 +421,11 @@ def up_gradients(
     """
     layers, batch, span, width = latent.shape
     heads, tokens, head_dim = grad.shape[2:]
-    config = backward_config(width, grad.element_size(), target_of(grad))
+    config = columns_config(width, grad.element_size(), target_of(grad))
     chunk = head_chunk(head_dim, config.block_channels)
-    dup = latent.new_empty((layers, 2, heads * head_dim, width // 2))
-    dbias = latent.new_empty((layers, 2, heads * head_dim))
+    dup = scale.new_empty((layers, 2, heads * head_dim, width // 2))
+    dbias = scale.new_empty((layers, 2, heads * head_dim))
+    latent = latent.to(grad.dtype)  # once, and not in every program that reads it
     table = padded(odd(codes))
     with device_guard(grad):
         up_weight_kernel[(layers * 2 * heads * triton.cdiv(head_dim, chunk),)](

@@ -52,7 +52,7 @@ def test_a_file_replaces_the_row_that_it_names_and_no_other(tmp_path: Path, entr
     assert policy.tile_config(128, 2, "sm_86", 28, 2048) == policy.tile_options(128, 2, "sm_80")[0]
     assert policy.tile_config(64, 2, "sm_90", 28, 2048) == policy.tile_options(64, 2, "sm_90")[0]
     assert policy.tile_config(128, 4, "sm_90", 28, 2048) == policy.tile_options(128, 4, "sm_90")[0]
-    assert policy.backward_config(128, 2, "sm_90") == policy.TileConfig(64, 64, 32, 8, 2)
+    assert policy.backward_config(128, 2, "sm_90") == policy.TileConfig(128, 64, 32, 8, 2)
 
 
 def test_a_row_that_the_policy_no_longer_has_changes_nothing(tmp_path: Path, entries: Any) -> None:
@@ -148,6 +148,8 @@ def test_each_task_has_a_row_of_the_policy_and_fields_of_it(task: Task) -> None:
             "tile": lambda: policy.tile_config(128, 2, "sm_90", 28 * size.batch, size.tokens),
             "split": lambda: policy.split_config(128, 2, "sm_90", 28 * size.batch, size.tokens),
             "backward": lambda: policy.backward_config(128, 2, "sm_90"),
+            "ffn_weights": lambda: policy.ffn_weights_config(128, 2, "sm_90"),
+            "columns": lambda: policy.columns_config(128, 2, "sm_90"),
             "pooling": lambda: pooling_policy.pooling_config(128, 2, "sm_90"),
             "slot_pool": lambda: slot_policy.slot_pool_config(128, 2, 8, "sm_90"),
             "slot_expand": lambda: slot_policy.slot_expand_config(128, 2, 2, "sm_90", 28, 8, 132),

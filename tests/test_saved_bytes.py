@@ -57,8 +57,8 @@ def test_the_kernels_keep_nothing_and_work_in_a_tenth_of_what_autograd_keeps(
         eager = kept_bytes(dtype, reference.fuse_layers, noise)
         with use_backend("triton"):
             assert kept_bytes(dtype, partial(ops.fuse_layers, live=OPEN), noise) == 0
-    layers = layers_at_a_time(PUBLISHED_RECEIVER.layers, TOKENS, BLOCKS, WIDTH)
-    latents = 2 * 4 * (BLOCKS + 1) * layers * TOKENS * WIDTH
+    layers = layers_at_a_time(PUBLISHED_RECEIVER.layers, TOKENS, BLOCKS, WIDTH, dtype.itemsize)
+    latents = (4 * (BLOCKS + 2) + 2 * dtype.itemsize * BLOCKS) * layers * TOKENS * WIDTH
     scores = 2 * 4 * 2 * PUBLISHED_RECEIVER.kv_heads * layers * TOKENS
     assert latents + scores <= eager / 10, f"{latents + scores:,} of {eager:,} bytes"
 

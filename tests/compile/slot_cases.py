@@ -17,7 +17,7 @@ from lcf_fast.kernels import (
     weight_gradients,
 )
 from lcf_fast.kernels.common import head_chunk
-from lcf_fast.kernels.policy import backward_config
+from lcf_fast.kernels.policy import TileConfig, backward_config, columns_config, ffn_weights_config
 from lcf_fast.kernels.slot_policy import (
     SlotExpandConfig,
     slot_backward_config,
@@ -222,12 +222,14 @@ def training_cases(chip: str, width: int, dtype: str, *, channels: int = 1024) -
 
     Parameters are float32 in training, whatever the products' dtype.
     """
-    config = backward_config(width, BYTES[dtype], chip)
+    chosen = width, BYTES[dtype], chip
+    config, of_ffn, of_columns = backward_config(*chosen), ffn_weights_config(*chosen), columns_config(*chosen)
     names = (
-        "latent", "states", "dstates", "dnorm", "dffn_in", "dffn_out", "dlatent", "ddown",
+        "latent", "states", "dnorm", "dffn_in", "dffn_out", "dlatent", "ddown",
         "norm_weight", "ffn_in_weight", "ffn_out_weight", "up_weight",
     )  # fmt: skip
-    types: dict[str, Any] = dict.fromkeys(names, "*fp32") | {"grad": f"*{dtype}", "keep_scale": "fp32"}
+    types: dict[str, Any] = dict.fromkeys(names, "*fp32") | dict.fromkeys(("grad", "operands"), f"*{dtype}")
+    types |= {"keep_scale": "fp32"}
     types |= dict.fromkeys(("keys", "values"), ("i64",) * LAYERS) | {"index": "*i32"}
     common = {"WIDTH": width, "DTYPE": FLOATS[dtype], "PRECISION": "ieee"}
     chunk = head_chunk(channels, config.block_channels)
@@ -235,30 +237,33 @@ def training_cases(chip: str, width: int, dtype: str, *, channels: int = 1024) -
         "HAS_NOISE": True, "IS_PACKED": True, "HIDDEN": 4 * width, "BLOCKS": 2, "BLOCK_T": config.block_tokens,
         "BLOCK_F": config.block_hidden, "EPS": 1e-6,
     }  # fmt: skip
+    weights = common | {
+        "HIDDEN": 4 * width, "BLOCKS": 2, "BLOCK_T": of_ffn.block_tokens, "BLOCK_F": of_ffn.block_hidden,
+    }  # fmt: skip
     up = common | {"CHANNELS": channels, "BLOCK_R": config.block_tokens, "BLOCK_C": chunk}
     columns = common | {
         "LAYERS": LAYERS, "HAS_INDEX": False, "HAS_SHARER": False, "IS_SHARER": False, "IS_WIDE": False,
-        "IS_ALIGNED": True, "HEADS": 1, "HEAD_DIM": channels, "BLOCK_T": config.block_tokens, "BLOCK_C": chunk,
-        "CACHE_DTYPE": FLOATS[dtype],
+        "IS_ALIGNED": True, "HEADS": 1, "HEAD_DIM": channels, "BLOCK_T": of_columns.block_tokens,
+        "BLOCK_C": head_chunk(channels, of_columns.block_channels), "CACHE_DTYPE": FLOATS[dtype],
     }  # fmt: skip
-    kernels: dict[str, tuple[Any, dict[str, Any]]] = {
-        "states-noise": (slot_projection_backward.slot_states_kernel, blocks),
-        "up": (slot_projection_backward.up_slots_backward_kernel, up),
-        "gradients-noise": (projection_backward.gradients_kernel, blocks),
-        "ffn-weights-noise": (weight_gradients.ffn_weights_kernel, blocks),
-        "columns": (weight_gradients.down_weight_kernel, columns),
+    kernels: dict[str, tuple[Any, TileConfig, dict[str, Any]]] = {
+        "states-noise": (slot_projection_backward.slot_states_kernel, config, blocks),
+        "up": (slot_projection_backward.up_slots_backward_kernel, config, up),
+        "gradients-noise": (projection_backward.gradients_kernel, config, blocks),
+        "ffn-weights": (weight_gradients.ffn_weights_kernel, of_ffn, weights),
+        "columns": (weight_gradients.down_weight_kernel, of_columns, columns),
     }
     return [
         make(
             f"train-slots-{width}-{dtype}-{name}",
             kernel,
-            types,
+            types | {"dlatent": f"*{dtype}"} if name == "columns" else types,
             constexprs,
-            config.num_warps,
-            config.num_stages,
+            tile.num_warps,
+            tile.num_stages,
             expect_mma=dtype != "fp32",
         )
-        for name, (kernel, constexprs) in kernels.items()
+        for name, (kernel, tile, constexprs) in kernels.items()
     ]
 
 
