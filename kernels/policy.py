@@ -98,18 +98,24 @@ _BACKWARD: dict[int, TileConfig] = {
 }
 #: Where a chip does better than that. sm_90: each of two warpgroups has 64 rows of HGMMA, so that 128 rows take hardly
 #: more instructions than 64 do, and half of what is pulled of weights. Dropout's random numbers then spill by the
-#: hundred, once a program, whose loops have twenty thousand instructions and none; elsewhere more rows spill in loops.
+#: hundred, once a program, whose loops have twenty thousand instructions and none. Of d = 256, 64 rows fit so, with a
+#: few spills in loops, and take a third of what 16 rows do a row. Elsewhere more rows spill in loops.
 _BACKWARD_OF: dict[tuple[str, int], TileConfig] = {
     ("sm_90", 64): TileConfig(128, 64, 32, 8, 2),
     ("sm_90", 128): TileConfig(128, 64, 32, 8, 2),
+    ("sm_90", 256): TileConfig(64, 32, 16, 8, 2),
     ("sm_80", 128): TileConfig(32, 64, 32, 8, 2),
 }
 #: The same for gradients of weights, whose programs walk over all rows and share those they read: of the FFN's, as many
 #: hidden units as fit, and of W_down and W_up whole heads. None: the row of the other backward kernels.
-_FFN_WEIGHTS_OF: dict[tuple[str, int], TileConfig] = {("sm_90", 128): TileConfig(128, 64, 64, 8, 2)}
+_FFN_WEIGHTS_OF: dict[tuple[str, int], TileConfig] = {
+    ("sm_90", 128): TileConfig(128, 64, 64, 8, 2),
+    ("sm_90", 256): TileConfig(64, 64, 32, 8, 2),
+}
 _COLUMNS_OF: dict[tuple[str, int], TileConfig] = {
     ("sm_90", 64): TileConfig(64, 128, 32, 8, 2),
     ("sm_90", 128): TileConfig(64, 128, 32, 8, 2),
+    ("sm_90", 256): TileConfig(64, 128, 32, 8, 2),
 }
 _BACKWARD_SINGLE: dict[int, TileConfig] = {
     64: TileConfig(16, 32, 16, 8, 2),
