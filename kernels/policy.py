@@ -147,7 +147,8 @@ def tile_options(width: int, itemsize: int, target: str) -> tuple[TileConfig, ..
 
 
 def tile_config(width: int, itemsize: int, target: str, rows: int, tokens: int) -> TileConfig:
-    """The largest tile that still gives every multiprocessor a program; else the smallest.
+    """The largest tile that still gives every multiprocessor a program, but none of over 128 tokens that gives the
+    busiest one a third more of them; else the smallest.
 
     Args:
         width: bottleneck width d.
