@@ -29,7 +29,9 @@ def parameter_sizes(cubin: bytes) -> list[tuple[int, int]]:
     found = {}
     for match in re.finditer(rb"\x04\x17\x0c\x00", cubin):
         _, ordinal, offset, flags = struct.unpack_from("<IHHI", cubin, match.end())
-        found[ordinal] = offset, flags >> 18 & 0x3FFF
+        size = flags >> 18 & 0x3FFF
+        if size in (1, 2, 4, 8) and offset < 1 << 15:  # else the same four bytes, of something else
+            found[ordinal] = offset, size
     return [found[i] for i in sorted(found)]
 
 
