@@ -98,15 +98,10 @@ _SPLIT = {
 #: registers a thread and 48 to 96 KB on sm_90 at d = 128 (Triton 3.7.1), none of which spills.
 _FIRST = (
     {"block_tokens": 128, "block_hidden": 64},
-    *(
-        {"block_tokens": 64, "num_warps": 4, **more}
-        for more in (
-            {"block_hidden": 64},
-            {"block_hidden": 64, "num_stages": 2},
-            {"block_hidden": 32, "num_stages": 2},
-            {"block_hidden": 32, "block_channels": 32},
-        )
-    ),
+    {"block_tokens": 64, "num_warps": 4, "block_hidden": 64},
+    {"block_tokens": 64, "num_warps": 4, "block_hidden": 64, "num_stages": 2},
+    {"block_tokens": 64, "num_warps": 4, "block_hidden": 32, "num_stages": 2},
+    {"block_tokens": 64, "num_warps": 4, "block_hidden": 32, "block_channels": 32},
 )
 _ALSO = ("adapter.inject", "joint_projection", "gated_injection", "fuse_layers" + INDEXED)
 #: In the order of what they are worth.
@@ -172,9 +167,9 @@ TASKS = (
 
 
 @contextmanager
-def forced(kind: str, row: Row) -> Iterator[None]:
-    """Launches within take this row."""
-    with tuned.trying({kind: row}):
+def forced(rows: Mapping[str, Row]) -> Iterator[None]:
+    """Launches within take these rows, by kind."""
+    with tuned.trying(rows):
         fusion_plan.plan_of.cache_clear()
         try:
             yield
@@ -301,7 +296,7 @@ class Trial:
         return ""
 
     def _wrong(self, row: Row, held: Sequence[Held]) -> str:
-        with forced(self.task.kind, row):
+        with forced({self.task.kind: row}):
             try:
                 return next((found for one in held if (found := one.wrong())), "")
             except Exception as error:  # it does not compile, or takes more shared memory than there is
@@ -328,7 +323,7 @@ class Trial:
 
     def _calls(self, row: Row, sets: Sequence[Operands]) -> list[timing.Call]:
         def run(operands: Operands) -> Any:
-            with forced(self.task.kind, row):
+            with forced({self.task.kind: row}):
                 return ours(self.task.case)(operands)
 
         calls: list[timing.Call] = [partial(run, operands) for operands in sets]

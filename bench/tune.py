@@ -115,7 +115,7 @@ def compile_some(tasks: Sequence[Task], bench: Bench, part: int, parts: int) -> 
         units.append([(task, operands, i, row) for i, row in enumerate(rows)])
     for task, operands, i, row in list(_in_turns(units))[part::parts]:
         try:
-            with forced(task.kind, row):
+            with forced({task.kind: row}):
                 ours(task.case)(operands)
         except Exception as error:
             if is_fatal(error):

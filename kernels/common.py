@@ -62,16 +62,20 @@ def long_dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @inlined
-def exact_dot(rows, tile, acc, DTYPE: tl.constexpr):
-    """``acc + rows @ tile`` for float32 ``rows`` and a 16-bit ``tile``, as exact as in float32.
+def thirds(x, DTYPE: tl.constexpr):
+    """Three 16-bit numbers that add up to a float32: 24 bits are 3 x 8 for bfloat16, and 2 x 11 and some for float16,
+    but there not below 2**-25: scale small ones up."""
+    first = x.to(DTYPE)
+    x -= first.to(tl.float32)
+    second = x.to(DTYPE)
+    third = (x - second.to(tl.float32)).to(DTYPE)
+    return first, second, third
 
-    Three 16-bit numbers that add up hold a float32: 24 bits are 3 x 8 for bfloat16, and 2 x 11 and some for float16,
-    but there not below 2**-25: scale small rows up.
-    """
-    first = rows.to(DTYPE)
-    rows -= first.to(tl.float32)
-    second = rows.to(DTYPE)
-    third = (rows - second.to(tl.float32)).to(DTYPE)
+
+@inlined
+def exact_dot(rows, tile, acc, DTYPE: tl.constexpr):
+    """``acc + rows @ tile`` for float32 ``rows`` and a 16-bit ``tile``, as exact as in float32: by `thirds`."""
+    first, second, third = thirds(rows, DTYPE)
     acc = dot(third, tile, acc, "ieee")
     acc = dot(second, tile, acc, "ieee")
     acc = dot(first, tile, acc, "ieee")
@@ -80,14 +84,11 @@ def exact_dot(rows, tile, acc, DTYPE: tl.constexpr):
 
 @inlined
 def third_of(x, i_third, DTYPE: tl.constexpr):
-    """Of the three 16-bit numbers that add up to a float32 (`exact_dot`) the first, second or third; beyond those 0.
+    """The first, second or third of `thirds`; beyond those 0.
 
     With ``i_third`` along an axis of a product that tensor instructions pad anyway, one product does the work of three.
     """
-    first = x.to(DTYPE)
-    x -= first.to(tl.float32)
-    second = x.to(DTYPE)
-    third = (x - second.to(tl.float32)).to(DTYPE)
+    first, second, third = thirds(x, DTYPE)
     zero = tl.zeros_like(third)
     return tl.where(i_third == 0, first, tl.where(i_third == 1, second, tl.where(i_third == 2, third, zero)))
 

@@ -135,7 +135,8 @@ def joint_projection_backward(
         other, own, one, index=index, message=None if message is None else message[None], positions=positions,
         norm_eps=norm_eps, noise=None, row=0,
     )  # fmt: skip
-    dlatent = grad.float().contiguous()[None].clone()
+    dlatent = torch.empty_like(states[-1])
+    dlatent[0].copy_(grad)
     if index is not None:
         rows = index >= 0 if sharer is None else (index >= 0) & (index < sharer[0].shape[2])
         dlatent[0].masked_fill_(~rows[..., None], 0.0)

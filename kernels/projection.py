@@ -110,6 +110,20 @@ def rms_norm_tile(z_k, z_v, p_norm, WIDTH: tl.constexpr, EPS: tl.constexpr, DTYP
 
 
 @inlined
+def unit_weights(p_in, p_out, o_hidden, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, DTYPE: tl.constexpr):
+    """Of some hidden units, the parts of W_in and W_out as matrix operands, each in its two halves."""
+    HALF: tl.constexpr = WIDTH // 2
+    o_z = tl.arange(0, HALF)
+    p_in = p_in + o_hidden[None, :] * WIDTH + o_z[:, None]
+    p_out = p_out + o_z[None, :] * HIDDEN + o_hidden[:, None]
+    b_in_k = cast(tl.load(p_in), DTYPE)
+    b_in_v = cast(tl.load(p_in + HALF), DTYPE)
+    b_out_k = cast(tl.load(p_out), DTYPE)
+    b_out_v = cast(tl.load(p_out + HALF * HIDDEN), DTYPE)
+    return b_in_k, b_in_v, b_out_k, b_out_v
+
+
+@inlined
 def add_units(
     n_k,
     n_v,
@@ -122,7 +136,7 @@ def add_units(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``out + W_out gelu(W_in n)`` of some hidden units, whose parts of both weights are given."""
+    """``out + W_out gelu(W_in n)`` of some hidden units, whose `unit_weights` are given."""
     hidden = tl.zeros([n_k.shape[0], b_in_k.shape[1]], dtype=tl.float32)
     hidden = long_dot(n_k, b_in_k, hidden, PRECISION)
     hidden = long_dot(n_v, b_in_v, hidden, PRECISION)
@@ -169,13 +183,8 @@ def ffn_block(
         out_k = tl.zeros_like(z_k)
         out_v = tl.zeros_like(z_v)
     for i in range(0, HIDDEN // BLOCK_F):
-        o_hidden = i * BLOCK_F + o_f
-        p_i = p_in + o_hidden[None, :] * WIDTH + o_z[:, None]
-        p_o = p_out + o_z[None, :] * HIDDEN + o_hidden[:, None]
-        out_k, out_v = add_units(
-            n_k, n_v, out_k, out_v, cast(tl.load(p_i), DTYPE), cast(tl.load(p_i + HALF), DTYPE),
-            cast(tl.load(p_o), DTYPE), cast(tl.load(p_o + HALF * HIDDEN), DTYPE), DTYPE, PRECISION,
-        )  # fmt: skip
+        b_in_k, b_in_v, b_out_k, b_out_v = unit_weights(p_in, p_out, i * BLOCK_F + o_f, WIDTH, HIDDEN, DTYPE)
+        out_k, out_v = add_units(n_k, n_v, out_k, out_v, b_in_k, b_in_v, b_out_k, b_out_v, DTYPE, PRECISION)
     if HAS_NOISE:
         keep = keep_tile(seed, threshold, o_z, o_token, i_item, row, i_block)
         out_k = z_k + tl.where(keep, out_k * keep_scale, 0.0)
@@ -201,19 +210,11 @@ def ffn_block_pair(
     PRECISION: tl.constexpr,
 ):
     """`ffn_block` of two tiles, without noise: weights are read once for both, hidden units exist of one at a time."""
-    HALF: tl.constexpr = WIDTH // 2
-    o_z = tl.arange(0, HALF)
     o_f = tl.arange(0, BLOCK_F)
     na_k, na_v, _ = rms_norm_tile(a_k, a_v, p_norm, WIDTH, EPS, DTYPE)
     nb_k, nb_v, _ = rms_norm_tile(b_k, b_v, p_norm, WIDTH, EPS, DTYPE)
     for i in range(0, HIDDEN // BLOCK_F):
-        o_hidden = i * BLOCK_F + o_f
-        p_i = p_in + o_hidden[None, :] * WIDTH + o_z[:, None]
-        p_o = p_out + o_z[None, :] * HIDDEN + o_hidden[:, None]
-        b_in_k = cast(tl.load(p_i), DTYPE)
-        b_in_v = cast(tl.load(p_i + HALF), DTYPE)
-        b_out_k = cast(tl.load(p_o), DTYPE)
-        b_out_v = cast(tl.load(p_o + HALF * HIDDEN), DTYPE)
+        b_in_k, b_in_v, b_out_k, b_out_v = unit_weights(p_in, p_out, i * BLOCK_F + o_f, WIDTH, HIDDEN, DTYPE)
         a_k, a_v = add_units(na_k, na_v, a_k, a_v, b_in_k, b_in_v, b_out_k, b_out_v, DTYPE, PRECISION)
         b_k, b_v = add_units(nb_k, nb_v, b_k, b_v, b_in_k, b_in_v, b_out_k, b_out_v, DTYPE, PRECISION)
     return a_k, a_v, b_k, b_v

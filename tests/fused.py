@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from torch import Tensor
 
 from helpers import Pair, assert_within_budget, to_double
 from lcf_fast import ops, reference, use_backend
-from lcf_fast.kernels import fusion_plan, tuned
-from lcf_fast.kernels.policy import TileConfig
 
 Weights = dict[str, Tensor]
 
 
 def double(weights: Weights) -> Weights:
     return {name: tensor.double() for name, tensor in weights.items()}
-
-
-@contextmanager
-def tiles_of(config: TileConfig) -> Iterator[None]:
-    """Launches within, few tokens' too but not those in training, take this row instead of the policy's."""
-    with tuned.trying({"tile": config, "split": None}):
-        fusion_plan.plan_of.cache_clear()
-        try:
-            yield
-        finally:
-            fusion_plan.plan_of.cache_clear()
 
 
 def gates_of(weights: Weights) -> list[tuple[bool, bool]]:

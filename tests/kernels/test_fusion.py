@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from fused import check_fuse, double, tiles_of
+from fused import check_fuse, double
 
+from bench.trials import forced
 from helpers import (
     ADVERSARIES,
     LAYOUTS,
@@ -30,6 +31,8 @@ from lcf_fast.kernels.policy import tile_options
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALL = Geometry(2, 1, 64)
+#: The policy's tile of 256 tokens, for few as well.
+LARGEST = {"tile": next(row for row in tile_options(128, 2, "sm_90") if row.block_tokens == 256), "split": None}
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -63,9 +66,8 @@ def test_fuse_lengths(tokens: int, device: torch.device, generator: torch.Genera
 
 
 def test_a_tile_of_256_tokens(device: torch.device, generator: torch.Generator) -> None:
-    """The policy's largest, whose halves take turns in the FFN and are edited 32 channels at a time: rows of both
-    halves, a ragged end, rows that stay, in place, and a message."""
-    (config,) = (row for row in tile_options(128, 2, "sm_90") if row.block_tokens == 256)
+    """Halves that take turns in the FFN and are edited 32 channels at a time: rows of both, a ragged end, rows that
+    stay, in place, and a message."""
     sharer, receiver, tokens = Geometry(1, 1, 64), Geometry(1, 2, 128), 300
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device, "generator": generator}
     weights = make_weights(sharer, receiver, 128, **options)
@@ -74,7 +76,7 @@ def test_a_tile_of_256_tokens(device: torch.device, generator: torch.Generator) 
     index[:, ::7] = -1
     message = torch.randn(1, 1, 128, generator=generator).to(device)
     copies = [(key.clone(), value.clone()) for key, value in own]
-    with tiles_of(config):
+    with forced(LARGEST):
         fused = check_fuse(other, own, weights, sharer_index=index, positions=(3, tokens - 2))
         with use_backend("triton"):
             ops.fuse_layers_(other, copies, weights, sharer_index=index, positions=(3, tokens - 2))
@@ -83,14 +85,13 @@ def test_a_tile_of_256_tokens(device: torch.device, generator: torch.Generator) 
 
 
 def test_projection_and_injection_by_256_tokens(device: torch.device, generator: torch.Generator) -> None:
-    (config,) = (row for row in tile_options(128, 2, "sm_90") if row.block_tokens == 256)
     one = Geometry(1, 1, 128)
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device, "generator": generator}
     stacked = make_weights(one, one, 128, **options)
     weights = {name: tensor[0] for name, tensor in stacked.items()}
     own, other = make_cache(one, 1, 300, **options)[0], make_cache(one, 1, 300, **options)[0]
     wide, exact = double(weights), (*to_double([other])[0], *to_double([own])[0])
-    with tiles_of(config), use_backend("triton"):
+    with forced(LARGEST), use_backend("triton"):
         latent = ops.joint_projection(*other, *own, weights)
         edited = ops.gated_injection(*own, latent, weights)
     truth = reference.joint_projection(*exact, wide)
