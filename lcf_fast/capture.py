@@ -97,18 +97,20 @@ def _recorded(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[]
 
 
 def _recorded_here(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()  # compiles
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")  # what waits for the device is found before it spoils a recording
-        try:
-            with _as_a_typed_error():
-                run()
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-    torch.cuda.current_stream().wait_stream(stream)
+    stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(before)
+    try:
+        with torch.cuda.stream(stream):
+            run()  # compiles
+            mode = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")  # what waits for the device is found before it spoils a recording
+            try:
+                with _as_a_typed_error():
+                    run()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+    finally:
+        before.wait_stream(stream)  # after a failure, too: a cache is set back after what the warm-up wrote
     graph = torch.cuda.CUDAGraph()
     with _as_a_typed_error(), torch.cuda.graph(graph):
         result = run()

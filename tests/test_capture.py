@@ -113,12 +113,14 @@ class Fake:
 
     def __init__(self) -> None:
         self.mode: Any = 0
-        self.replayed = 0
+        self.replayed = self.waits = 0
         self.Stream = self.CUDAGraph = lambda: self
         self.stream = self.graph = self.device = lambda _: nullcontext()
         self.current_stream = lambda: self
-        self.wait_stream = lambda _: None
         self.get_sync_debug_mode = lambda: self.mode
+
+    def wait_stream(self, other: Any) -> None:
+        self.waits += 1
 
     def set_sync_debug_mode(self, mode: Any) -> None:
         self.mode = mode
@@ -146,6 +148,7 @@ def test_what_waits_for_the_device_is_a_typed_error_and_the_mode_is_set_back(
         capture._recorded(run, CPU)
     assert error.value.argument == "operation" and "mask" in error.value.expected
     assert seen == [0, "error", 0][:waits_at] and fake.mode == 0
+    assert fake.waits == 2  # the current stream goes on behind the warm-up, which may have edited what is set back
     for kind in (ShapeError("x", expected="a", got="b"), torch.cuda.OutOfMemoryError("no")):
         with pytest.raises(type(kind)), capture._as_a_typed_error():
             raise kind
