@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "Checkpoints"]
 
 FORMAT = "lcf_fast.training"
-FORMAT_VERSION = 2  # 1 told the ids of the next step's examples, not what they say
+FORMAT_VERSION = 3  # 1 told the ids of the next step's examples, not what they say; 2: see `prefills`
 STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 ADAPTER_FOLDER = "adapter"

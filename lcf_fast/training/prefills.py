@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Entry", "Manifest", "StoredPrefills", "token_digest"]
 
 FORMAT = "lcf_fast.prefills"
-FORMAT_VERSION = 2  # 1 did not hold what a run tells of its sharer
+FORMAT_VERSION = 3  # 1 did not hold what a run tells of its sharer; 2 could be of models with rounded rotations
 MANIFEST = "manifest.json"
 _OPEN_SHARDS = 8
 

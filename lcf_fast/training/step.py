@@ -65,8 +65,16 @@ Prefiller = Callable[["Batch"], Prefill]
 
 
 def frozen(model: Any, *, device: torch.device | str, precision: str) -> Any:
-    """The model itself, moved and cast in place, in eval mode and without gradients."""
-    return model.to(device=device, dtype=DTYPES[precision]).eval().requires_grad_(False)
+    """The model itself, moved and cast in place, in eval mode and without gradients.
+
+    Parameters alone are cast, as `from_pretrained` does: ``to(dtype)`` would round the rotary frequencies, too, and at
+    position 1,000 turn keys a radian away from those of the model in use.
+    """
+    model = model.to(device).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(DTYPES[precision])
+    return model
 
 
 def sharer_tokens(batch: Batch) -> tuple[Tensor, Tensor]:

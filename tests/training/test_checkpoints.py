@@ -122,7 +122,7 @@ def damage(path: Path, file: str, change: Any) -> None:
         ("adapter/adapter.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1]), "SHA-256"),
         ("state.json", lambda data: data[:-9], "JSON"),
         ("state.json", lambda data: b"[]", "version"),
-        ("state.json", lambda data: data.replace(b'"format_version": 2', b'"format_version": 1'), "version 2 .*anew"),
+        ("state.json", lambda data: data.replace(b'"format_version": 3', b'"format_version": 2'), "version 3 .*anew"),
         ("state.json", lambda data: data.replace(b'"log_bytes": ', b'"log_bytes": "a", "was": '), "log_bytes"),
     ],
 )

@@ -237,7 +237,7 @@ def test_a_store_that_is_not_whole(store: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"shard-00002.json: expected a shard's examples"):
         stored(folder)
     for change, message in (
-        (lambda d: d.replace(b'"format_version": 2', b'"format_version": 1'), "version 2 .*anew by lcf-fast cache"),
+        (lambda d: d.replace(b'"format_version": 3', b'"format_version": 2'), "version 3 .*anew by lcf-fast cache"),
         (lambda d: d.replace(b'"shards": 4', b'"shards": "4"'), "shards"),
         (lambda d: d[:-5], "JSON"),
         (lambda d: b"3", "object"),

@@ -58,6 +58,22 @@ def one_by_one(adapter: LatentCacheFlow, sharer: Any, receiver: Any, batch: Batc
     return total
 
 
+@pytest.mark.parametrize("loaded_as", [torch.float32, torch.bfloat16])
+def test_a_frozen_model_is_the_one_that_is_loaded_in_use(loaded_as: torch.dtype, tmp_path: Any) -> None:
+    """What trains an adapter must be what it will meet: `to(dtype)` would have rounded the rotary frequencies."""
+    from transformers import AutoModelForCausalLM
+
+    tiny_model("qwen3", 1).save_pretrained(tmp_path)
+    used = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    model = frozen(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=loaded_as), device="cpu", precision="bf16")
+    for (name, of_use), (_, of_training) in zip(used.named_buffers(), model.named_buffers(), strict=True):
+        assert of_use.dtype == of_training.dtype and torch.equal(of_use, of_training), name
+    ids = torch.arange(40)[None] % 9
+    with torch.no_grad():
+        assert torch.equal(used(ids).logits, model(ids).logits)
+    assert model.dtype == torch.bfloat16 and not any(p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradient_are_those_of_one_example_at_a_time(kind: str, models: tuple[Any, Any]) -> None:
     sharer, receiver = models
