@@ -313,7 +313,7 @@ class Unmeasured:
 
 @dataclass(frozen=True)
 class Slowest:
-    """The least that ours is faster than eager, in every size of the sweep; sizes not reached leave it open."""
+    """The least that ours is faster than eager in the sweep; sizes not reached leave it open, but for `Point.extra`."""
 
     def value(self, evidence: Evidence) -> float | None:
         found = [speedup for _, speedup in speedups(evidence.swept)]
@@ -322,7 +322,8 @@ class Slowest:
         return min(found)
 
     def why(self, evidence: Evidence) -> str:
-        missed = [one for one in evidence.sweep_left_out if not one["why"].startswith("more than")]
+        left_out = [one for one in evidence.sweep_left_out if not one.get("extra")]
+        missed = [one for one in left_out if not one["why"].startswith("more than")]
         if not missed:
             return ""
         least = min((speedup for _, speedup in speedups(evidence.swept)), default=None)

@@ -30,6 +30,7 @@ class Point:
         tokens: receiver positions N.
         context: sharer positions that LCF-X pools.
         brief: our first case and eager alone, each with its CUDA graph where that is small, in one regime; no profile.
+        extra: of a sweep, behind all others: run where there is time over, and no target waits for it.
     """
 
     group: Group
@@ -39,6 +40,7 @@ class Point:
     dtype: torch.dtype
     batch: int = 1
     brief: bool = False
+    extra: bool = False
 
     @property
     def length(self) -> int:
@@ -57,6 +59,7 @@ class Point:
             "tokens": self.length,
             "bottleneck": self.width,
             "dtype": dtype_name(self.dtype),
+            "extra": self.extra,
             "why": why,
         }
 
@@ -143,7 +146,8 @@ def _at_every_size(group: Group, settings: Settings) -> bool:
 def sweep_points(axes: Sweep, only: tuple[str, ...] = ()) -> tuple[list[Point], list[dict[str, Any]]]:
     """Points from what matters most to what matters least, and what is left out as too large.
 
-    First one dtype at one width in every size, then at batch 1 the other widths and dtypes, each alone, then the rest.
+    First one dtype at one width in every size, then at batch 1 the other widths and dtypes, each alone, then the rest
+    (``extra``).
     """
     found: list[tuple[tuple[int, ...], Point]] = []
     left_out = []
@@ -153,13 +157,14 @@ def sweep_points(axes: Sweep, only: tuple[str, ...] = ()) -> tuple[list[Point], 
         sizes += [("summarize", 1, context) for context in axes.contexts]
         for d, (name, tokens, context) in enumerate(sizes):
             compared = (name, batch, tokens, width) in axes.compared and a == 0
-            point = Point(BY_NAME[name], tokens, context, width, dtype, batch, brief=not compared)
+            rank = _importance(a, b, c)
+            point = Point(BY_NAME[name], tokens, context, width, dtype, batch, brief=not compared, extra=rank > 1)
             if not cases_of(point.group, only):
                 continue
             if batch * point.length * dtype.itemsize > axes.most:
                 left_out.append(point.left_out(f"more than {axes.most // dtype.itemsize:,} positions in all"))
                 continue
-            found.append(((_importance(a, b, c), a, b, c, d), point))
+            found.append(((rank, a, b, c, d), point))
     return [point for _, point in sorted(found, key=lambda one: one[0])], left_out
 
 

@@ -28,6 +28,8 @@ TARGET_TOKENS = 512
 INTERRUPTED = "interrupted"
 #: The same where nobody told it.
 ENDED = "the run was ended before"
+#: For `_count`, after the time in which points are begun.
+COUNTING_S = 15.0
 
 
 class Progress(Protocol):
@@ -54,12 +56,14 @@ class Found:
         left_out: points without rows, and why.
         failures: points that raised.
         lost: why nothing more can be run; empty: it can.
+        counts: see `Job`.
     """
 
     rows: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     left_out: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     lost: str = ""
+    counts: list[tuple[dict[str, Any], Callable[[], Any]]] = field(default_factory=list)
 
 
 Keep = Callable[[dict[str, Any]], None]
@@ -117,6 +121,7 @@ def run(settings: Settings, progress: Progress | None = None, keep: Keep | None 
         for rest in _run(settings, chosen, caches, progress, found, bandwidth=bandwidth, started=started):
             if keep is not None and settings.on_gpu:
                 keep(so_far(rest))
+        _count(settings, found, progress, started)
         if sweep is None:
             _run_host(settings, found, caches, progress, bandwidth)
         return so_far()
@@ -174,8 +179,22 @@ def _run(
             found.left_out.append(point.left_out(why))
             continue
         with progress.step(f"{number} of {len(chosen)}: {point.said()}"), _told(found, [point], point.said()):
-            found.rows[index] = _rows(settings, point, caches, bandwidth, started)
+            cut = caches.cut(point.tokens, point.context, point.batch).to(point.dtype)
+            job = Job(settings, point, cut, bandwidth=bandwidth, started=started)
+            found.rows[index] = job.rows()
+            found.counts += job.counts
         yield [chosen[index] for index in order[number:]]
+
+
+def _count(settings: Settings, found: Found, progress: Progress, started: float) -> None:
+    """Count kernels, as far as there is time; a row without a count has none."""
+    if found.lost or not found.counts:
+        return
+    with progress.step("counting kernels"), _told(found, [], "counting kernels"):
+        for row, call in found.counts:
+            if time.perf_counter() - started > settings.stop_after + COUNTING_S:
+                return
+            row["kernels"] = timing.kernels_launched(call)
 
 
 def _run_host(settings: Settings, found: Found, caches: Caches, progress: Progress, bandwidth: float) -> None:
@@ -214,12 +233,6 @@ def _told(found: Found, places: Sequence[Point], said: str) -> Iterator[None]:
         found.failures.append(f"{said}: {why}: {error}"[:300])
         if is_fatal(error):
             found.lost = f"the device was lost in {said}"
-
-
-def _rows(settings: Settings, point: Point, caches: Caches, bandwidth: float, started: float) -> list[dict[str, Any]]:
-    """A point's rows; when they are there nothing of it is left in memory."""
-    cut = caches.cut(point.tokens, point.context, point.batch).to(point.dtype)
-    return Job(settings, point, cut, bandwidth=bandwidth, started=started).rows()
 
 
 def _host_rows(settings: Settings, caches: Caches, width: int, bandwidth: float) -> list[dict[str, Any]]:

@@ -107,12 +107,14 @@ def compile_beside(tasks: Sequence[Task], bench: Bench, seconds: float) -> set[t
 
 def compile_some(tasks: Sequence[Task], bench: Bench, part: int, parts: int) -> None:
     """Launch every ``parts``-th candidate once, the nearest of all tasks first; says which on stdout."""
-    units = []
-    for task in tasks:
+    units: list[list[tuple[Task, Any, int, Row]]] = [[] for _ in tasks]
+    # Each process begins elsewhere, so that they do not all compile the same policy's rows at once.
+    for at in range(part, part + len(tasks)):
+        task = tasks[at % len(tasks)]
         operands = bench.operands(task.case, task.sizes[0], light=True)
         found = asked(task.kind, task.case, operands)
         rows = candidates(task, found[0][1])[:MOST] if found else []
-        units.append([(task, operands, i, row) for i, row in enumerate(rows)])
+        units[at % len(tasks)] = [(task, operands, i, row) for i, row in enumerate(rows)]
     for task, operands, i, row in list(_in_turns(units))[part::parts]:
         try:
             with forced({task.kind: row}):

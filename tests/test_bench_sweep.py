@@ -168,6 +168,11 @@ def test_a_sweep_covers_its_axes_and_names_what_is_too_large() -> None:
     compared = [(p.group.name, p.batch, p.tokens, p.width) for p in points if not p.brief]
     assert sorted(compared) == sorted(SWEEPS["cuda"].compared)
     assert all(p.dtype == torch.bfloat16 for p in points if not p.brief)
+    asked = [p for p in points if not p.extra]
+    assert points[: len(asked)] == asked and len(asked) < 150  # 0.8 s each, of the time that compiling leaves
+    assert {p.width for p in asked} == set(widths) and {str(p.dtype) for p in asked} == set(dtypes)
+    assert {p.batch for p in asked} == set(batches) and {p.length for p in asked} == {*tokens, 2000}
+    assert all(p.left_out("late")["extra"] is p.extra for p in points)
 
 
 # --- from end to end

@@ -16,12 +16,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from bench_jobs import two_models
 
 from bench import tune
 from bench.__main__ import parser as bench_parser
-from bench.settings import SWEEPS, default_settings, sweep_settings
 from lcf_fast import cli
 from lcf_fast.evaluation import latency, latency_command
 
@@ -102,13 +100,18 @@ def test_each_run_ends_in_time(runner: ModuleType, tmp_path: Path) -> None:
         assert runner.BUDGET + len(phases) * runner.GRACE <= 570
     timed = {step.name: step.phase for step in steps if step.name in runner.RESULTS}
     assert all(sum(step.phase == phase for step in steps) == 1 for phase in timed.values()), "times beside other work"
-    sizes = default_settings(torch.device("cuda"), quick=True), sweep_settings(torch.device("cuda"), SWEEPS["cuda"])
-    for name, settings in zip(("bench", "sweep"), sizes):
-        (step,) = (step for step in steps if step.name == name)
-        assert settings.stop_after <= step.limit - 40, "the last size that is begun must end, too"
-    tuning = step_of(runner, "tune", tmp_path)
-    given = tune.parser().parse_args(tuning.command[3:])
-    assert given.seconds <= tuning.limit - 40 and given.out == tmp_path / "tune"
+    until = {step.name: step.until for step in steps if step.until is not None}
+    assert set(until) == {"bench", "sweep", "tune"}
+    assert all(before >= 40 for _, before in until.values()), "the last size that is begun must end, too"
+    assert all(bench_parser().parse_args([until[name][0], "9"]).deadline == 9 for name in ("bench", "sweep"))
+    given = tune.parser().parse_args([*step_of(runner, "tune", tmp_path).command[3:], until["tune"][0], "9"])
+    assert given.seconds == 9 and given.out == tmp_path / "tune"
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(200.5, "160"), (6, "1")])
+def test_a_step_is_told_the_time_that_it_has(runner: ModuleType, tmp_path: Path, seconds: float, told: str) -> None:
+    step = runner.Step("one", [sys.executable, "-c", "import sys; print(*sys.argv[1:])"], 5, until=("--deadline", 40))
+    assert runner.run(step, tmp_path, seconds).note == f"--deadline {told}"
 
 
 def test_steps_of_a_phase_run_side_by_side_and_share_a_log(runner: ModuleType, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ class Step:
         phase: steps of one phase run side by side; what is timed has one of its own.
         log: name of its log file, where that is not its own; steps that share one append.
         absent: why it cannot be run here.
+        until: an option of the command that takes the seconds it has, and how many before its limit those end.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Step:
     cwd: Path = ROOT
     log: str = ""
     absent: str = ""
+    until: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,13 @@ def steps(out: Path) -> list[Step]:
         Step("warm", [python, "-m", "bench.warm"], 225, 0, log="bench"),
         Step("half", [*script, "half"], 225, 0, bare, log="sanitizer"),
         Step("single", [*script, "single"], 225, 0, bare, log="sanitizer"),
-        Step("bench", [*bench, "--quick", "--out", str(out / "bench")], 215, 1),
+        Step("bench", [*bench, "--quick", "--out", str(out / "bench")], 215, 1, until=("--deadline", 45)),
         Step("memcheck", [*sanitize, "--tool", "memcheck", *script], 105, 2, bare, log="sanitizer", absent=absent),
         Step("racecheck", [*sanitize, "--tool", "racecheck", *script], 105, 2, bare, log="sanitizer", absent=absent),
-        Step("sweep", [*bench, "--sweep", "--out", str(out / "sweep")], 300, 3),
+        Step("sweep", [*bench, "--sweep", "--out", str(out / "sweep")], 300, 3, until=("--deadline", 40)),
         # Not from the root, where ./kernels would answer transformers' `import kernels`.
         Step("latency", [*latency, "--warmup", "1", "--out", str(out / "latency")], 245, 4, cwd=HERE),
-        Step("tune", [python, "-m", "bench.tune", "--seconds", "480", "--out", str(out / "tune")], 530, 5),
+        Step("tune", [python, "-m", "bench.tune", "--out", str(out / "tune")], 530, 5, until=("--seconds", 50)),
     ]
 
 
@@ -145,12 +147,16 @@ def run(step: Step, out: Path, seconds: float) -> Result:
         return Result(step.name, "absent", 0.0, step.absent)
     if seconds < 5:
         return Result(step.name, "timeout", 0.0, "no time left for it")
+    command = list(step.command)
+    if step.until is not None:
+        option, before = step.until
+        command += [option, str(max(1, int(seconds) - before))]
     log = out / f"{step.log or step.name}.log"
     own = out / f".{step.name}.part"  # steps side by side may share a log
     started = time.monotonic()
     with own.open("wb") as sink:
         process = subprocess.Popen(
-            list(step.command),
+            command,
             cwd=step.cwd,
             env={**os.environ, **step.env, "PYTHONUNBUFFERED": "1"},
             stdout=sink,

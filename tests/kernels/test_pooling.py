@@ -185,7 +185,7 @@ def test_no_token_is_nan_and_only_there(device: torch.device, generator: torch.G
     mask = torch.ones(4, 100, dtype=torch.bool, device=device)
     mask[3] = False
     offsets = table([[0, 40, 100], [5, 5, 5], [100, 100, 100], [0, 50, 100]], device)
-    query = queries(1, 64, generator)
+    query = [one.to(device) for one in queries(1, 64, generator)]
     got = pooling.attention_pool(key, value, *query, offsets, mask)
     assert all(torch.isnan(x[1:]).all() for x in got)
     alone = pooling.attention_pool(key[:1], value[:1], *query, offsets[:1], mask[:1])
