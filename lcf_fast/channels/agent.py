@@ -18,6 +18,8 @@ from ..reading.prefill import prefill
 __all__ = ["Agent", "padded_left"]
 
 Offsets = list[tuple[int, int]]
+#: Of a generation config: no say in which token is said.
+_KEPT = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
 
 
 class Agent:
@@ -85,6 +87,20 @@ class Agent:
             if token is not None:
                 return int(token)
         return 0
+
+    def greedy(self) -> dict[str, Any]:
+        """Options for ``generate`` to say the likeliest token each time; what ends and fills a text stays the model's.
+
+        ``do_sample=False`` alone is not enough: what a model's generation config holds applies as well, such as the
+        penalty on repetition that Qwen2.5 comes with. A config without it would not do either, since ``generate``
+        takes from the model's what another one leaves out.
+        """
+        from transformers import GenerationConfig
+
+        plain = GenerationConfig()
+        own = {name for name in self.model.generation_config.to_diff_dict() if hasattr(plain, name)} - _KEPT
+        steps: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+        return {name: getattr(plain, name) for name in sorted(own)} | steps
 
     def until_the_end(self, written: Tensor, options: Mapping[str, Any] | None = None) -> list[Tensor]:
         """Each row of new tokens ``(B, T)`` up to and with the first that ends it: the rest is filling. On the CPU.

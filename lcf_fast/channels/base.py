@@ -74,7 +74,8 @@ class Channel(ABC):
         """The receiver's answers to a batch of requests.
 
         Args:
-            max_new_tokens, options: for ``generate``: ``do_sample``, ``streamer``, ``stopping_criteria`` and so on.
+            max_new_tokens, options: for ``generate``: ``do_sample``, ``streamer``, ``stopping_criteria`` and so on;
+                the model's own generation config holds beside them (`Agent.greedy`: options that leave nothing of it).
 
         Raises:
             GeometryError: no request; a sharer that the channel does not have. ShapeError: too long for a model. And

@@ -91,8 +91,7 @@ class TextChannel(Channel):
             ids,
             attention_mask=mask,
             max_new_tokens=self.most_tokens,
-            do_sample=False,
-            pad_token_id=sharer.padding(),
+            **{**sharer.greedy(), "pad_token_id": sharer.padding()},
         )
         notes = sharer.until_the_end(out[:, ids.shape[1] :])
         found: list[str] = sharer.tokenizer.batch_decode(notes, skip_special_tokens=True)
