@@ -28,7 +28,12 @@ __all__ = ["Fuser", "LCFChannel", "LCFXChannel", "Sharer", "sharers_by_name"]
 
 
 class Fuser(Protocol):
-    """What edits a cache with another of the same prompt: `LatentCacheFlow`, or another method's."""
+    """What edits a cache with another of the same prompt: `LatentCacheFlow`, or another method's.
+
+    ``sharer_layers (L,)``: which of the sharer's layers each of its projectors reads.
+    """
+
+    sharer_layers: Tensor
 
     def fuse(
         self,
@@ -126,8 +131,8 @@ class LCFChannel(Channel):
                     sharer_attention_mask=their_mask.to(receiver.device),
                 )
                 cache = replace_rows(cache, rows, part, batch)
-            layers = {layer: theirs[layer] for layer in sharer.adapter.config.sharer_layers}
-            a_token = sum(t.element_size() * t.shape[1] * t.shape[3] for pair in layers.values() for t in pair)
+            layers = [theirs[layer] for layer in set(sharer.adapter.sharer_layers.tolist())]  # that are read at all
+            a_token = sum(t.element_size() * t.shape[1] * t.shape[3] for pair in layers for t in pair)
             for row, (tokens, _) in zip(rows, read):
                 sent[row] += a_token * len(tokens)
         return Prepared(ids, mask, cache, sent)

@@ -10,7 +10,8 @@ import torch
 from tiny_agents import adapter_of, agent
 from tiny_tokenizers import CHATML_SYSTEM
 
-from lcf_fast import LatentCacheFlow
+from lcf_fast import CacheGeometry, LatentCacheFlow
+from lcf_fast.c2c import C2CConfig, C2CFuser, FaithfulFuser
 from lcf_fast.caches import Pair
 from lcf_fast.channels import Agent, LCFChannel, Request, Sharer
 from lcf_fast.channels.base import Clock
@@ -73,3 +74,18 @@ def test_the_mismatched_control_reads_the_decoy(asked: Request, decoy: Request, 
     channel = LCFChannel(receiver, [Sharer(sharer, adapter)], control="mismatched")
     for pair, other in zip(edited(channel, [replace(asked, decoy=decoy)]), expected):
         torch.testing.assert_close(pair, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [(0, 1, 2), (0, 2), (2,)])
+def test_layers_that_nothing_reads_are_not_charged(kept: tuple[int, ...], receiver: Agent) -> None:
+    """Those of pruned projectors; one that several read crosses once."""
+    sharer = Agent("a", agent("a", "qwen2", 2).model, receiver.tokenizer)
+    deep = Agent("me", agent("me", "qwen3", 1, layers=3).model, receiver.tokenizer)
+    sides = CacheGeometry.of(sharer.model), CacheGeometry.of(deep.model)
+    fuser = C2CFuser(C2CConfig(*sides, hidden=16, intermediate=8), keep_layers=kept).eval()
+    adapters = adapter_of(sharer, deep, cross_context=False).prune(kept), fuser, FaithfulFuser(fuser)
+    read = {0: 0, 1: 0, 2: 1}  # last_aligned
+    tokens = len(deep.prompts([SHORT.asked()])[0]) - 1
+    for adapter in adapters:
+        (sent,) = LCFChannel(deep, [Sharer(sharer, adapter)]).next_logits([SHORT])[1]
+        assert sent == tokens * len({read[layer] for layer in kept}) * 2 * 16 * 4  # key and value, channels, float32
