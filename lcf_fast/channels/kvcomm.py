@@ -62,7 +62,8 @@ class KVCommChannel(Channel):
     Args:
         receiver: who answers.
         sharers: with the same model object, or one of the same configuration and weights (a sample is compared).
-        ratio: share of layers that `calibrate` chooses; 1.0 shares all, and needs no calibration.
+        ratio: share of layers that `calibrate` chooses, which cross whole beside layer 0; 1.0 shares all, and needs no
+            calibration.
         layers: to share, beside layer 0, instead of calibrating: indices, or a saved `LayerSelection`.
         alpha: weight of the attention mass in `calibrate`; None: 0.8 for Qwen, 1 for others.
         original_mask: the mask of the original code: in layers that are not shared its columns are the wrong ones, so
