@@ -53,6 +53,12 @@ class Agent:
         device: torch.device = self.model.device
         return device
 
+    @property
+    def limit(self) -> int | None:
+        """Positions that the model has; None: its configuration does not say."""
+        limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        return limit
+
     def prompts(self, chats: Sequence[list[tuple[str, str]]], room: int = 0) -> list[list[int]]:
         """Token ids of each chat, rendered for an answer.
 
@@ -68,9 +74,8 @@ class Agent:
         """Refuse what the model cannot read."""
         if tokens < 2:
             raise ShapeError(self.name, expected="a prompt of two tokens or more", got=str(tokens))
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and tokens + room > limit:
-            expected = f"{limit} tokens at most, as the model's max_position_embeddings (shorten the context)"
+        if self.limit is not None and tokens + room > self.limit:
+            expected = f"{self.limit} tokens at most, as the model's max_position_embeddings (shorten the context)"
             raise ShapeError(self.name, expected=expected, got=f"{tokens} and {room} to come")
 
     def read(self, ids: Tensor, mask: Tensor) -> list[Pair]:
