@@ -68,6 +68,7 @@ class FaithfulFuser:
     def __init__(self, fuser: C2CFuser) -> None:
         self.fuser, self.config = fuser, fuser.config
         self.sharer_geometry, self.receiver_geometry = fuser.sharer_geometry, fuser.receiver_geometry
+        self.sharer_layers = fuser.sharer_layers
 
     @torch.no_grad()
     def fuse(

@@ -18,6 +18,8 @@ from ..reading.prefill import prefill
 __all__ = ["Agent", "padded_left"]
 
 Offsets = list[tuple[int, int]]
+#: Of a generation config: no say in which token is said.
+_KEPT = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
 
 
 class Agent:
@@ -51,6 +53,12 @@ class Agent:
         device: torch.device = self.model.device
         return device
 
+    @property
+    def limit(self) -> int | None:
+        """Positions that the model has; None: its configuration does not say."""
+        limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        return limit
+
     def prompts(self, chats: Sequence[list[tuple[str, str]]], room: int = 0) -> list[list[int]]:
         """Token ids of each chat, rendered for an answer.
 
@@ -66,9 +74,8 @@ class Agent:
         """Refuse what the model cannot read."""
         if tokens < 2:
             raise ShapeError(self.name, expected="a prompt of two tokens or more", got=str(tokens))
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and tokens + room > limit:
-            expected = f"{limit} tokens at most, as the model's max_position_embeddings (shorten the context)"
+        if self.limit is not None and tokens + room > self.limit:
+            expected = f"{self.limit} tokens at most, as the model's max_position_embeddings (shorten the context)"
             raise ShapeError(self.name, expected=expected, got=f"{tokens} and {room} to come")
 
     def read(self, ids: Tensor, mask: Tensor) -> list[Pair]:
@@ -85,6 +92,20 @@ class Agent:
             if token is not None:
                 return int(token)
         return 0
+
+    def greedy(self) -> dict[str, Any]:
+        """Options for ``generate`` to say the likeliest token each time; what ends and fills a text stays the model's.
+
+        ``do_sample=False`` alone is not enough: what a model's generation config holds applies as well, such as the
+        penalty on repetition that Qwen2.5 comes with. A config without it would not do either, since ``generate``
+        takes from the model's what another one leaves out.
+        """
+        from transformers import GenerationConfig
+
+        plain = GenerationConfig()
+        own = {name for name in self.model.generation_config.to_diff_dict() if hasattr(plain, name)} - _KEPT
+        steps: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+        return {name: getattr(plain, name) for name in sorted(own)} | steps
 
     def until_the_end(self, written: Tensor, options: Mapping[str, Any] | None = None) -> list[Tensor]:
         """Each row of new tokens ``(B, T)`` up to and with the first that ends it: the rest is filling. On the CPU.

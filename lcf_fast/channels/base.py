@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,10 @@ class Channel(ABC):
         ``room``: new tokens that must fit behind the prompt.
         """
 
+    def call(self) -> AbstractContextManager[Any]:
+        """What `answer` and `next_logits` run within; entering it is on their clock."""
+        return nullcontext()
+
     def check(self, requests: Sequence[Request], room: int) -> None:
         """Refuse what `prepare` would refuse of these requests, by their texts alone: no model runs.
 
@@ -74,7 +79,8 @@ class Channel(ABC):
         """The receiver's answers to a batch of requests.
 
         Args:
-            max_new_tokens, options: for ``generate``: ``do_sample``, ``streamer``, ``stopping_criteria`` and so on.
+            max_new_tokens, options: for ``generate``: ``do_sample``, ``streamer``, ``stopping_criteria`` and so on;
+                the model's own generation config holds beside them (`Agent.greedy`: options that leave nothing of it).
 
         Raises:
             GeometryError: no request; a sharer that the channel does not have. ShapeError: too long for a model. And
@@ -84,21 +90,22 @@ class Channel(ABC):
         from transformers import StoppingCriteriaList
 
         clock = Clock(self.receiver.device)
-        prepared = self.prepare(requests, clock, max_new_tokens)
-        cache = dynamic_cache(prepared.cache)
-        if (times := self._rows_a_request(options)) > 1:  # generate() expands all that it is given but the cache
-            cache.batch_repeat_interleave(times)
-        criteria = [_Watch(clock), *options.pop("stopping_criteria", ())]
-        options.setdefault("pad_token_id", self.receiver.padding())
-        out = self.receiver.model.generate(
-            prepared.ids,
-            attention_mask=prepared.mask,
-            max_new_tokens=max_new_tokens,
-            stopping_criteria=StoppingCriteriaList(criteria),
-            **cache_argument(self.receiver.model, cache),
-            **options,
-        )
-        timings = clock.timings()
+        with self.call():
+            prepared = self.prepare(requests, clock, max_new_tokens)
+            cache = dynamic_cache(prepared.cache)
+            if (times := self._rows_a_request(options)) > 1:  # generate() expands all that it is given but the cache
+                cache.batch_repeat_interleave(times)
+            criteria = [_Watch(clock), *options.pop("stopping_criteria", ())]
+            options.setdefault("pad_token_id", self.receiver.padding())
+            out = self.receiver.model.generate(
+                prepared.ids,
+                attention_mask=prepared.mask,
+                max_new_tokens=max_new_tokens,
+                stopping_criteria=StoppingCriteriaList(criteria),
+                **cache_argument(self.receiver.model, cache),
+                **options,
+            )
+            timings = clock.timings()
         new = (out if isinstance(out, Tensor) else out.sequences)[:, prepared.ids.shape[1] :]
         repeats = new.shape[0] // len(requests)  # num_return_sequences
         ended = self.receiver.until_the_end(new, options)
@@ -111,17 +118,18 @@ class Channel(ABC):
         """``(B, V)`` logits of each answer's first token, float32, with the bytes sent and the times."""
         check_requests(requests)
         clock = Clock(self.receiver.device)
-        prepared = self.prepare(requests, clock, 1)
-        cache = dynamic_cache(prepared.cache)
-        logits = self.receiver.model(
-            input_ids=prepared.ids[:, -1:],
-            attention_mask=prepared.mask,
-            position_ids=prepared.mask.sum(1, keepdim=True) - 1,
-            use_cache=True,
-            **cache_argument(self.receiver.model, cache),
-        ).logits[:, -1]
-        clock.token()
-        return logits.float(), prepared.sent, clock.timings()
+        with self.call():
+            prepared = self.prepare(requests, clock, 1)
+            cache = dynamic_cache(prepared.cache)
+            logits = self.receiver.model(
+                input_ids=prepared.ids[:, -1:],
+                attention_mask=prepared.mask,
+                position_ids=prepared.mask.sum(1, keepdim=True) - 1,
+                use_cache=True,
+                **cache_argument(self.receiver.model, cache),
+            ).logits[:, -1]
+            clock.token()
+            return logits.float(), prepared.sent, clock.timings()
 
     @torch.no_grad()
     def launches(self, requests: Sequence[Request]) -> int | None:

@@ -8,6 +8,7 @@ context ends. Layer 0 is always shared whole; all other layers keep the context'
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from .base import Channel, Clock, Prepared, check_requests
 from .controls import Control, Noise, check_control, controlled_cache, sent_for
 from .kvcomm_attention import Layout, check_implementation, ragged_attention
 from .kvcomm_selection import LayerSelection, alpha_for, layer_scores, top_layers
-from .request import Answer, Request, Timings
+from .request import Request
 from .routing import rows_told
 
 __all__ = ["KVCommChannel", "LayerSelection"]
@@ -57,12 +58,15 @@ class KVCommChannel(Channel):
 
     A request that a sharer has no context for is not helped by it. Where several help with one, each begins at the
     position at which the one before has ended. In a call the receiver's ``attn_implementation`` (sdpa or eager) is
-    wrapped, and set back after it: one call at a time for each model.
+    wrapped, and set back after it: one call at a time for each model. What ``generate`` sees as the tokens before the
+    prompt are repeats of the prompt's first: the context's own do not cross, and so neither a penalty on repetition nor
+    a streamer knows them.
 
     Args:
         receiver: who answers.
         sharers: with the same model object, or one of the same configuration and weights (a sample is compared).
-        ratio: share of layers that `calibrate` chooses; 1.0 shares all, and needs no calibration.
+        ratio: share of layers that `calibrate` chooses, which cross whole beside layer 0; 1.0 shares all, and needs no
+            calibration.
         layers: to share, beside layer 0, instead of calibrating: indices, or a saved `LayerSelection`.
         alpha: weight of the attention mass in `calibrate`; None: 0.8 for Qwen, 1 for others.
         original_mask: the mask of the original code: in layers that are not shared its columns are the wrong ones, so
@@ -73,8 +77,9 @@ class KVCommChannel(Channel):
 
     Raises:
         GeometryError: a sharer of other weights, names that are not unique, a ratio or alpha out of range, a model
-            whose layers are not all attention. IndexRangeError: layers that the model does not have. BackendError: an
-            attention implementation that cannot be wrapped.
+            whose layers are not all attention; of a call also where no layers are chosen yet. IndexRangeError: layers
+            that the model does not have. BackendError, of a call as well: an attention implementation that cannot be
+            wrapped.
     """
 
     def __init__(
@@ -152,23 +157,9 @@ class KVCommChannel(Channel):
         model = model_sample(self.receiver.model, "fp32")
         return LayerSelection(self.layers, self.ratio, self.alpha, mass, scores, model)
 
-    def answer(self, requests: Sequence[Request], *, max_new_tokens: int = 32, **options: Any) -> list[Answer]:
-        """As `Channel.answer`.
-
-        What ``generate`` sees as the tokens before the prompt are repeats of the prompt's first: the context's own do
-        not cross, and so neither a penalty on repetition nor a streamer knows them.
-
-        Raises:
-            BackendError: an attention implementation that cannot be wrapped. GeometryError: no layers chosen yet. And
-                as `Channel.answer` does.
-        """
-        with ragged_attention(self.receiver.model):
-            return super().answer(requests, max_new_tokens=max_new_tokens, **options)
-
-    def next_logits(self, requests: Sequence[Request]) -> tuple[Tensor, list[int], Timings]:
-        """As `Channel.next_logits`; raises as `answer` does."""
-        with ragged_attention(self.receiver.model):
-            return super().next_logits(requests)
+    def call(self) -> AbstractContextManager[Any]:
+        """As `Channel.call`: layers of different lengths need an attention that knows them."""
+        return ragged_attention(self.receiver.model)
 
     def check(self, requests: Sequence[Request], room: int) -> None:
         """As `Channel.check`."""
@@ -176,7 +167,7 @@ class KVCommChannel(Channel):
 
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         """As `Channel.prepare`, with layers of different lengths: to be gone on from within the same
-        `ragged_attention`, as `answer` and `next_logits` do."""
+        `call`, as `answer` and `next_logits` do."""
         check_requests(requests)
         whole = self.whole_layers
         told = sent_for(requests, self.control)

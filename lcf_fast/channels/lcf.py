@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -27,7 +28,12 @@ __all__ = ["Fuser", "LCFChannel", "LCFXChannel", "Sharer", "sharers_by_name"]
 
 
 class Fuser(Protocol):
-    """What edits a cache with another of the same prompt: `LatentCacheFlow`, or another method's."""
+    """What edits a cache with another of the same prompt: `LatentCacheFlow`, or another method's.
+
+    ``sharer_layers (L,)``: which of the sharer's layers each of its projectors reads.
+    """
+
+    sharer_layers: Tensor
 
     def fuse(
         self,
@@ -64,8 +70,9 @@ class LCFChannel(Channel):
     Args:
         sharers: with `Fuser` adapters, in eval mode.
         name: as reports call it.
-        control: what is sent (`lcf_fast.channels.controls`). A mismatched sharer has read its decoy's chat, and token n
-            of the prompt gets its token n.
+        control: what is sent (`lcf_fast.channels.controls`). A mismatched sharer has read its decoy's chat, whose rows
+            go in turn to the positions that the matching ones would edit: a control that edited others would tell
+            where, not what.
         seed: of the random control.
 
     Raises:
@@ -87,17 +94,16 @@ class LCFChannel(Channel):
 
     def check(self, requests: Sequence[Request], room: int) -> None:
         """As `Channel.check`."""
-        told = [request.asked() for request in sent_for(requests, self.control)]
-        prompts = self.receiver.prompts([request.asked() for request in requests], room)
+        told = sent_for(requests, self.control)
+        self.receiver.prompts([request.asked() for request in requests], room)
         for name, sharer in self.sharers.items():
             for row in rows_of(requests, name, self.sharers):
-                self._read(sharer.agent, told[row], len(prompts[row]) - 1)
+                self._read(sharer.agent, requests[row], told[row])
 
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         receiver, batch = self.receiver, len(requests)
-        chats = [request.asked() for request in requests]
-        told = [request.asked() for request in sent_for(requests, self.control)]
-        prompts = receiver.prompts(chats, room)
+        told = sent_for(requests, self.control)
+        prompts = receiver.prompts([request.asked() for request in requests], room)
         ids, mask = padded_left(prompts, receiver.padding(), receiver.device)
         with clock.of("receiver"):
             cache = receiver.read(ids[:, :-1], mask[:, :-1])
@@ -106,7 +112,7 @@ class LCFChannel(Channel):
             rows = rows_of(requests, name, self.sharers)
             if not rows:
                 continue
-            read = [self._read(sharer.agent, told[row], len(prompts[row]) - 1) for row in rows]
+            read = [self._read(sharer.agent, requests[row], told[row]) for row in rows]
             agent = sharer.agent
             their_ids, their_mask = padded_left([tokens for tokens, _ in read], agent.padding(), agent.device)
             starts = [their_ids.shape[1] - len(tokens) for tokens, _ in read]
@@ -125,27 +131,31 @@ class LCFChannel(Channel):
                     sharer_attention_mask=their_mask.to(receiver.device),
                 )
                 cache = replace_rows(cache, rows, part, batch)
-            layers = {layer: theirs[layer] for layer in sharer.adapter.config.sharer_layers}
-            a_token = sum(t.element_size() * t.shape[1] * t.shape[3] for pair in layers.values() for t in pair)
+            layers = [theirs[layer] for layer in set(sharer.adapter.sharer_layers.tolist())]  # that are read at all
+            a_token = sum(t.element_size() * t.shape[1] * t.shape[3] for pair in layers for t in pair)
             for row, (tokens, _) in zip(rows, read):
                 sent[row] += a_token * len(tokens)
         return Prepared(ids, mask, cache, sent)
 
-    def _read(self, sharer: Agent, chat: list[tuple[str, str]], length: int) -> tuple[list[int], list[int]]:
-        """What the sharer reads, and for each of the first ``length`` tokens of the prompt its row there, -1: none."""
-        prompt, tokens, found = aligned_chat(self.receiver.reader, sharer.reader, chat)
+    def _read(self, sharer: Agent, request: Request, told: Request) -> tuple[list[int], list[int]]:
+        """What the sharer reads, and for each token of the prompt but its last its row there, -1: none."""
+        tokens, rows = self._aligned(sharer, request)
+        if self.control == "mismatched":
+            tokens, others = self._aligned(sharer, told)
+            turn = cycle(row for row in others if row >= 0)
+            rows = [next(turn) if row >= 0 else -1 for row in rows]
+        sharer.check_length(max(2, len(tokens)))  # what it reads; that may be one token
+        return tokens, rows
+
+    def _aligned(self, sharer: Agent, request: Request) -> tuple[list[int], list[int]]:
+        """As `_read`, of one request's chat alone."""
+        prompt, tokens, found = aligned_chat(self.receiver.reader, sharer.reader, request.asked())
         if found is None:
-            tokens = prompt[:-1]  # the last is not edited
-            sharer.check_length(len(tokens) + 1)
-            return tokens, [n if n < len(tokens) else -1 for n in range(length)]
-        sharer.check_length(len(tokens))
-        aligned = found[:-1]
-        if self.control == "mismatched":  # the two prompts have no characters in common
-            aligned = [n if n < len(tokens) else -1 for n in range(length)]
-        if max(aligned, default=-1) < 0:
+            return prompt[:-1], list(range(len(prompt) - 1))  # the last is not edited
+        if max(found[:-1], default=-1) < 0:
             expected = "a chat of which some token aligns with one of the sharer's"
             raise GeometryError(sharer.name, expected=expected, got=f"none of {len(prompt)} tokens")
-        return tokens, aligned
+        return tokens, found[:-1]
 
 
 class LCFXChannel(Channel):

@@ -17,6 +17,8 @@ __all__ = ["TextChannel"]
 INSTRUCTION = "Write down what in the text above helps to answer the following question. Be brief."
 #: How a note stands in the receiver's prompt.
 TEMPLATE = "{note}"
+#: For a note that is not written yet: what joins notes to the rest takes tokens, too.
+_STAND_IN = "x"
 
 
 class TextChannel(Channel):
@@ -54,14 +56,16 @@ class TextChannel(Channel):
         self.name = f"text_{most_tokens}"
 
     def check(self, requests: Sequence[Request], room: int) -> None:
-        """As `Channel.check`, with the longest note in the prompt, were its tokens the receiver's."""
+        """As `Channel.check`, with the longest notes in the prompt, were their tokens the receiver's."""
         told = sent_for(requests, self.control)
-        sharers = len(self.sharers)
+        notes: list[list[str]] = [[] for _ in requests]
         for sharer in self.sharers.values():
-            sharer.prompts(
-                self._asked(sharer, [told[row] for row in rows_of(told, sharer.name, self.sharers)]), self.most_tokens
-            )
-        super().check(requests, room + sharers * self.most_tokens)
+            rows = rows_of(told, sharer.name, self.sharers)
+            sharer.prompts(self._asked(sharer, [told[row] for row in rows]), self.most_tokens)
+            for row in rows:
+                notes[row].append(_STAND_IN)
+        for request, some in zip(requests, notes):
+            self.receiver.prompts([self._chat(request, some)], room + len(some) * self.most_tokens)
 
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         notes: list[list[str]] = [[] for _ in requests]
@@ -74,14 +78,30 @@ class TextChannel(Channel):
                 for row, note in zip(rows, written):
                     notes[row].append(note)
         receiver = self.receiver
-        chats = [
-            request.asked(*(self.template.format(note=note, question=request.question) for note in written))
-            for request, written in zip(requests, notes)
-        ]
-        ids, mask = padded_left(receiver.prompts(chats, room), receiver.padding(), receiver.device)
+        prompts = [self._prompt(request, written, room) for request, written in zip(requests, notes)]
+        ids, mask = padded_left(prompts, receiver.padding(), receiver.device)
         with clock.of("receiver"):
             cache = receiver.read(ids[:, :-1], mask[:, :-1])
         return Prepared(ids, mask, cache, [sum(len(part.encode()) for part in note) for note in notes])
+
+    def _chat(self, request: Request, notes: Sequence[str]) -> list[tuple[str, str]]:
+        """What the receiver is asked."""
+        return request.asked(*(self.template.format(note=note, question=request.question) for note in notes))
+
+    def _prompt(self, request: Request, notes: Sequence[str], room: int) -> list[int]:
+        """Its tokens, with the longest note cut at its end as long as they are too many.
+
+        A note of k tokens of the sharer's can be more of the receiver's, which nobody knows before it is written.
+        """
+        receiver, some = self.receiver, list(notes)
+        while True:
+            prompt = receiver.reader.prompt(receiver.reader.render(self._chat(request, some)))[0]
+            over = 0 if receiver.limit is None else len(prompt) + room - receiver.limit
+            if over <= 0 or not any(some):
+                receiver.check_length(len(prompt), room)
+                return prompt
+            longest = max(range(len(some)), key=lambda i: len(some[i]))
+            some[longest] = some[longest][:-over]
 
     def _write(self, sharer: Agent, requests: Sequence[Request]) -> list[str]:
         """Greedy: what is compared with it does not draw either."""
@@ -91,8 +111,7 @@ class TextChannel(Channel):
             ids,
             attention_mask=mask,
             max_new_tokens=self.most_tokens,
-            do_sample=False,
-            pad_token_id=sharer.padding(),
+            **{**sharer.greedy(), "pad_token_id": sharer.padding()},
         )
         notes = sharer.until_the_end(out[:, ids.shape[1] :])
         found: list[str] = sharer.tokenizer.batch_decode(notes, skip_special_tokens=True)

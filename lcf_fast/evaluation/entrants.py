@@ -65,7 +65,7 @@ def entrants(
         placement: of slots; None: as each adapter was trained.
         spans: how LCF-X's contexts are cut: the first under every control, each other one as a channel of its own
             with the matching message alone. The first also cuts those of slots that are made for each span.
-        ratios: of layers that KVComm shares, one channel each.
+        ratios: of layers that KVComm shares beside layer 0, one channel each.
         calibration: a request by which KVComm chooses its layers; None: it does not take part. KVComm needs one model
             on both sides: where the sharer has another, the receiver's own reads in its place.
         controls: False: the matching message alone; whether content crossed is then not known.

@@ -93,7 +93,8 @@ def add_eval_command(commands: Any) -> None:
     how.add_argument("--placement", choices=["append", "prefix"], help="of slots; default: as they were trained")
     how.add_argument("--spans", nargs="+", metavar="SCHEME", help="of LCF-X: paragraphs, sentences, one, windows:N; "
                      "the first with all controls; default: paragraphs")  # fmt: skip
-    how.add_argument("--ratio", type=float, nargs="+", metavar="R", help="of layers that KVComm shares; default: 0.5")
+    how.add_argument("--ratio", type=float, nargs="+", metavar="R",
+                     help="of layers that KVComm shares, beside layer 0; default: 0.5")  # fmt: skip
     how.add_argument("--template-options", type=json_object, metavar="JSON",
                      help="for both chat templates; default: as the adapters were trained")  # fmt: skip
     how.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer; default: 32")

@@ -207,7 +207,8 @@ def measure(makers: Makers, group: Group, protocol: Protocol, *, progress: bool 
         channel = makers[name]()
         requests = requests or requests_of(group.name, protocol, channel.receiver.reader, group.words)
         if counts:
-            answers = channel.answer(requests, max_new_tokens=protocol.max_new_tokens, do_sample=False)
+            options = channel.receiver.greedy()
+            answers = channel.answer(requests, max_new_tokens=protocol.max_new_tokens, **options)
             for answer in answers:
                 if len(answer.ids) != protocol.max_new_tokens:
                     expected = f"answers of {protocol.max_new_tokens} tokens"
@@ -253,7 +254,7 @@ def _warm_up(channel: Channel, requests: Sequence[Request], protocol: Protocol) 
         if isinstance(channel, TextChannel):
             most = min(BRIEF, channel.most_tokens)
             channel = TextChannel(channel.receiver, list(channel.sharers.values()), most_tokens=most)
-    channel.answer(requests, max_new_tokens=new, do_sample=False)
+    channel.answer(requests, max_new_tokens=new, **channel.receiver.greedy())
 
 
 # --- what is refused

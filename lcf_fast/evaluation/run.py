@@ -233,7 +233,8 @@ def _ask(
 
 
 def _say(channel: Channel, cell: Cell, items: Sequence[Item], max_new_tokens: int) -> list[Prediction]:
-    answers = channel.answer([item.request for item in items], max_new_tokens=max_new_tokens, do_sample=False)
+    asked = [item.request for item in items]
+    answers = channel.answer(asked, max_new_tokens=max_new_tokens, **channel.receiver.greedy())
     found = []
     for item, said in zip(items, answers):
         score = score_answer(said.text, item.answer)

@@ -165,15 +165,15 @@ def _mmlu_redux(row: Mapping[str, Any]) -> tuple[object, object, list[Any], int]
 
 
 def _corrected(answer: object, choices: list[Any]) -> int:
-    """MMLU-Redux writes it as an index, as a letter or as the choice's text."""
+    """MMLU-Redux writes it as an index, as a letter or as the choice's text: "2" may be the third choice or say two."""
     said = str(answer if answer is not None else "").strip()
-    if said.isdecimal() and len(said) == 1 and int(said) < len(choices):
-        return int(said)
-    if len(said) == 1 and said.upper() in _LETTERS[: len(choices)]:
-        return _LETTERS.index(said.upper())
-    if choices.count(said) == 1:
-        return choices.index(said)
-    raise LeftOut("noted as wrong_groundtruth, without one corrected choice")
+    meant = {i for i, choice in enumerate(choices) if said and str(choice).strip() == said}
+    for names in ("0123456789", _LETTERS):
+        if len(said) == 1 and said.upper() in names[: len(choices)]:
+            meant.add(names.index(said.upper()))
+    if len(meant) != 1:
+        raise LeftOut("noted as wrong_groundtruth, without one corrected choice")
+    return meant.pop()
 
 
 def _labelled(row: Mapping[str, Any]) -> tuple[object, object, list[Any], int]:

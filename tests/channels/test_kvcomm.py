@@ -350,6 +350,21 @@ def test_what_is_prepared_is_ragged() -> None:
     assert made.config._attn_implementation == "sdpa"
 
 
+def test_the_clock_starts_before_the_attention_is_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = model()
+    channel, found = channel_of(made, layers=(2,)), []
+
+    class Watched(Clock):
+        def __init__(self, device: torch.device) -> None:
+            found.append(made.config._attn_implementation)
+            super().__init__(device)
+
+    monkeypatch.setattr("lcf_fast.channels.base.Clock", Watched)
+    channel.answer(REQUESTS[:1], max_new_tokens=1)
+    channel.next_logits(REQUESTS[:1])
+    assert found == ["sdpa", "sdpa"]
+
+
 def test_the_models_own_attention_is_set_back() -> None:
     made = model(attention="eager")
     channel = channel_of(made, layers=(2,))

@@ -38,10 +38,11 @@ class Fake:
 
     def __init__(self, name: str, calls: list[tuple[str, int, int]], new: int | None = None) -> None:
         self.name, self.calls, self.new = name, calls, new
-        self.receiver = SimpleNamespace(reader=SimpleNamespace(ids=lambda text: text.split()))
+        reader = SimpleNamespace(ids=lambda text: text.split())
+        self.receiver = SimpleNamespace(reader=reader, greedy=lambda: {"greedy": True})
 
-    def answer(self, requests: Sequence[Request], *, max_new_tokens: int, do_sample: bool) -> list[Answer]:
-        assert not do_sample
+    def answer(self, requests: Sequence[Request], *, max_new_tokens: int, greedy: bool) -> list[Answer]:
+        assert greedy
         self.calls.append((self.name, len(requests), max_new_tokens))
         seconds = float(len(self.calls))
         ids = torch.zeros(max_new_tokens if self.new is None else self.new)

@@ -79,6 +79,17 @@ def test_every_cell_is_there_and_says_what_the_channel_says(entrants: list[Entra
     assert NO_CONTENT in verdict.sentence, "nothing was learned, so nothing may be claimed"
 
 
+def test_answers_are_greedy_whatever_the_model_comes_with(tmp_path: Path) -> None:
+    receiver = agent("me", "qwen3", 1)
+    alone = [Entrant("none", lambda control: NoneChannel(receiver), ("matched",), {})]
+    said = []
+    for penalty in (1.0, 1.5):
+        receiver.model.generation_config.repetition_penalty = penalty
+        ask(alone, [facts(4)], tmp_path / f"{penalty}", max_new_tokens=8)
+        said.append([one.prediction for one in PredictionStore(tmp_path / f"{penalty}").read()])
+    assert said[0] == said[1]
+
+
 def test_a_finished_cell_is_not_run_again(entrants: list[Entrant], tmp_path: Path) -> None:
     made: list[str] = []
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from lcf_fast.errors import BackendError
-from lcf_fast.evaluation.sets import SETS, Question, QuestionSet, read_hotpotqa, read_questions
+from lcf_fast.evaluation.sets import SETS, Question, QuestionSet, parse_question, read_hotpotqa, read_questions
 from lcf_fast.reading.data_errors import DataError
-from lcf_fast.training.converters import convert_hotpotqa, hotpotqa_row
+from lcf_fast.training.converters import LeftOut, convert_hotpotqa, hotpotqa_row
 
 ABCD = ["first", "second", "third", "fourth"]
 
@@ -79,6 +79,30 @@ def test_mmlu_redux_and_its_notes(tmp_path: Path) -> None:
         "noted as wrong_groundtruth, without one corrected choice": 2,
     }
     assert found.summary().startswith("mmlu-redux: 7 questions; left out: 1 (noted as expert); ")
+
+
+@pytest.mark.parametrize(
+    ("choices", "said", "meant"),
+    [
+        (["1", "2", "3", "4"], "2", None),  # the third choice, or the one that says two
+        (["0", "1", "2", "3"], "2", 2),
+        (["2", "4", "6", "8"], "3", 3),
+        (["2", "4", "6", "8"], "8", 3),
+        (["2", "2 ", "6", "8"], "2", None),
+        (["B", "A", "D", "C"], "A", None),
+        (["A", "B", "C", "D"], "B", 1),
+        (["", "b", "c", "d"], None, None),
+    ],
+)
+def test_a_corrected_answer_that_can_be_read_in_two_ways_is_left_out(
+    choices: list[str], said: str | None, meant: int | None
+) -> None:
+    row = redux(choices=choices, error_type="wrong_groundtruth", correct_answer=said)
+    if meant is None:
+        with pytest.raises(LeftOut, match="without one corrected choice"):
+            parse_question("mmlu-redux", row, "one")
+    else:
+        assert parse_question("mmlu-redux", row, "one").answer_index == meant
 
 
 def test_arc_and_openbookqa(tmp_path: Path) -> None:
