@@ -266,7 +266,8 @@ def target_of(tensor: Tensor) -> str:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """IEEE products for float32, unless torch's own matmul setting allows TF32. Other dtypes ignore it."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+    # Not `allow_tf32`, which torch refuses to read once somebody has set the newer name.
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 

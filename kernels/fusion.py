@@ -261,7 +261,7 @@ def fuse_layers(
     plan = plan_of(
         layout,
         None if sharer is None else sharer.layout,
-        Sizes(width, hidden, blocks, columns),
+        Sizes(width, hidden, blocks, columns, weights["down_weight"].element_size()),
         live,
         end - begin,
         index is not None,

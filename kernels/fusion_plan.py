@@ -185,12 +185,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the stacked weights: width d, hidden units, FFN blocks, and columns of W_down."""
+    """Of the stacked weights: width d, hidden units, FFN blocks, columns of W_down, and bytes an element."""
 
     width: int
     hidden: int
     blocks: int
     columns: int
+    itemsize: int
 
 
 def _kind_of(stride: int) -> tuple[bool, bool, bool]:
@@ -260,8 +261,9 @@ def plan_of(
     launches = []
     for rows in _groups(receiver, sharer, live):
         chip = (sizes.width, receiver.dtype.itemsize, target)
-        few = None if has_noise else split_config(*chip, len(rows) * batch, extent)
-        whole = backward_config(*chip) if has_noise else tile_config(*chip, len(rows) * batch, extent)
+        cover = (len(rows) * batch, extent, sizes.itemsize)
+        few = None if has_noise else split_config(*chip, *cover)
+        whole = backward_config(*chip) if has_noise else tile_config(*chip, *cover)
         config = whole if few is None else few
         codes = _codes(rows, live)
         if sharer is None:

@@ -28,7 +28,7 @@ from .common import (
     row_offsets,
     target_of,
 )
-from .policy import tile_config
+from .policy import injection_config
 
 
 @triton.jit
@@ -328,7 +328,8 @@ def gated_injection(
         return out_key, out_value
     names = ("up_weight", "up_bias", "head_gate_weight", "head_gate_bias", "gate_logit")
     width = latent.shape[2]
-    config = tile_config(width, receiver_key.element_size(), target_of(receiver_key), 2 * batch, tokens)
+    sizes = receiver_key.element_size(), weights["up_weight"].element_size()
+    config = injection_config(width, sizes[0], target_of(receiver_key), 2 * batch, tokens, sizes[1])
     tiles = triton.cdiv(tokens, config.block_tokens)
     latent = latent.contiguous()
     with device_guard(receiver_key):

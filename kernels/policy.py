@@ -7,7 +7,7 @@ measured on a GPU yet: they are where tuning starts (`python -m bench.tune`, who
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .tuned import in_place_of
 
@@ -16,7 +16,9 @@ DEFAULT_TARGET = "sm_90"
 INTERPRETER = "interpreter"
 
 #: Multiprocessors (AMD: compute units) a chip has, to be filled before tiles grow.
-PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, INTERPRETER: 1}
+PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304, INTERPRETER: 1}
+#: Consumer and inference parts (sm_86, sm_89, sm_120): sm_80's instructions, 99 KB of shared memory instead of 163.
+SMALL = "sm_89"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ _HALF: dict[str, dict[int, tuple[TileConfig, ...]]] = {
     },
     INTERPRETER: {width: (TileConfig(64, 128, 128, 4, 1),) for width in (64, 128, 256, 512)},
 }
+# Two stages of d = 512 take 104 KB.
+_HALF[SMALL] = {**_HALF["sm_80"], 512: tuple(replace(row, num_stages=1) for row in _HALF["sm_80"][512])}
 # At d = 512 the 64-row tile compiles to an empty kernel for sm_100 (Triton 3.7.1), so the next smaller one leads.
 _HALF["sm_100"] = {**_HALF["sm_90"], 512: _HALF["sm_90"][512][1:]}
 # Nor are 256 tokens for it, whose ptxas aims at 128 registers a thread.
@@ -105,6 +109,8 @@ _BACKWARD_OF: dict[tuple[str, int], TileConfig] = {
     ("sm_90", 128): TileConfig(128, 64, 32, 8, 2),
     ("sm_90", 256): TileConfig(64, 32, 16, 8, 2),
     ("sm_80", 128): TileConfig(32, 64, 32, 8, 2),
+    ("sm_89", 128): TileConfig(32, 64, 32, 8, 2),
+    ("gfx942", 256): TileConfig(16, 32, 16, 8, 1),  # float32 weights, two stages of which pass its 64 KB
 }
 #: The same for gradients of weights, whose programs walk over all rows and share those they read: of the FFN's, as many
 #: hidden units as fit, and of W_down and W_up whole heads. None: the row of the other backward kernels.
@@ -126,16 +132,17 @@ _BACKWARD_SINGLE: dict[int, TileConfig] = {
 
 
 def known_target(target: str) -> str:
-    """The chip whose rows serve ``target``: its own, else those of its family (``sm_86`` takes ``sm_80``'s)."""
+    """The chip whose rows serve ``target``: its own, else those of its family (``sm_87`` takes ``sm_80``'s)."""
     if target in _HALF:
         return target
     if target.startswith("gfx"):
         return "gfx942"
     if target.startswith("sm_"):
         capability = int(target.removeprefix("sm_"))
+        if capability in (86, 89) or capability >= 120:
+            return SMALL
         known = [name for name in ("sm_100", "sm_90", "sm_80") if capability >= int(name.removeprefix("sm_"))]
-        # Consumer parts (sm_120) have sm_80's shared memory and neither HGMMA nor UTCMMA.
-        return "sm_80" if capability >= 120 or not known else known[0]
+        return known[0] if known else SMALL
     return DEFAULT_TARGET
 
 
@@ -146,7 +153,15 @@ def tile_options(width: int, itemsize: int, target: str) -> tuple[TileConfig, ..
     return rows[width]
 
 
-def tile_config(width: int, itemsize: int, target: str, rows: int, tokens: int) -> TileConfig:
+def stages(number: int, itemsize: int, weight_size: int) -> int:
+    """Of a pipeline: weights wait in shared memory in their own dtype, so that a stage less of float32 ones beside
+    16-bit caches fits where the rows' own number of 16-bit ones does."""
+    return max(number - 1, 1) if weight_size > itemsize else number
+
+
+def tile_config(
+    width: int, itemsize: int, target: str, rows: int, tokens: int, weight_size: int = 0
+) -> TileConfig:
     """The largest tile that still gives every multiprocessor a program, but none of over 128 tokens that gives the
     busiest one a third more of them; else the smallest.
 
@@ -156,8 +171,20 @@ def tile_config(width: int, itemsize: int, target: str, rows: int, tokens: int) 
         target: the chip, ``sm_90``, ``gfx942``, ...
         rows: independent rows of tiles: layers times batch items.
         tokens: tokens to cover in each.
+        weight_size: bytes an element of the weights, where they may be wider than the cache.
     """
-    return in_place_of(_tile(width, itemsize, target, rows, tokens), "tile", target, width, itemsize)
+    row = _tile(width, itemsize, target, rows, tokens)
+    row = replace(row, num_stages=stages(row.num_stages, itemsize, weight_size))
+    return in_place_of(row, "tile", target, width, itemsize)
+
+
+def injection_config(
+    width: int, itemsize: int, target: str, rows: int, tokens: int, weight_size: int = 0
+) -> TileConfig:
+    """`tile_config` for the injection by itself, whose latents wait in shared memory beside the up-projection: two
+    stages of 64 rows at d = 512 take 256 KB."""
+    row = tile_config(width, itemsize, target, rows, tokens, weight_size)
+    return replace(row, num_stages=1) if width == 512 and row.block_tokens > 32 else row
 
 
 def _tile(width: int, itemsize: int, target: str, rows: int, tokens: int) -> TileConfig:
@@ -257,6 +284,7 @@ _SPLIT: dict[str, dict[int, tuple[SplitConfig, ...]]] = {
     },
 }
 _SPLIT["sm_100"] = _SPLIT["sm_90"]
+_SPLIT[SMALL] = _SPLIT["sm_80"]
 #: float32. Wider latents spill by the hundred: one launch serves those.
 _SPLIT_SINGLE: dict[int, tuple[SplitConfig, ...]] = {
     64: (SplitConfig(16, 32, 32, 4, 3, 2),),
@@ -279,7 +307,9 @@ def split_options(width: int, itemsize: int, target: str) -> tuple[SplitConfig, 
     return rows.get(width, ())
 
 
-def split_config(width: int, itemsize: int, target: str, rows: int, tokens: int) -> SplitConfig | None:
+def split_config(
+    width: int, itemsize: int, target: str, rows: int, tokens: int, weight_size: int = 0
+) -> SplitConfig | None:
     """How few tokens are split over two launches; None where one launch is as good. Arguments as of `tile_config`.
 
     Two tiles cover the tokens, one where 16 do: more would pull the weights more often than a multiprocessor gains.
@@ -289,6 +319,8 @@ def split_config(width: int, itemsize: int, target: str, rows: int, tokens: int)
     if not options or not is_few:
         return None
     row = next((config for config in options if 2 * config.block_tokens >= tokens), options[-1])
+    down, finish = (stages(number, itemsize, weight_size) for number in (row.down_stages, row.finish_stages))
+    row = replace(row, down_stages=down, finish_stages=finish)
     return in_place_of(row, "split", target, width, itemsize)
 
 

@@ -321,7 +321,7 @@ def _pool_chunks(
         HEADS=heads,
         HEAD_DIM=head_dim,
         BLOCK_T=config.block_tokens,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),  # a product takes no fewer
         GROUP=config.group_spans,
         SCALE=head_dim**-0.5,
         HAS_MASK=attention_mask is not None,

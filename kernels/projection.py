@@ -461,7 +461,8 @@ def joint_projection(
         sharer_heads, sharer_dim = 1, columns // 2 - heads * head_dim
     else:
         sharer_heads, sharer_dim = sharer_key.shape[1], sharer_key.shape[3]
-    config = tile_config(width, receiver_key.element_size(), target_of(receiver_key), batch, tokens)
+    sizes = receiver_key.element_size(), weights["down_weight"].element_size()
+    config = tile_config(width, sizes[0], target_of(receiver_key), batch, tokens, sizes[1])
     tiles = triton.cdiv(tokens, config.block_tokens)
     with device_guard(receiver_key):
         joint_projection_kernel[(batch * tiles,)](

@@ -292,6 +292,7 @@ def gradients_kernel(
     m_row = (i_tile * BLOCK_T + o_t < span)[:, None]
     o_state = ((i_layer * batch + i_batch) * span + i_tile * BLOCK_T) * WIDTH
     o_tile = o_t[:, None] * WIDTH + o_z[None, :]
+    stride_block = tl.cast(stride_block, tl.int64)  # a few of them may pass 2^31
     p_state = states + o_state + BLOCKS * stride_block + o_tile
     p_operand = operands + o_state + BLOCKS * stride_block + o_tile
     p_dlatent = dlatent + o_state + o_tile

@@ -130,9 +130,10 @@ def slot_backward_config(head_dim: int, itemsize: int, slots: int, target: str) 
     """The row of the pooling's backward; arguments as of `slot_pool_config`.
 
     At most 32 slots, 16 of 256 channels: queries and two gradients, each in three parts, wait in shared memory (32 of
-    256 channels and a step's tokens: 167 KB, more than an A100 has); on gfx942 in registers, so 16 there.
+    256 channels and a step's tokens: 167 KB, more than an A100 has; 32 of 128: 110 KB, more than sm_89 has); on gfx942
+    in registers, so 16 there.
     """
-    most = 32 if head_dim <= 128 and target != "gfx942" else 16
+    most = 32 if head_dim <= 128 and target not in ("gfx942", "sm_89") else 16
     return _slot_pool(head_dim, itemsize, min(slots, most), target)  # never what the forward pass alone was tuned to
 
 
@@ -168,8 +169,8 @@ def slot_fold_config(itemsize: int, rows: int, target: str) -> SlotFoldConfig:
     four times 1.8 MB of slots. 16 channels would read the slots eight times (29 MB from L2, 5.3 us at 5.5 TB/s), 64
     would leave half the multiprocessors idle.
     """
-    # 64 rows: 70 spills in the loop on sm_100, 123 KB of shared memory on gfx942, which has 64.
-    most = 32 if target in ("sm_100", "gfx942") else 64
+    # 64 rows: 70 spills in the loop on sm_100; 120 KB of shared memory, of which gfx942 has 64, sm_89 99.
+    most = 32 if target in ("sm_100", "gfx942", "sm_89") else 64
     stages = 2 if target == "gfx942" else 4
     return SlotFoldConfig(min(slot_block(rows), most), 32, 128 if itemsize < 4 else 32, num_warps=4, num_stages=stages)
 
@@ -200,6 +201,11 @@ _HALF: dict[str, dict[int, tuple[SlotExpandConfig, ...]]] = {
     },
 }
 _HALF["sm_100"] = _HALF["sm_90"]
+# 99 KB of it.
+_HALF["sm_89"] = {
+    width: tuple(replace(row, num_stages=max(row.num_stages - 1, 1)) for row in rows)
+    for width, rows in _HALF["sm_80"].items()
+}
 #: float32 multiplies on the plain cores: small tiles, or the unrolled products fill the register file.
 _SINGLE: dict[int, tuple[SlotExpandConfig, ...]] = {
     64: (SlotExpandConfig(16, 32, 32, 4, 2),),

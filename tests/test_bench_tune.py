@@ -49,7 +49,7 @@ def test_a_file_replaces_the_row_that_it_names_and_no_other(tmp_path: Path, entr
     entries(tuned.read(written(tmp_path, tuned.entry(place, ROW, BETTER))))
     assert policy.tile_config(128, 2, "sm_90", 28, 2048) == BETTER
     assert policy.tile_config(128, 2, "sm_90", 28, 512) == policy.tile_options(128, 2, "sm_90")[2]
-    assert policy.tile_config(128, 2, "sm_86", 28, 2048) == policy.tile_options(128, 2, "sm_80")[0]
+    assert policy.tile_config(128, 2, "sm_87", 28, 2048) == policy.tile_options(128, 2, "sm_80")[0]
     assert policy.tile_config(64, 2, "sm_90", 28, 2048) == policy.tile_options(64, 2, "sm_90")[0]
     assert policy.tile_config(128, 4, "sm_90", 28, 2048) == policy.tile_options(128, 4, "sm_90")[0]
     assert policy.backward_config(128, 2, "sm_90") == policy.TileConfig(128, 64, 32, 8, 2)

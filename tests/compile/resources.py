@@ -16,15 +16,19 @@ from triton.compiler import ASTSource
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 #: Shared memory that one program may take, bytes.
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024
+}  # fmt: skip
 #: What the tensor instruction is called in the chip's assembly.
 MMA = {
     "sm_80": r"\bHMMA\b|\bIMMA\b",
+    "sm_89": r"\bHMMA\b|\bIMMA\b",
     "sm_90": r"\bHGMMA\b|\bHMMA\b",
     "sm_100": r"\bUTC\w*MMA\b|\bHMMA\b",
     "gfx942": r"\bv_mfma_\w+",

@@ -9,7 +9,7 @@ from tile_cases import FLOATS, LAYERS, WEIGHTS
 
 from lcf_fast.kernels import fusion_split
 from lcf_fast.kernels.common import head_chunk, heads_block
-from lcf_fast.kernels.policy import SplitConfig, split_options
+from lcf_fast.kernels.policy import SPLIT_TOKENS, SplitConfig, split_config, split_options
 
 
 def split_cases(
@@ -21,6 +21,7 @@ def split_cases(
     index: bool = False,
     inplace: bool = True,
     aligned: bool = True,
+    single_weights: bool = False,
     sharer: tuple[int, int] = (2, 64),
     receiver: tuple[int, int] = (8, 128),
 ) -> list[Case]:
@@ -29,6 +30,8 @@ def split_cases(
     types: dict[str, Any] = dict.fromkeys(tables, ("i64",) * LAYERS)
     types |= dict.fromkeys((*WEIGHTS, "out"), f"*{dtype}")
     types |= {"index": "*i32", "start": "*fp32" if message else f"*{dtype}", "partials": "*fp32"}
+    if single_weights:
+        types |= dict.fromkeys((*WEIGHTS, "start"), "*fp32")
     if message:
         sharer = (1, 1024)  # the launcher gives channels only
     constexprs = {
@@ -58,7 +61,13 @@ def split_cases(
     }
     marks = "".join(
         mark
-        for mark, on in (("-message", message), ("-index", index), ("-out", not inplace), ("-odd", not aligned))
+        for mark, on in (
+            ("-message", message),
+            ("-index", index),
+            ("-out", not inplace),
+            ("-odd", not aligned),
+            ("-single", single_weights),
+        )
         if on
     )
     heads = "" if receiver == (8, 128) else f"-{receiver[0]}x{receiver[1]}"
@@ -88,12 +97,18 @@ def cases(chip: str) -> list[Case]:
     built = []
     for width in (64, 128, 256, 512):
         built += split_cases(width, "bf16", split_options(width, 2, chip)[0])
+        single = split_config(width, 2, chip, 1, 1, 4)
+        assert single is not None
+        built += split_cases(width, "bf16", single, single_weights=True)
     if chip != "sm_90":
         built += split_cases(128, "bf16", split_options(128, 2, chip)[-1])
     if chip == "sm_90":
         for width in (64, 128, 256, 512):
             for config in split_options(width, 2, chip)[1:]:
                 built += split_cases(width, "bf16", config)
+            wider = split_config(width, 2, chip, 1, SPLIT_TOKENS, 4)
+            assert wider is not None
+            built += split_cases(width, "bf16", wider, single_weights=True)
         small = split_options(128, 2, chip)[0]
         built += split_cases(128, "bf16", small, message=True)
         built += split_cases(128, "bf16", small, inplace=False, index=True)

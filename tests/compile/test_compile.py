@@ -1,4 +1,4 @@
-"""The gate on what the compiler makes of every kernel, for four chips, none of which need be here.
+"""The gate on what the compiler makes of every kernel, for five chips, none of which need be here.
 
 Run without the interpreter: ``TRITON_INTERPRET=0 pytest tests/compile``.
 """
@@ -21,11 +21,14 @@ KNOWN_LOOP_SPILLS = {
     ("sm_100", "project-128-bf16-128-128"): 3,
     ("sm_100", "fuse-256-bf16-128"): 14,
     ("sm_100", "expand-128-bf16-64"): 1,
+    ("sm_100", "inject-512-bf16-32-128"): 6,
     ("sm_90", "gradients-256-bf16"): 6,
     ("sm_90", "inject-back-256-bf16"): 3,
     ("sm_90", "ffn-weights-512-bf16"): 14,
     ("sm_90", "slots-128-bf16-64-exact"): 1,
 }
+#: The same of float32 weights beside 16-bit caches, at d = 512 and one stage, and on sm_100: what fits is slow there.
+SINGLE_LOOP_SPILLS = 100
 #: Spills outside of loops that are known to be more than the bound below.
 KNOWN_SPILLS = {("sm_90", "finish-128-fp32-16"): 74, ("sm_90", "gradients-256-bf16"): 560}
 
@@ -49,10 +52,13 @@ def test_resources(chip: str, case: Case) -> None:
     is_aligned = not any(word in case.name for word in ("odd", "unaligned"))
     # Element by element, addresses crowd the registers: a slow path for odd addresses, which need only be right.
     if is_aligned:
-        assert used.loop_spills <= KNOWN_LOOP_SPILLS.get((chip, case.name), 0), used
+        few = SINGLE_LOOP_SPILLS if "single" in case.name and ("-512-" in case.name or chip == "sm_100") else 0
+        assert used.loop_spills <= KNOWN_LOOP_SPILLS.get((chip, case.name), few), used
     # Random numbers take registers, once or twice a program, whose loops have some twenty thousand instructions; what
     # loads element by element is not held to any number of them.
-    bound = KNOWN_SPILLS.get((chip, case.name), 512 if "noise" in case.name else 64)
+    usual = 512 if "noise" in case.name else 160 if "single" in case.name else 64
+    usual = 256 if "inject-512" in case.name else usual  # all of a tile's latents at once, once
+    bound = KNOWN_SPILLS.get((chip, case.name), usual)
     assert used.spills <= bound or not is_aligned, used
     if case.expect_mma:
         assert used.mma, "no tensor instruction"

@@ -9,7 +9,7 @@ from case import Case, make
 
 from lcf_fast.kernels import fusion, injection, projection
 from lcf_fast.kernels.common import TABLE_STEP, head_chunk, heads_block
-from lcf_fast.kernels.policy import TileConfig, backward_config, tile_options
+from lcf_fast.kernels.policy import TileConfig, backward_config, injection_config, tile_config, tile_options
 
 FLOATS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 #: Qwen2.5-0.5B informs Qwen3-0.6B: 28 layers, tables padded to 32.
@@ -51,6 +51,7 @@ def fusion_case(
     inplace: bool = True,
     aligned: bool = True,
     noise: bool = False,
+    single_weights: bool = False,
     sharer: tuple[int, int] = (2, 64),
     receiver: tuple[int, int] = (8, 128),
 ) -> Case:
@@ -58,7 +59,7 @@ def fusion_case(
     types: dict[str, Any] = dict.fromkeys(tables, ("i64",) * LAYERS)
     types |= dict.fromkeys((*WEIGHTS, "out"), f"*{dtype}")
     types |= {"index": "*i32", "start": "*fp32" if message else f"*{dtype}"}
-    if noise:  # training, whose parameters are float32
+    if noise or single_weights:  # training, whose parameters are float32, as are those of an adapter that it saved
         types |= dict.fromkeys((*WEIGHTS, "start"), "*fp32")
     types |= dict.fromkeys(("keep_scale", "inverse_temperature"), "fp32")
     if message:
@@ -85,6 +86,7 @@ def fusion_case(
             ("-out", not inplace),
             ("-odd", not aligned),
             ("-noise", noise),
+            ("-single", single_weights),
         )
         if on
     )
@@ -102,25 +104,33 @@ def fusion_case(
     )
 
 
-def projection_case(width: int, dtype: str, config: TileConfig, *, receiver: tuple[int, int] = (8, 128)) -> Case:
+def projection_case(
+    width: int, dtype: str, config: TileConfig, *, single_weights: bool = False, receiver: tuple[int, int] = (8, 128)
+) -> Case:
     caches = ("sharer_key", "sharer_value", "receiver_key", "receiver_value")
     types: dict[str, Any] = dict.fromkeys((*caches, *WEIGHTS, "start"), f"*{dtype}")
     types |= {"index": "*i32", "latent": "*fp32"}
+    if single_weights:
+        types |= dict.fromkeys((*WEIGHTS, "start"), "*fp32")
     constexprs = {
         **tile_constexprs(width, dtype, config, (2, 64), receiver),
         "HAS_SHARER": True,
         "HAS_INDEX": False,
         "IS_WIDE": False,
     }
-    name = f"project-{width}-{dtype}-{config.block_tokens}-{receiver[1]}"
+    name = f"project-{width}-{dtype}-{config.block_tokens}-{receiver[1]}{'-single' if single_weights else ''}"
     kernel = projection.joint_projection_kernel
     return make(name, kernel, types, constexprs, config.num_warps, config.num_stages, expect_mma=dtype != "fp32")
 
 
-def injection_case(width: int, dtype: str, config: TileConfig, *, receiver: tuple[int, int] = (8, 128)) -> Case:
+def injection_case(
+    width: int, dtype: str, config: TileConfig, *, single_weights: bool = False, receiver: tuple[int, int] = (8, 128)
+) -> Case:
     caches = ("receiver_key", "receiver_value", "out_key", "out_value")
     types: dict[str, Any] = dict.fromkeys((*caches, *WEIGHTS), f"*{dtype}")
     types |= {"latent": "*fp32", "edit_mask": "*i1"}
+    if single_weights:
+        types |= dict.fromkeys(WEIGHTS, "*fp32")
     constexprs = {
         "HAS_MASK": True,
         "IS_WIDE": False,
@@ -134,24 +144,33 @@ def injection_case(width: int, dtype: str, config: TileConfig, *, receiver: tupl
         "DTYPE": FLOATS[dtype],
         "PRECISION": "ieee",
     }
-    name = f"inject-{width}-{dtype}-{config.block_tokens}-{receiver[1]}"
+    name = f"inject-{width}-{dtype}-{config.block_tokens}-{receiver[1]}{'-single' if single_weights else ''}"
     kernel = injection.gated_injection_kernel
     return make(name, kernel, types, constexprs, config.num_warps, config.num_stages, expect_mma=dtype != "fp32")
 
 
 def cases(chip: str) -> list[Case]:
-    """What is compiled for ``chip``: every width at its largest tile; on sm_90 every tile and every form."""
+    """What is compiled for ``chip``: every width at its largest tile, with float32 weights where they take the most;
+    on sm_90 every tile and every form."""
     built = [fusion_case(width, "bf16", tile_options(width, 2, chip)[0]) for width in (64, 128, 256, 512)]
     largest, next_largest = tile_options(128, 2, chip)[:2]
     built.append(fusion_case(128, "bf16", largest, message=True))
     built.append(projection_case(128, "bf16", largest))
     built.append(injection_case(128, "bf16", largest))
+    many = (28, 32_768)
+    for width in (256, 512):
+        built.append(fusion_case(width, "bf16", tile_config(width, 2, chip, *many, 4), single_weights=True))
+    built.append(injection_case(512, "bf16", injection_config(512, 2, chip, *many)))
+    built.append(injection_case(512, "bf16", injection_config(512, 2, chip, *many, 4), single_weights=True))
     if chip == "sm_90":
         for width in (64, 128, 256, 512):
             built += [fusion_case(width, "bf16", config) for config in tile_options(width, 2, chip)[1:]]
         for config in (largest, next_largest):
             built.append(fusion_case(128, "bf16", config, inplace=False, index=True))
             built.append(fusion_case(128, "fp16", config))
+        for width in (64, 128):
+            built.append(fusion_case(width, "bf16", tile_config(width, 2, chip, *many, 4), single_weights=True))
+        built.append(projection_case(512, "bf16", tile_config(512, 2, chip, *many, 4), single_weights=True))
         built.append(fusion_case(128, "bf16", largest, aligned=False))
         built.append(fusion_case(128, "bf16", backward_config(128, 2, chip), inplace=False, noise=True))
         built.append(fusion_case(128, "bf16", largest, receiver=(5, 80)))

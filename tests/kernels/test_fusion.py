@@ -6,6 +6,8 @@ stresses is beside it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from helpers import (
     to_double,
 )
 from lcf_fast import ops, reference, use_backend
+from lcf_fast.kernels import fusion_plan, injection, projection
 from lcf_fast.kernels.policy import tile_options
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -100,6 +103,50 @@ def test_projection_and_injection_by_256_tokens(device: torch.device, generator:
     plain_pair = reference.gated_injection(*own, latent, weights)
     for got, exactly, same in zip(edited, truth_pair, plain_pair):
         assert_within_budget(got, exactly, same)
+
+
+@pytest.mark.parametrize(("width", "tokens"), [(128, 17), (256, 40), (512, 5)])
+def test_float32_weights_beside_16_bit_caches(
+    width: int, tokens: int, device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter as training saves it. Its weights take twice the shared memory, which the policy must hear of."""
+    one = Geometry(1, 1, 128)
+    stacked = make_weights(one, one, width, device=device, generator=generator)
+    weights = {name: tensor[0] for name, tensor in stacked.items()}
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device, "generator": generator}
+    own, other = make_cache(one, 1, tokens, **options), make_cache(one, 1, tokens, **options)
+    told: list[int] = []
+
+    def watched(chosen: Callable[..., Any], *given: Any) -> Any:
+        told.append(given[5])
+        return chosen(*given)
+
+    for module, name in (
+        (fusion_plan, "split_config"), (fusion_plan, "tile_config"), (projection, "tile_config"),
+        (injection, "injection_config"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, partial(watched, getattr(module, name)))
+    fusion_plan.plan_of.cache_clear()
+    check_fuse(other, own, stacked)
+    with use_backend("triton"):
+        latent = ops.joint_projection(*other[0], *own[0], weights)
+        edited = ops.gated_injection(*own[0], latent, weights)
+    assert told == [4] * 4
+    truth = reference.gated_injection(*to_double(own)[0], latent.double(), double(weights))
+    for got, exactly, plain in zip(edited, truth, reference.gated_injection(*own[0], latent, weights)):
+        assert_within_budget(got, exactly, plain)
+
+
+def test_the_widest_injection_by_its_largest_tile(device: torch.device, generator: torch.Generator) -> None:
+    one = Geometry(1, 1, 128)
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device, "generator": generator}
+    weights = {name: tensor[0] for name, tensor in make_weights(one, one, 512, **options).items()}
+    own, latent = make_cache(one, 1, 70, **options)[0], torch.randn(1, 70, 512, generator=generator).to(device)
+    with forced({"tile": tile_options(512, 2, "sm_90")[0]}), use_backend("triton"):
+        edited = ops.gated_injection(*own, latent, weights)
+    truth = reference.gated_injection(*to_double([own])[0], latent.double(), double(weights))
+    for got, exactly, plain in zip(edited, truth, reference.gated_injection(*own, latent, weights)):
+        assert_within_budget(got, exactly, plain)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

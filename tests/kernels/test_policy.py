@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from lcf_fast.kernels import policy
 from lcf_fast.kernels.common import head_chunk, heads_block, hidden_chunk
 
 WIDTHS = (64, 128, 256, 512)
-CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942", policy.INTERPRETER)
+CHIPS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", policy.INTERPRETER)
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -103,12 +104,44 @@ def test_a_bigger_batch_keeps_the_tile_large() -> None:
 @pytest.mark.parametrize(
     ("chip", "known"),
     [
-        ("sm_90", "sm_90"), ("sm_86", "sm_80"), ("sm_89", "sm_80"), ("sm_103", "sm_100"), ("sm_120", "sm_80"),
-        ("sm_75", "sm_80"), ("gfx950", "gfx942"), ("gfx90a", "gfx942"), ("riscv", "sm_90"),
+        ("sm_90", "sm_90"), ("sm_86", "sm_89"), ("sm_87", "sm_80"), ("sm_103", "sm_100"), ("sm_120", "sm_89"),
+        ("sm_75", "sm_89"), ("gfx950", "gfx942"), ("gfx90a", "gfx942"), ("riscv", "sm_90"),
     ],
 )  # fmt: skip
 def test_relatives_share_rows(chip: str, known: str) -> None:
     assert policy.known_target(chip) == known
+
+
+def test_float32_weights_beside_16_bit_caches_take_a_stage_less() -> None:
+    """They wait in shared memory as they are; `tests/compile` holds what is launched to what a chip has."""
+    few = (128, 2, "sm_90", 28, 17)
+    own, wider = policy.split_config(*few), policy.split_config(*few, 4)
+    assert own is not None and policy.split_config(*few, 2) == own
+    assert wider == replace(own, down_stages=own.down_stages - 1, finish_stages=own.finish_stages - 1)
+    many = (128, 2, "sm_90", 28, 2048)
+    assert policy.tile_config(*many, 4) == replace(policy.tile_config(*many), num_stages=2)
+    single = (128, 4, "sm_90", 28, 2048)
+    assert policy.tile_config(*single, 4) == policy.tile_config(*single)
+    assert policy.stages(1, 2, 4) == 1
+    for width, least in ((512, 1), (256, 2)):
+        assert policy.injection_config(width, 2, "sm_90", 28, 2048).num_stages == least
+
+
+TF32 = {
+    "by its old name": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "by the newer name": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "everywhere": "torch.set_float32_matmul_precision('high')",
+    "": "torch.set_float32_matmul_precision('high'); torch.backends.cuda.matmul.fp32_precision = 'ieee'",
+}
+
+
+@pytest.mark.parametrize("how", [*TF32])
+def test_tf32_is_used_where_torch_is_allowed_it_however_that_is_said(how: str) -> None:
+    """In a process of its own: torch does not let the old and the newer setting be mixed, or be read across."""
+    asked = "from lcf_fast.kernels.common import dot_precision as p; print(p(torch.float32), p(torch.bfloat16))"
+    code = f"import torch; {TF32[how]}; {asked}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["tf32" if how else "ieee", "ieee"], done.stderr
 
 
 def test_heads_and_chunks() -> None:

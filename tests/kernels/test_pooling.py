@@ -101,7 +101,7 @@ def test_spans(name: str, device: torch.device, generator: torch.Generator) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128, 256])
 def test_head_dim_and_dtype(
     head_dim: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> None:
