@@ -9,12 +9,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
 
 import torch
+
+from lcf_fast.capture import recording
 
 Call = Callable[[], object]
 #: A sample lasts at least this long, so that the clock's own cost does not count.
@@ -161,17 +162,6 @@ def kernels_launched(call: Call) -> int | None:
     return len(kernels) or None
 
 
-def _end_capture(pool: Any) -> None:
-    """Undo what torch leaves of a recording that failed: its stream as the current one, and an allocator that waits for
-    the recording's end, and may refuse the next one."""
-    torch.cuda.set_stream(torch.cuda.default_stream())
-    end = getattr(torch._C, "_cuda_endAllocateToPool", None)  # torch's own, without a promise
-    if end is not None:
-        with suppress(RuntimeError):  # that there is nothing to end
-            end(torch.cuda.current_device(), pool)
-    torch.cuda.synchronize()
-
-
 def graphed(calls: Sequence[Call]) -> list[Call]:
     """The calls as CUDA graphs, captured into one pool of memory: one runs at a time."""
     stream = torch.cuda.Stream()
@@ -184,12 +174,8 @@ def graphed(calls: Sequence[Call]) -> list[Call]:
     graphs, kept = [], []
     for call in calls:
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=pool):
-                kept.append(call())
-        except Exception:
-            _end_capture(pool)
-            raise
+        with recording(graph, pool):
+            kept.append(call())
         graphs.append(graph)
     del kept  # after the last capture only, so that every graph writes to memory of its own: cold outputs too
     return [graph.replay for graph in graphs]

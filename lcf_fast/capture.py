@@ -7,7 +7,7 @@ read the same result. On the host a replay costs the driver's launch and nothing
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
 import torch
@@ -112,9 +112,38 @@ def _recorded_here(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     finally:
         before.wait_stream(stream)  # after a failure, too: a cache is set back after what the warm-up wrote
     graph = torch.cuda.CUDAGraph()
-    with _as_a_typed_error(), torch.cuda.graph(graph):
+    with _as_a_typed_error(), recording(graph):
         result = run()
     return graph.replay, result
+
+
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+    """`torch.cuda.graph` that leaves a usable device behind where the recording fails.
+
+    torch then leaves its stream as the current one, an allocator that waits for the recording's end and may refuse the
+    next one, and generators that take the next random number for part of a recording.
+    """
+    stream = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            yield
+    except Exception:
+        torch.cuda.set_stream(stream)
+        end = getattr(torch._C, "_cuda_endAllocateToPool", None)  # torch's own, without a promise
+        for last in (
+            lambda: end and end(torch.cuda.current_device(), graph.pool() if pool is None else pool),
+            torch.cuda.synchronize,
+            _record_nothing,  # from begin to end, as generators are to see it
+        ):
+            with suppress(RuntimeError):  # that there is nothing to end
+                last()
+        raise
+
+
+def _record_nothing() -> None:
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device=torch.cuda.current_device())
 
 
 @contextmanager

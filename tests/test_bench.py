@@ -6,18 +6,18 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from bench_jobs import BY_NAME, CPU, LCF, LCFX, ROW, AsOnGpu, small_job, two_models
 
-from bench import c2c, cases, errors, models, report, table, timing, variants
+from bench import c2c, cases, errors, models, report, runner, table, timing, variants
 from bench import interpreted as interpreted_check
 from bench.__main__ import main
 from bench.rows import add_speedups
@@ -213,9 +213,10 @@ def test_rows_of_a_gpu_are_cold_and_hot_and_graphed(group: str, monkeypatch: pyt
 
     monkeypatch.setattr(timing, "l2_bytes", lambda device: 2_000_000)
     monkeypatch.setattr(timing, "graphed", graphed)
-    for name, value in (("host_us", 12.5), ("kernels_launched", 3), ("peak_mb", 1.5)):
+    for name, value in (("host_us", 12.5), ("peak_mb", 1.5)):
         monkeypatch.setattr(timing, name, lambda call, value=value: value)
-    rows = small_job(group, AsOnGpu).rows()
+    job = small_job(group, AsOnGpu)
+    rows = job.rows()
     assert min(seen) > 1, "inputs are not rotated"
     timed = [row for row in rows if row["time"]]
     graphs = [row for row in timed if row["variant"].endswith(", CUDA graph")]
@@ -224,7 +225,13 @@ def test_rows_of_a_gpu_are_cold_and_hot_and_graphed(group: str, monkeypatch: pyt
     assert len(single) == (group in ("lcf", "summarize")) and len(timed) - len(single) == 2 * len(graphs) >= 4
     for row in timed:
         assert row["time"]["regime"] == "cold" and row["time_hot"]["median_ms"] > 0 and row["host_us"] == 12.5
-        assert (row["kernels"], row["peak_mb"]) == ((None, None) if row in graphs else (3, 1.5))
+        assert row["kernels"] is None and row["peak_mb"] == (None if row in graphs else 1.5)
+    counted = runner.Found(counts=job.counts)
+    monkeypatch.setattr(timing, "kernels_launched", lambda call: 3)
+    runner._count(replace(job.settings, stop_after=-60.0), counted, runner.Silent(), started=time.perf_counter())
+    assert all(row["kernels"] is None for row in timed), "no time is left"
+    runner._count(job.settings, counted, runner.Silent(), started=time.perf_counter())
+    assert all(row["kernels"] == (None if row in graphs else 3) for row in timed)
     assert all(row["speedup"] and row["within"] for row in timed if row["kind"] == "ours")
     json.dumps(rows, allow_nan=False)
 
@@ -243,32 +250,6 @@ def test_what_cannot_be_captured_is_shown(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(graphs) == 2 and all(row["time"] is None for row in graphs)
     assert graphs[0]["reason"] == "not captured: operation not permitted when stream is capturing"
     assert all(row["time"]["regime"] == "cold" and row["time_hot"] is None for row in rows if row["time"])
-
-
-def test_a_recording_that_fails_leaves_torch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch keeps the recording's stream, and an allocator that waits for its end."""
-    done: list[Any] = []
-
-    class Fails:
-        def __enter__(self) -> None:
-            done.append("begun")
-
-        def __exit__(self, *_: Any) -> None:
-            raise RuntimeError("operation failed due to a previous error during capture")
-
-    stream = SimpleNamespace(wait_stream=lambda _: None)
-    fakes = {
-        "Stream": lambda: stream, "current_stream": lambda: stream, "default_stream": lambda: "default",
-        "stream": lambda _: nullcontext(), "graph_pool_handle": lambda: (0, 7), "CUDAGraph": lambda: None,
-        "graph": lambda graph, pool: Fails(), "set_stream": done.append, "current_device": lambda: 0,
-        "synchronize": lambda: done.append("synchronized"),
-    }  # fmt: skip
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *given: done.append(given), raising=False)
-    with pytest.raises(RuntimeError, match="previous error"):
-        timing.graphed([lambda: None, lambda: None])
-    assert done == ["begun", "default", (0, (0, 7)), "synchronized"]
 
 
 def test_what_is_out_of_bounds_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,8 +116,11 @@ class Fake:
         self.mode: Any = 0
         self.replayed = self.waits = 0
         self.Stream = self.CUDAGraph = lambda: self
-        self.stream = self.graph = self.device = lambda _: nullcontext()
+        self.stream = self.graph = self.device = lambda *_, **__: nullcontext()
         self.current_stream = lambda: self
+        self.set_stream = self.synchronize = lambda *_: None
+        self.current_device = lambda: "cpu"
+        self.pool = lambda: (0, 1)
         self.get_sync_debug_mode = lambda: self.mode
 
     def wait_stream(self, other: Any) -> None:
@@ -157,6 +161,34 @@ def test_what_waits_for_the_device_is_a_typed_error_and_the_mode_is_set_back(
     replay, result = capture._recorded(run, CPU)
     replay()
     assert (result, fake.replayed, seen) == (7, 1, [0, "error", 0])
+
+
+@pytest.mark.parametrize("own_pool", [True, False])
+def test_a_recording_that_fails_leaves_torch_as_it_was(monkeypatch: pytest.MonkeyPatch, own_pool: bool) -> None:
+    """torch keeps the recording's stream, an allocator that waits for its end, and generators within it until another
+    recording ends."""
+    done: list[Any] = []
+
+    class Fails:
+        def __enter__(self) -> None:
+            done.append("begun")
+
+        def __exit__(self, *_: Any) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    graph, pool = SimpleNamespace(pool=lambda: (0, 9)), None if own_pool else (0, 7)
+    fakes = {
+        "current_stream": lambda: "before", "graph": lambda graph, pool=None: Fails(), "set_stream": done.append,
+        "current_device": lambda: 0, "synchronize": lambda: done.append("synchronized"), "CUDAGraph": lambda: None,
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: done.append(f"zeros on {device}"))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *given: done.append(given), raising=False)
+    with pytest.raises(RuntimeError, match="previous error"), capture.recording(graph, pool):  # type: ignore[arg-type]
+        done.append("ran")
+    ended = (0, (0, 9) if own_pool else (0, 7))
+    assert done == ["begun", "ran", "before", ended, "synchronized", "begun", "zeros on 0"]
 
 
 # --- what is recorded

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lcf_fast.channels.request import Answer, Request, Timings
+from lcf_fast.evaluation import latency
 from lcf_fast.evaluation.failures import EvaluationError
 from lcf_fast.evaluation.latency import (
     PARTS,
@@ -46,11 +47,13 @@ class Fake:
         self.calls.append((self.name, len(requests), max_new_tokens))
         seconds = float(len(self.calls))
         ids = torch.zeros(max_new_tokens if self.new is None else self.new)
-        timings = Timings(sharer=0.0, communication=seconds / 4, receiver=0.0, first_token=seconds, end=2 * seconds)
+        said = 0.0 if self.name.startswith("text_") else seconds / 4
+        timings = Timings(sharer=0.0, communication=said, receiver=0.0, first_token=seconds, end=2 * seconds)
         return [Answer("", ids, 7, timings) for _ in requests]
 
-    def launches(self, requests: Sequence[Request]) -> None:
-        return None
+    def launches(self, requests: Sequence[Request]) -> int:
+        self.calls.append((self.name, len(requests), 0))
+        return 40
 
 
 def fakes(
@@ -102,15 +105,27 @@ def test_channels_take_turns_and_warm_up_does_not_count() -> None:
 def test_figures_are_medians_and_quartiles() -> None:
     seconds = [5.0, 1.0, 2.0, 9.0]
     times = [Timings(0.1 * s, s * s / 10, 0.2 * s, s, 2 * s) for s in seconds]
-    found = figures(times, 12.5, 40)
+    found = figures(times, 12.5)
     assert set(found["ms"]) == set(PARTS)
     low, middle, high = np.percentile([1e3 * s for s in seconds], [25, 50, 75])
     assert found["ms"]["first_token"] == pytest.approx({"low": low, "median": middle, "high": high})
     assert found["ms"]["end"]["median"] == pytest.approx(2 * middle)
     assert found["communication_share"] == pytest.approx(np.median(seconds) / 10), "not of medians"
-    assert (found["bytes"], found["launches"], found["rounds"]) == (12.5, 40, 4)
-    single = figures(times[:1], 0, None)
+    assert (found["bytes"], found["launches"], found["rounds"]) == (12.5, None, 4)
+    single = figures(times[:1], 0)
     assert set(single["ms"]["end"].values()) == {1e4}
+
+
+def test_launches_are_counted_on_a_gpu_behind_all_that_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, int, int]] = []
+    groups = [fakes("text_50", "lcf", group=name, calls=calls)[0] for name in (SHARED, CROSS)]
+    monkeypatch.setattr(latency, "about", lambda device: {"device": "G", "threads": 1})
+    cells = run_latency(groups, [SHORT], tmp_path, device=torch.device("cuda"))
+    found = [[one["launches"] for one in cell["channels"].values()] for cell in cells]
+    assert found == [[0, 40], [0, 40]] and read_cells(tmp_path / latency.RESULTS) == cells
+    assert [call for call in calls if not call[2]] == calls[-2:] == [("lcf", 2, 0)] * 2
 
 
 def test_an_answer_that_ends_early_is_no_figure() -> None:
