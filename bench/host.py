@@ -1,9 +1,10 @@
 """``python -m bench.host``: what a call costs on the host, with no GPU at hand.
 
-Runs the whole of `adapter.fuse`, `fuse_` and `inject` on the published pair, on CPU tensors, through Triton's own
-launcher up to the compiled kernel, which is a stub: what is timed is our Python and Triton's binder, specialisation
-and cache look-up. Not counted: the driver's launch itself, the device guard, and what a GPU's allocator takes above the
-CPU's. Times are the thread's own CPU time, which other work on the machine does not count into.
+Runs the whole of `adapter.fuse`, `fuse_`, `inject` and `summarize` on the published pair, on CPU tensors, through
+Triton's own launcher up to the compiled kernel, which is a stub: what is timed is our Python and Triton's binder,
+specialisation and cache look-up. Not counted: the driver's launch itself, the device guard, and what a GPU's allocator
+takes above the CPU's. Counted, though a GPU has nothing of it: a look at the spans' values. Times are the thread's own
+CPU time, which other work on the machine does not count into.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ EXAMPLES = """examples:
   python -m bench.host --tokens 1 16 64 128         several lengths
   python -m bench.host --profile fuse               one call by parts
 """
-CALLS = ("fuse", "fuse_", "inject", "inject_")
+CALLS = ("fuse", "fuse_", "inject", "inject_", "summarize")
 KINDS = ("pairs", "DynamicCache")
 #: Calls a sample: long enough for the clock, short enough to fall between disturbances.
 SAMPLE = 20
@@ -102,7 +103,7 @@ def on_a_gpu(target: str = "sm_90") -> Iterator[Launches]:
     from triton.runtime.jit import JITFunction
 
     from lcf_fast import LatentCacheFlow, backends
-    from lcf_fast.kernels import common, fusion_plan
+    from lcf_fast.kernels import common, fusion_plan, launching
 
     launches = Launches()
 
@@ -124,7 +125,7 @@ def on_a_gpu(target: str = "sm_90") -> Iterator[Launches]:
             (LatentCacheFlow, "_live", live),
         ):
             stack.enter_context(patch.object(owner, name, value))
-        for forget in (fusion_plan.plan_of.cache_clear, fusion_plan.variants_of.cache_clear):  # what holds our stubs
+        for forget in (fusion_plan.plan_of.cache_clear, launching.variants_of.cache_clear):  # what holds our stubs
             forget()
             stack.callback(forget)
         stack.enter_context(backends.use_backend("triton"))
@@ -165,6 +166,7 @@ def make_calls(
 
     latent = torch.randn(len(crossing.receiver_layers), 1, 128)
     message = Message(latent=latent, receiver_layers=tuple(crossing.receiver_layers.tolist()), spans=1)
+    offsets = torch.tensor([[0, tokens // 2, tokens]], dtype=torch.int32)
     calls: dict[str, Call] = {}
     for kind in KINDS:
         make = list if kind == "pairs" else dynamic
@@ -174,6 +176,7 @@ def make_calls(
             f"fuse_, {kind}": partial(lcf.fuse_, heard, own),
             f"inject, {kind}": partial(crossing.inject, own, message),
             f"inject_, {kind}": partial(crossing.inject_, own, message),
+            f"summarize, {kind}": partial(crossing.summarize, own, offsets),
         }
     return calls
 

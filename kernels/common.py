@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -200,11 +201,12 @@ def address_table(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], bool]:
 
     Strides are taken from the first: the caller groups tensors by stride.
     """
-    addresses = [tensor.data_ptr() or NOWHERE for tensor in tensors]
+    addresses = [*map(Tensor.data_ptr, tensors)]
+    if 0 in addresses:
+        addresses = [address or NOWHERE for address in addresses]
     size = tensors[0].element_size()
-    aligned = all(step * size % VECTOR_BYTES == 0 for step in tensors[0].stride()[:-1])
-    for address in addresses:
-        aligned = aligned and address % VECTOR_BYTES == 0
+    aligned = not reduce(or_, addresses) % VECTOR_BYTES
+    aligned = aligned and all(step * size % VECTOR_BYTES == 0 for step in tensors[0].stride()[:-1])
     table = padded(addresses)
     return (table if aligned else odd(table)), aligned
 
@@ -222,11 +224,10 @@ def address_tables(*columns: Sequence[Tensor]) -> tuple[tuple[tuple[int, ...], .
 
 def alike_runs(keys: Sequence[Tensor], values: Sequence[Tensor], most: int) -> Iterator[slice]:
     """Neighbouring layers that can share a launch: equal strides, and no more than ``most`` of them."""
-    start = 0
-    for i in range(1, len(keys) + 1):
-        is_alike = i < len(keys) and i - start < most
-        is_alike = is_alike and keys[i].stride() == keys[start].stride()
-        if not (is_alike and values[i].stride() == values[start].stride()):
+    strides = [*zip(map(Tensor.stride, keys), map(Tensor.stride, values))]
+    start, count = 0, len(keys)
+    for i in range(1, count + 1):
+        if i == count or i - start == most or strides[i] != strides[start]:
             yield slice(start, i)
             start = i
 

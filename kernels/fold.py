@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import launch
 from .pooling_policy import fold_config
 
 
@@ -80,21 +81,22 @@ def fold(summary: Tensor, down_weight: Tensor, down_bias: Tensor) -> Tensor:
         down_weight = down_weight.contiguous()
     latent = summary.new_empty(layers, batch, width)
     config = fold_config(heads * head_dim, batch)
-    tiles = triton.cdiv(width, config.block_width) * triton.cdiv(batch, config.block_batch)
-    fold_kernel[(layers * tiles,)](
-        summary,
-        down_weight,
-        down_bias.contiguous(),
-        latent,
-        batch,
-        down_weight.stride(0),
-        down_weight.stride(1),
-        CHANNELS=heads * head_dim,
-        WIDTH=width,
-        BLOCK_B=config.block_batch,
-        BLOCK_W=config.block_width,
-        BLOCK_C=config.block_channels,
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
+    tiles = -(-width // config.block_width) * -(-batch // config.block_batch)
+    keywords = {
+        "CHANNELS": heads * head_dim,
+        "WIDTH": width,
+        "BLOCK_B": config.block_batch,
+        "BLOCK_W": config.block_width,
+        "BLOCK_C": config.block_channels,
+        "STAGES": config.num_stages,
+    }
+    launch(
+        fold_kernel,
+        layers * tiles,
+        (),
+        (summary, down_weight, down_bias.contiguous(), latent),
+        (batch, *down_weight.stride()[:2]),
+        keywords,
+        {"num_warps": config.num_warps},
     )
     return latent

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .common import TRITON_DTYPE, VECTOR_BYTES, head_chunk, heads_block, hidden_chunk, odd, padded
-from .launching import Variants
+from .launching import Variants, kind_of, variants_of
 from .policy import SplitConfig, backward_config, split_config, split_counts, tile_config
 
 Gates = tuple[tuple[bool, bool], ...]
@@ -194,25 +194,6 @@ class Sizes:
     itemsize: int
 
 
-def _kind_of(stride: int) -> tuple[bool, bool, bool]:
-    """What Triton specialises a kernel on of an integer."""
-    return stride % 16 == 0, stride == 1, stride >= 2**31
-
-
-@lru_cache(maxsize=256)
-def variants_of(*_: Any) -> Callable[[Any], Variants]:
-    """Compiled variants by kernel, for launches that are alike in all that kernels are compiled for."""
-    known: dict[int, Variants] = {}
-
-    def of(kernel: Any) -> Variants:
-        found = known.get(id(kernel))  # kernels live as long as their modules, and are slow to hash
-        if found is None:
-            found = known[id(kernel)] = Variants(kernel)
-        return found
-
-    return of
-
-
 @lru_cache(maxsize=256)
 def _codes(rows: tuple[int, ...], live: Gates) -> tuple[int, ...]:
     """The launch table of these rows' codes; slots of outputs go by all layers' gates."""
@@ -327,7 +308,7 @@ def plan_of(
                 keywords=keywords,
                 options={"num_warps": whole.num_warps, "num_stages": whole.num_stages},
                 split=split,
-                variants=variants_of(receiver.device, *keywords.values(), *map(_kind_of, steps), config),
+                variants=variants_of(receiver.device, *keywords.values(), *map(kind_of, steps), config),
             )
         )
     return Plan(open_gates, tuple(launches))

@@ -8,7 +8,7 @@ here, and the compiled kernel then called as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import or_
 from typing import Any
 
@@ -65,3 +65,43 @@ class Variants:
             names: Sequence[str] = self._kernel.arg_names[len(before) + len(tensors) + len(after) :]
             value: Callable[[str], Any] = {**flags, **keywords}.__getitem__
             self._known[key] = compiled, tuple(map(value, names))
+
+
+def kind_of(number: int) -> tuple[bool, bool, bool]:
+    """What Triton specialises a kernel on of an integer."""
+    return number % 16 == 0, number == 1, number >= 2**31
+
+
+@lru_cache(maxsize=256)
+def variants_of(*_: Any) -> Callable[[Any], Variants]:
+    """Compiled variants by kernel, for launches that are alike in all that kernels are compiled for."""
+    known: dict[int, Variants] = {}
+
+    def of(kernel: Any) -> Variants:
+        found = known.get(id(kernel))  # kernels live as long as their modules, and are slow to hash
+        if found is None:
+            found = known[id(kernel)] = Variants(kernel)
+        return found
+
+    return of
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    tables: Sequence[tuple[int, ...]],
+    tensors: Sequence[Tensor],
+    numbers: Sequence[int],
+    keywords: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> None:
+    """Launch a kernel that no plan stands for: ``(*tables, *tensors, *numbers)``, on the current device.
+
+    Args:
+        tables: launch tables, whose alignment is among the keywords.
+        numbers: integers, specialised or not.
+        keywords: compile-time parameters.
+        options: ``num_warps`` and the like.
+    """
+    alike = variants_of(tensors[0].device, *keywords.values(), *map(kind_of, numbers), *options.values())
+    alike(kernel).launch((programs, 1, 1), tables, tensors, numbers, {}, keywords, options)

@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import TRITON_DTYPE, cast, inlined
+from .launching import launch
+from .policy import next_power_of_2
 from .pooling_policy import PoolingConfig
 
 #: Parts of a state, and floats a state in the statistics: (max, sum) a part, the through flag, one unused.
@@ -208,31 +210,29 @@ def merge(
     is_last = False
     while not is_last and (out is not None or chunks > 1):
         is_last = out is not None and chunks <= config.merge_chunks
-        groups = 1 if is_last else triton.cdiv(chunks, config.merge_chunks - 1)
+        groups = 1 if is_last else -(-chunks // (config.merge_chunks - 1))
         merged = states, stats
         if not is_last:
             merged = states.new_empty(rows, groups, *states.shape[2:]), stats.new_empty(rows, groups, STATS.value)
         target = merged if out is None else out  # out is not read where it is not the last merge
-        merge_kernel[(rows * groups,)](
-            states,
-            stats,
-            global_query,
-            *merged,
-            *target,
-            chunks,
-            groups,
-            batch,
-            rows // (layers * batch * heads),
-            0 if out is None else out[0].stride(0),
-            0 if out is None else out[0].stride(1),
-            HEADS=heads,
-            HEAD_DIM=head_dim,
-            BLOCK_C=config.merge_chunks,
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            SCALE=head_dim**-0.5,
-            IS_LAST=is_last,
-            OUT_DTYPE=TRITON_DTYPE[target[0].dtype],
-            num_warps=config.merge_warps,
+        strides = (0, 0) if out is None else out[0].stride()[:2]
+        keywords = {
+            "HEADS": heads,
+            "HEAD_DIM": head_dim,
+            "BLOCK_C": config.merge_chunks,
+            "BLOCK_D": next_power_of_2(head_dim),
+            "SCALE": head_dim**-0.5,
+            "IS_LAST": is_last,
+            "OUT_DTYPE": TRITON_DTYPE[target[0].dtype],
+        }
+        launch(
+            merge_kernel,
+            rows * groups,
+            (),
+            (states, stats, global_query, *merged, *target),
+            (chunks, groups, batch, rows // (layers * batch * heads), *strides),
+            keywords,
+            {"num_warps": config.merge_warps},
         )
         (states, stats), chunks = merged, groups
     return (states, stats) if out is None else out

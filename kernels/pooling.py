@@ -46,7 +46,9 @@ from .common import (
     third_of,
 )
 from .fold import fold
+from .launching import launch
 from .merging import INNER, LEFT, PARTS, RIGHT, STATS, finite_or_zero, merge
+from .policy import next_power_of_2
 from .pooling_policy import PoolingConfig, pooling_config, turns
 
 #: Most memory that the states of one launch may take; beyond it layers are pooled in turns. A launch of that size takes
@@ -287,7 +289,7 @@ def _pool_chunks(
     layers = len(keys)
     batch, heads, tokens, head_dim = keys[0].shape
     tracks = span_offsets.shape[1] if span_offsets.dim() == 3 else 1
-    chunks = triton.cdiv(tokens, config.block_tokens)
+    chunks = -(-tokens // config.block_tokens)
     rows = layers * batch * heads
     (key_table, value_table), aligned = address_tables(keys, values)
     # A piece's only chunk is handed out as it is: nothing that memory held before may be in it.
@@ -296,16 +298,9 @@ def _pool_chunks(
     stats = make(rows, tracks, chunks, STATS.value, dtype=torch.float32)
     mask_strides = (0, 0, 0) if attention_mask is None else _with_track(attention_mask.stride())
     each = turns(config, rows * tracks * chunks, target_of(keys[0]))
-    groups = triton.cdiv(chunks, each)
-    pool_chunk_kernel[(rows * tracks * groups,)](
-        key_table,
-        value_table,
-        span_query,
-        global_query,
-        span_offsets,
-        span_offsets if attention_mask is None else attention_mask,
-        states,
-        stats,
+    groups = -(-chunks // each)
+    mask = span_offsets if attention_mask is None else attention_mask
+    numbers = (
         tokens,
         span_offsets.shape[-1] - 1,
         chunks,
@@ -317,20 +312,32 @@ def _pool_chunks(
         *values[0].stride()[:3],
         *_with_track(span_offsets.stride())[:2],
         *mask_strides,
-        LAYERS=len(key_table),
-        HEADS=heads,
-        HEAD_DIM=head_dim,
-        BLOCK_T=config.block_tokens,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),  # a product takes no fewer
-        GROUP=config.group_spans,
-        SCALE=head_dim**-0.5,
-        HAS_MASK=attention_mask is not None,
-        SLACK=slack,
-        IS_WIDE=needs_wide_offsets(config.block_tokens, keys[0], values[0]),
-        IS_ALIGNED=aligned,
-        DTYPE=TRITON_DTYPE[keys[0].dtype],
-        num_warps=config.num_warps,
-        **({} if torch.version.hip else {"maxnreg": config.max_registers}),
+    )
+    keywords = {
+        "LAYERS": len(key_table),
+        "HEADS": heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_T": config.block_tokens,
+        "BLOCK_D": max(16, next_power_of_2(head_dim)),  # a product takes no fewer
+        "GROUP": config.group_spans,
+        "SCALE": head_dim**-0.5,
+        "HAS_MASK": attention_mask is not None,
+        "SLACK": slack,
+        "IS_WIDE": needs_wide_offsets(config.block_tokens, keys[0], values[0]),
+        "IS_ALIGNED": aligned,
+        "DTYPE": TRITON_DTYPE[keys[0].dtype],
+    }
+    options = {"num_warps": config.num_warps}
+    if not torch.version.hip:
+        options["maxnreg"] = config.max_registers
+    launch(
+        pool_chunk_kernel,
+        rows * tracks * groups,
+        (key_table, value_table),
+        (span_query, global_query, span_offsets, mask, states, stats),
+        numbers,
+        keywords,
+        options,
     )
     return states, stats
 
@@ -398,7 +405,7 @@ def attention_pool(
 
 def _runs(keys: Sequence[Tensor], values: Sequence[Tensor], tracks: int) -> Iterator[slice]:
     """Neighbouring layers that can share a launch: equal strides, and states that fit `STATE_BYTES`."""
-    chunks = tracks * triton.cdiv(keys[0].shape[2], _config(keys[0]).block_tokens)
+    chunks = tracks * -(-keys[0].shape[2] // _config(keys[0]).block_tokens)
     layer_bytes = keys[0].shape[0] * keys[0].shape[1] * chunks * PARTS.value * 2 * keys[0].shape[3] * 4
     most = max(1, STATE_BYTES // max(layer_bytes, 1))
     return alike_runs(keys, values, most)

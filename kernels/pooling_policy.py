@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .policy import PROCESSORS, known_target
+from .policy import PROCESSORS, known_target, next_power_of_2
 from .tuned import in_place_of
 
 
@@ -69,10 +69,6 @@ PROGRAMS = 24
 FOLD_SUMS = 4096
 
 
-def _next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def pooling_config(head_dim: int, itemsize: int, target: str) -> PoolingConfig:
     """The row for a head width, element size in bytes and chip (``sm_90``, ``gfx942``); one for all chips so far.
 
@@ -84,7 +80,7 @@ def pooling_config(head_dim: int, itemsize: int, target: str) -> PoolingConfig:
 def pooling_backward_config(head_dim: int, itemsize: int) -> PoolingConfig:
     """The row of the backward kernels, which take a chunk and its warps from it: never one that the forward pass alone
     was tuned to. Arguments as of `pooling_config`."""
-    tokens = CHUNK_BYTES // (2 * _next_power_of_2(head_dim) * itemsize)
+    tokens = CHUNK_BYTES // (2 * next_power_of_2(head_dim) * itemsize)
     fewest, most = CHUNK_TOKENS
     return PoolingConfig(
         block_tokens=min(max(tokens, fewest), most),
@@ -108,7 +104,7 @@ def fold_config(channels: int, batch: int) -> FoldConfig:
     weights come in at one latency.
     """
     block_width = 4
-    block_batch = min(_next_power_of_2(batch), 8)
-    block_channels = min(_next_power_of_2(channels), FOLD_SUMS // (block_width * block_batch))
+    block_batch = min(next_power_of_2(batch), 8)
+    block_channels = min(next_power_of_2(channels), FOLD_SUMS // (block_width * block_batch))
     num_warps = max(1, 4 * block_width * block_batch * block_channels // FOLD_SUMS)
     return FoldConfig(block_width, block_batch, block_channels, num_warps, num_stages=3)

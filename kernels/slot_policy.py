@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from .policy import next_power_of_2
 from .tuned import in_place_of
 
 
@@ -88,13 +89,9 @@ WHOLE_TOKENS = 256
 PULLING_PROGRAMS = 64
 
 
-def _next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def slot_block(slots: int) -> int:
     """Slots padded to a power of two that a tensor instruction takes."""
-    return max(FEWEST_SLOTS, _next_power_of_2(slots))
+    return max(FEWEST_SLOTS, next_power_of_2(slots))
 
 
 def slot_pool_config(head_dim: int, itemsize: int, slots: int, target: str) -> SlotPoolConfig:
@@ -108,7 +105,7 @@ def slot_pool_config(head_dim: int, itemsize: int, slots: int, target: str) -> S
 
 
 def _slot_pool(head_dim: int, itemsize: int, slots: int, target: str) -> SlotPoolConfig:
-    width = max(16, _next_power_of_2(head_dim))
+    width = max(16, next_power_of_2(head_dim))
     block_slots = min(slot_block(slots), 64)
     # 64 slots: of 256 channels 430 spills, 206 in the loop; float32 11,000; sm_100 compiles 128 channels to an empty
     # kernel (Triton 3.7.1). Two programs of 32 read the same tokens at the same time, one of them from L2.

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import eager_pooling, reference
 from .backends import resolve
 from .dispatch import register_gradient
+from .layouts import Layers
 from .library import Pair, like_needed, pairs_of, spread, unit_rows
 
 SUMMARY_WEIGHTS = ("span_query", "global_query", "down_weight", "down_bias")
@@ -151,24 +152,23 @@ register_gradient(attention_pool, _pool_backward, setup_context=_pool_setup)
 def run_summarize_layers(
     sharer: Sequence[Tensor], weights: Sequence[Tensor], span_offsets: Tensor, attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """As `summarize_checked`."""
+    return summarize_checked(Layers.of(sharer), weights, span_offsets, attention_mask)
+
+
+def summarize_checked(
+    sharer: Layers, weights: Sequence[Tensor], span_offsets: Tensor, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """``weights``: `SUMMARY_WEIGHTS`, stacked. Returns ``latent (L, B, d)`` and ``summary (L, 2, B, Hs, Ds)``."""
-    if resolve(sharer[0].device, sharer[0].dtype) == "triton":
+    flat = sharer.tensors
+    if resolve(flat[0].device, flat[0].dtype) == "triton":
         from .kernels import pooling
 
-        pairs = pairs_of([unit_rows(t) for t in sharer])
-        span_query, global_query, down_weight, down_bias = weights
-        return pooling.summarize_layers(
-            [key for key, _ in pairs],
-            [value for _, value in pairs],
-            span_query,
-            global_query,
-            down_weight,
-            down_bias,
-            span_offsets,
-            attention_mask,
-        )
+        if not sharer.layout.has_unit_rows:
+            flat = [*map(unit_rows, flat)]
+        return pooling.summarize_layers(flat[0::2], flat[1::2], *weights, span_offsets, attention_mask)
     named = dict(zip(SUMMARY_WEIGHTS, weights))
-    return eager_pooling.summarize_layers(pairs_of(sharer), named, span_offsets, attention_mask=attention_mask)
+    return eager_pooling.summarize_layers(pairs_of(flat), named, span_offsets, attention_mask=attention_mask)
 
 
 summarize_layers = torch.library.custom_op("lcf_fast::summarize_layers", run_summarize_layers, mutates_args=())

@@ -18,6 +18,7 @@ from .autocast import without_autocast
 from .backends import resolve
 from .dispatch import is_plain, needs_grad, served_by, undispatched
 from .errors import DTypeError, GeometryError, ShapeError
+from .layouts import Layers, Layout
 
 Pair = tuple[Tensor, Tensor]
 
@@ -104,33 +105,34 @@ def summarize_layers(
     Raises:
         As `attention_pool`, and GeometryError for weights or layers that do not fit.
     """
-    layers, key = _check_sharer(sharer, weights)
+    layers, flat, layout = _check_sharer(sharer, weights)
+    key = flat[0]
     batch, heads, tokens, head_dim = key.shape
     _check_down(weights, layers, 2 * heads * head_dim, key.device)
     check.check_offsets(span_offsets, batch, tokens, attention_mask)
     served_by(key.device, key.dtype)
     offsets, mask = _on_device(span_offsets, attention_mask, key.device)
     parameters = [weights[name] for name in library.SUMMARY_WEIGHTS]
-    flat = [tensor for pair in sharer for tensor in pair]
-    arguments = (flat, parameters, offsets, mask)
-    if not is_plain(key):
-        return library.summarize_layers(*arguments)
-    if not needs_grad(*parameters, *flat):
-        return undispatched(library.run_summarize_layers, arguments)
-    return library.summarize_layers(*arguments)
+    if layout is None or not is_plain(key):
+        return library.summarize_layers(flat, parameters, offsets, mask)
+    if not needs_grad(*parameters) and not (layout.requires_grad and torch.is_grad_enabled()):
+        return undispatched(library.summarize_checked, (Layers(flat, layout), parameters, offsets, mask))
+    return library.summarize_layers(flat, parameters, offsets, mask)
 
 
-def _check_sharer(sharer: Sequence[Pair], weights: Mapping[str, Tensor]) -> tuple[int, Tensor]:
-    """Layers and queries fit; returns the number of layers and the first key."""
+def _check_sharer(
+    sharer: Sequence[Pair], weights: Mapping[str, Tensor]
+) -> tuple[int, list[Tensor], Layout | None]:
+    """Layers and queries fit; returns the number of layers and what `checks.flat_layers` does."""
     query = check.find_weight(weights, "span_query")
     layers = query.shape[0] if query.dim() else 0
-    check.check_layers("sharer", sharer, layers)
+    flat, layout = check.flat_layers("sharer", sharer, layers)
     if not layers:
         raise GeometryError("sharer", expected="at least one layer", got="none")
-    key = sharer[0][0]
+    key = flat[0]
     for name in ("span_query", "global_query"):
         check.check_weight(weights, name, (layers, key.shape[1], key.shape[3]), key.device)
-    return layers, key
+    return layers, flat, layout
 
 
 def pool_range(
@@ -156,7 +158,8 @@ def pool_range(
     Raises:
         As `summarize_layers`.
     """
-    _, key = _check_sharer(sharer, weights)
+    _, flat, _ = _check_sharer(sharer, weights)
+    key = flat[0]
     batch, _, tokens, _ = key.shape
     check.check_offsets(span_offsets, batch, tokens, attention_mask, is_piece=True)
     backend = resolve(key.device, key.dtype)
@@ -166,7 +169,7 @@ def pool_range(
         return eager_ranges.pool_range(sharer, *queries, offsets, mask)
     from .kernels import pooling
 
-    flat = [library.unit_rows(tensor) for pair in sharer for tensor in pair]
+    flat = [library.unit_rows(tensor) for tensor in flat]
     with torch.no_grad():
         return pooling.pool_range(flat[0::2], flat[1::2], *queries, offsets, mask)
 

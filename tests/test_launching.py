@@ -32,7 +32,7 @@ def test_every_kernel_is_launched_with_what_it_was_given(chip: str, tmp_path: Pa
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"LD_LIBRARY_PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, str(HERE / "drive.py"), str(library), chip]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, done.stderr[-3000:]
     launches = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert all(launch["bytes"] <= 4096 for launch in launches), "more parameters than every driver takes"
