@@ -16,7 +16,6 @@ adapter. `LatentSlots.for_sharer` makes the same half within an adapter, as `lcf
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -287,11 +286,10 @@ class SlotsSharerSide(SummarizesSlots, SideOf):
             slots=slots,
             sharer_layers=reads,
             per_span=adapter.per_span,
-            adapter_digest=adapter.origin.adapter,  # for when the adapter is gone
             device=like.device,
             dtype=like.dtype,
         )
-        side._adapter = weakref.ref(adapter)
+        side._follow(adapter)
         return side
 
     def _weights(self) -> Mapping[str, Tensor]:
