@@ -107,7 +107,8 @@ class SummarizesSlots(ReadsSharer):
             A :class:`Message` with ``latent (L, B, P·k, d)``, float32.
 
         Raises:
-            SpanError: a row, or a span, without a token to pool; rows of different numbers of spans.
+            SpanError: a row, or a span, without a token to pool; rows of different numbers of spans. Where values are
+                not looked at (compiled, or on a GPU), slots of a span without a token are NaN.
             IndexRangeError: ``slots`` out of range.
             GeometryError, ShapeError, DTypeError, DeviceError: naming the argument, before anything is computed.
         """
