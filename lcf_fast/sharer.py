@@ -515,10 +515,10 @@ def _in_order(shares: Tensor, spans: Spans) -> Tensor:
     ranges = spans.offsets.shape[2] - 1
     places = spans.places()
     width = max((1, *map(len, places)))
-    index = torch.zeros(len(places), width, dtype=torch.int64)
-    there = torch.zeros(len(places), width, dtype=torch.bool)
+    index = torch.zeros(len(places), width, dtype=torch.int64, device="cpu")
+    there = torch.zeros(len(places), width, dtype=torch.bool, device="cpu")
     for b, row in enumerate(places):
-        index[b, : len(row)] = torch.tensor([track * ranges + p for track, p in row], dtype=torch.int64)
+        index[b, : len(row)] = torch.tensor([track * ranges + p for track, p in row], dtype=torch.int64, device="cpu")
         there[b, : len(row)] = True
     index, there = index.to(shares.device), there.to(shares.device)
     wide = (*shares.shape[:3], width)

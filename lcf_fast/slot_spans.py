@@ -51,7 +51,7 @@ def span_groups(spans: Any, key: Tensor, mask: Tensor | None) -> Tensor:
             if len(row) < count:  # a row keeps its number of slots, and the receiver their order
                 expected = "a token to pool in every span (lcf_fast.slot_spans.summarize_spans drops others)"
                 raise SpanError("spans", expected=expected, got=f"{count - len(row)} without in row {i}")
-        sides = torch.tensor(bounds, dtype=torch.int64).reshape(len(bounds), max(counts, default=1), 2)
+        sides = torch.tensor(bounds, dtype=torch.int64, device="cpu").reshape(len(bounds), max(counts, default=1), 2)
         sides = sides.to(key.device, non_blocking=True)
         starts, stops = sides.unbind(-1)
     at = torch.arange(key.shape[2], device=key.device)
@@ -115,7 +115,8 @@ def slots_there(spans: Spans, attention_mask: Tensor, most: int) -> Tensor:
 
 def _there(counts: list[int], most: int) -> Tensor:
     each = most // max(counts, default=1)
-    return (torch.arange(most) < each * torch.tensor(counts, dtype=torch.int64)[:, None]).long()
+    own = each * torch.tensor(counts, dtype=torch.int64, device="cpu")
+    return (torch.arange(most, device="cpu") < own[:, None]).long()
 
 
 def _counts_of(spans: Any) -> list[int]:
