@@ -98,12 +98,18 @@ class HasOrigin(nn.Module):
         all weights then.
         """
         self._check_cross_context("tell the origin of messages")
+        return self._found_origin()
+
+    def _found_origin(self) -> Origin:
         if self._goes_uncounted():
             return self._make_origin()
         state = self._state()
         if state.origin is None:
             state.origin = self._make_origin()
         return state.origin
+
+    # A graph takes it as a constant, found while tracing; set by hand as for `LatentCacheFlow._live_when_traced`.
+    _found_origin._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _check_pooled_by(self, name: str, made_by: Pending | Origin | None) -> None:
         """Refuse what the weights of another sharer's half have pooled, or these before they changed; None: not known.

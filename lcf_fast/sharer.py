@@ -118,7 +118,7 @@ class Summarizes(ReadsSharer):
                 such lists, whose rows may differ in length. None: one span over each row's valid tokens.
             attention_mask: ``(B, M)`` as transformers has it; padding is not pooled.
             span_weights: whether the message tells what each span weighs in it, for inspection; that costs another
-                pass over the keys.
+                pass over the keys. Of `Spans`, not with ``torch.compile(fullgraph=True)``.
 
         Returns:
             A :class:`Message` with ``latent (L, B, d)`` and ``summary (L, 2, B, Hs, Ds)``.
@@ -137,7 +137,9 @@ class Summarizes(ReadsSharer):
         except LCFError:
             check_pairs(sharer, "sharer_cache", self.sharer_geometry)
             raise
-        count = max(spans.counts, default=0) if isinstance(spans, Spans) else offsets.shape[-1] - 1
+        count = offsets.shape[-1] - 1
+        if isinstance(spans, Spans):  # whose ranges may be gaps; a compiled graph does not look
+            count = spans.tracks * count if torch.compiler.is_compiling() else max([0, *spans.counts])
         message = self._message(latent, summary, count)
         if span_weights:
             queries = self._weights()["span_query"], self._weights()["global_query"]
@@ -477,7 +479,7 @@ class SharerSide(Summarizes, SideOf):
 
     def _weights(self) -> Mapping[str, Tensor]:
         named = cast("dict[str, Tensor]", dict(self._parameters))
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # not in what is called for a constant
             adapter = self._receiver()
             named["down_bias"] = self.down_bias if adapter is None else self._bias_of(adapter)
         else:

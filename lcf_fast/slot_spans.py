@@ -37,16 +37,17 @@ def span_groups(spans: Any, key: Tensor, mask: Tensor | None) -> Tensor:
         SpanError: rows of different numbers of spans, or a span without a token to pool, where that can be seen. As
             `lcf_fast.inputs.host_spans`.
     """
-    if isinstance(spans, Tensor) and not reads_values(spans):
+    is_traced = torch.compiler.is_compiling() and not isinstance(spans, Spans)
+    if is_traced or (isinstance(spans, Tensor) and not reads_values(spans)):
+        if not isinstance(spans, Tensor):
+            _check_even([len(row) - 1 for row in spans])
         starts = span_offsets(spans, key, mask)[0]
         starts, stops = starts[:, :-1], starts[:, 1:]
     else:
         seen = mask if mask is not None and reads_values(mask) else None
         bounds = _bounds_of(spans, key, seen)
         counts = _counts_of(spans)
-        if len(set(counts)) > 1:
-            expected = "as many spans in every row (lcf_fast.slot_spans.summarize_spans takes rows that differ)"
-            raise SpanError("spans", expected=expected, got=f"{counts} of them"[:200])
+        _check_even(counts)
         for i, (row, count) in enumerate(zip(bounds, counts)):
             if len(row) < count:  # a row keeps its number of slots, and the receiver their order
                 expected = "a token to pool in every span (lcf_fast.slot_spans.summarize_spans drops others)"
@@ -117,6 +118,12 @@ def _there(counts: list[int], most: int) -> Tensor:
     each = most // max(counts, default=1)
     own = each * torch.tensor(counts, dtype=torch.int64, device="cpu")
     return (torch.arange(most, device="cpu") < own[:, None]).long()
+
+
+def _check_even(counts: list[int]) -> None:
+    if len({*counts}) > 1:
+        expected = "as many spans in every row (lcf_fast.slot_spans.summarize_spans takes rows that differ)"
+        raise SpanError("spans", expected=expected, got=f"{counts} of them"[:200])
 
 
 def _counts_of(spans: Any) -> list[int]:

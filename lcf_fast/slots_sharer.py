@@ -97,7 +97,7 @@ class SummarizesSlots(ReadsSharer):
             sharer_cache: a cache of the sharer, ``(B, Hs, N, Ds)`` a layer.
             spans: as `LatentCacheFlow.summarize` takes them, each pooled by itself: P of them make P·k slots, span by
                 span. As many in every row, none of them empty (`lcf_fast.slot_spans.summarize_spans` for others).
-                None: one, of all tokens.
+                None: one, of all tokens. With ``torch.compile(fullgraph=True)`` as offsets, not as `Spans`.
             attention_mask: ``(B, N)`` as transformers has it; padding is not pooled.
             slots: make the first so many alone; None: all that there are.
             slot_weights: whether the message tells what each token weighs in each slot, for inspection; that costs

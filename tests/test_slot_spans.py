@@ -208,6 +208,19 @@ def test_a_span_without_a_token_that_nobody_saw_has_slots_that_are_no_numbers(ba
     torch.testing.assert_close(made[:, :, [0, 1, 4, 5]], whole, rtol=1e-5, atol=1e-5)
 
 
+def test_lists_of_offsets_compile_whole() -> None:
+    adapter, cache, uneven = adapter_of(), cache_of(2), [[0, 4, 9], [0, 9]]
+
+    def summary(offsets: list[list[int]]) -> Tensor:
+        return latent(adapter.summarize(cache, offsets))
+
+    with torch.no_grad():
+        made = torch.compile(summary, fullgraph=True, backend="aot_eager")([[0, 4, 9], [0, 3, 9]])
+        torch.testing.assert_close(made, summary([[0, 4, 9], [0, 3, 9]]), rtol=1e-5, atol=1e-5)
+        with pytest.raises(SpanError, match="as many spans"):
+            torch.compile(summary, backend="aot_eager")(uneven)
+
+
 def test_a_row_without_a_span_is_refused() -> None:
     with pytest.raises(SpanError, match=r"rows \[1\]"):
         summarize_spans(adapter_of(), cache_of(2), Spans.given([[(0, 4)], []]))
