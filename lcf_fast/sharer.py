@@ -121,7 +121,9 @@ class Summarizes(ReadsSharer):
                 pass over the keys. Of `Spans`, not with ``torch.compile(fullgraph=True)``.
 
         Returns:
-            A :class:`Message` with ``latent (L, B, d)`` and ``summary (L, 2, B, Hs, Ds)``.
+            A :class:`Message` with ``latent (L, B, d)`` and ``summary (L, 2, B, Hs, Ds)``. Made by ``torch.compile`` it
+            has no origin, since no weights are looked at: any adapter of its shape takes it, and it can be sent only
+            after ``dataclasses.replace(message, made_by=adapter.origin)``.
 
         Raises:
             SpanError: offsets that decrease or leave the sequence, or a row without a token to pool.

@@ -104,7 +104,8 @@ class SummarizesSlots(ReadsSharer):
                 another pass over the keys.
 
         Returns:
-            A :class:`Message` with ``latent (L, B, P·k, d)``, float32.
+            A :class:`Message` with ``latent (L, B, P·k, d)``, float32. Of ``torch.compile`` without an origin, as
+            `LatentCacheFlow.summarize` has it.
 
         Raises:
             SpanError: a row, or a span, without a token to pool; rows of different numbers of spans. Where values are
