@@ -133,7 +133,11 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fresh parameters: linears like ``nn.Linear``, norms 1, gates ``config.gate_init``, small queries."""
+        """Fresh parameters: linears like ``nn.Linear``, norms 1, gates ``config.gate_init``, small queries.
+
+        What reads from what is as it was, after ``to_empty`` too.
+        """
+        self._reset_routing()
         for name, parameter in self.named_parameters():
             if name == "norm_weight":
                 parameter.fill_(1.0)

@@ -92,6 +92,12 @@ class ReadsSharer(HasOrigin):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._kept, self._reads = kept, reads
 
+    @torch.no_grad()
+    def _reset_routing(self) -> None:
+        """Buffers as the host has them: ``to_empty`` leaves them as memory was found."""
+        for name, layers in (("receiver_layers", self._kept), ("sharer_layers", self._reads)):
+            self.get_buffer(name).copy_(torch.tensor(layers, device="cpu"))
+
     def _check_routing(self, kept: tuple[int, ...], reads: tuple[int, ...], prefix: str) -> None:
         check_routing(kept, reads, self.receiver_geometry, self.sharer_geometry, prefix)
 
@@ -421,7 +427,9 @@ class SharerSide(Summarizes, SideOf):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fresh queries and ``W_i``, drawn as an adapter's are; ``b`` stays."""
+        """Fresh queries and ``W_i``, drawn as an adapter's are; ``b`` stays, or follows an adapter that is there."""
+        self._reset_routing()
+        self._followed = None
         self.span_query.normal_(std=0.02)
         self.global_query.normal_(std=0.02)
         bound = 1 / math.sqrt(2 * self._sharer.channels + 2 * self._to.channels)

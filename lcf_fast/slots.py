@@ -101,7 +101,8 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fresh parameters, as `lcf_fast.slots_sharer.fill_fresh` draws them."""
+        """Fresh parameters, as `lcf_fast.slots_sharer.fill_fresh` draws them; routing as it was."""
+        self._reset_routing()
         fill_fresh(self)
 
     # `summarize`, `begin` and their kind are the sharer's half, in lcf_fast.slots_sharer

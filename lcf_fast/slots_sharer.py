@@ -235,7 +235,8 @@ class SlotsSharerSide(SummarizesSlots, SideOf):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fresh parameters, drawn as an adapter's are."""
+        """Fresh parameters, drawn as an adapter's are; routing as it was."""
+        self._reset_routing()
         fill_fresh(self)
 
     @property
