@@ -70,7 +70,9 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
     A gate is open where its logit is above zero; a layer whose two gates are closed, like one that is not
     kept, is passed through untouched and costs nothing. On a GPU the gates are read once and again whenever
     ``gate_logit`` changes in place; an edit through ``gate_logit.data`` escapes this, use ``with
-    torch.no_grad()`` instead. ``torch.compile`` takes them as constants.
+    torch.no_grad()`` instead. ``torch.compile`` takes them as constants, and the adapter's origin with them: compile
+    anew (``torch.compiler.reset()``) when they change. With ``fullgraph=True`` it takes messages of the adapter's own
+    and those whose origin was looked up, such as those from bytes.
 
     Like any module a fresh adapter is in training mode, and one from :meth:`from_pretrained` in eval mode. In
     training mode :meth:`fuse` and :meth:`inject` have dropout (``config.dropout``) and soft, noisy gates, none of
@@ -131,7 +133,11 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fresh parameters: linears like ``nn.Linear``, norms 1, gates ``config.gate_init``, small queries."""
+        """Fresh parameters: linears like ``nn.Linear``, norms 1, gates ``config.gate_init``, small queries.
+
+        What reads from what is as it was, after ``to_empty`` too.
+        """
+        self._reset_routing()
         for name, parameter in self.named_parameters():
             if name == "norm_weight":
                 parameter.fill_(1.0)

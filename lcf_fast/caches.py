@@ -83,7 +83,7 @@ def cache_layers(
         name: how the caller calls the cache; errors use it.
         geometry: what the cache must have.
         length: filled positions of a StaticCache, for the caller who knows them. Used only where the cache
-            itself keeps them on a GPU: reading them there makes the host wait for the device.
+            itself keeps them on a GPU, where reading them makes the host wait, and while tracing.
         every_layer: compare every layer with the first. False looks at the first alone: for callers who check
             the layers that they go on to read, since each look costs host time.
 
@@ -304,14 +304,15 @@ def _growing_layers(layers: Any) -> list[Pair] | None:
 
 
 def _filled(layer: Any, name: str, length: int | None) -> int:
-    """Filled positions of a static layer; the caller's ``length`` where the layer's own is on a device."""
+    """Filled positions of a static layer; the caller's ``length`` where reading the layer's own has its price."""
     own = getattr(layer, "cumulative_length_int", None)  # sliding layers keep an int as well
     if own is None:
         own = getattr(layer, "cumulative_length", None)
     if own is None:
         # transformers 5.0 counts rows that are not zero, on the device; a padded row may well be zero.
         own = layer.get_seq_length() if length is None else length
-    if not isinstance(own, Tensor) or own.device.type == "cpu" or length is None:
+    is_here = not isinstance(own, Tensor) or (own.device.type == "cpu" and not torch.compiler.is_compiling())
+    if is_here or length is None:
         return int(own)
     capacity = layer.keys.shape[2]
     if not 0 <= length <= capacity:

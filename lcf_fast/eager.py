@@ -153,7 +153,7 @@ def _sharer_rows(tile: Tile, sharer_index: Tensor | None, sharer_tokens: int) ->
         return tile.tokens
     index = sharer_index[tile.items, tile.tokens].long()
     if index.device.type == "cpu":
-        shift = index - torch.arange(index.shape[1])
+        shift = index - torch.arange(index.shape[1], device=index.device)
         if tile.keep is not None:
             shift = shift[tile.keep]
         start = int(shift.flatten()[0])  # cut_tiles leaves no tile without a row that counts

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from .errors import MessageError
 from .fingerprint import Origin
 
-__all__ = ["HasOrigin", "Pending", "TakesOrigin", "found_origin"]
+__all__ = ["HasOrigin", "Pending", "State", "TakesOrigin", "found_origin", "seeing"]
 
-_seeing = Lock()
+#: Held by who changes what a module was last seen as; a half looks at its adapter meanwhile.
+seeing = RLock()
 
 #: Weights with their numbers of changes: equal stamps, equal weights.
 Stamp = tuple[tuple[int, int], ...]
@@ -97,12 +98,18 @@ class HasOrigin(nn.Module):
         all weights then.
         """
         self._check_cross_context("tell the origin of messages")
+        return self._found_origin()
+
+    def _found_origin(self) -> Origin:
         if self._goes_uncounted():
             return self._make_origin()
         state = self._state()
         if state.origin is None:
             state.origin = self._make_origin()
         return state.origin
+
+    # A graph takes it as a constant, found while tracing; set by hand as for `LatentCacheFlow._live_when_traced`.
+    _found_origin._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _check_pooled_by(self, name: str, made_by: Pending | Origin | None) -> None:
         """Refuse what the weights of another sharer's half have pooled, or these before they changed; None: not known.
@@ -131,7 +138,7 @@ class HasOrigin(nn.Module):
         stamp, seen = self._stamp(), self._seen
         if seen is not None and seen[0] == stamp:
             return seen[2]
-        with _seeing:  # of two threads that come first, both must get the one that stays
+        with seeing:  # of two threads that come first, both must get the one that stays
             seen = self._seen
             if seen is None or seen[0] != stamp:
                 seen = self._seen = (stamp, list(self._weights().values()), State())

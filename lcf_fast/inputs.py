@@ -98,7 +98,7 @@ def host_spans(spans: Any, key: Tensor) -> Spans:
     if isinstance(spans, Spans):
         return spans
     if spans is None:
-        return Spans(torch.tensor([0, length], dtype=torch.int32).repeat(batch, 1, 1))
+        return Spans(torch.tensor([0, length], dtype=torch.int32, device="cpu").repeat(batch, 1, 1))
     given = given_spans(spans)
     if given.batch != batch:
         raise ShapeError("spans", expected=f"spans of {batch} items", got=f"of {given.batch}")
@@ -130,6 +130,6 @@ def _padded(spans: Any) -> Tensor:
         raise SpanError("spans", expected="offsets within the sequence", got="offsets beyond 64 bits")
     if any(len(row) < 2 for row in spans):
         raise SpanError("spans", expected="two offsets or more a row", got=f"{[len(row) for row in spans]}")
-    widest = max((len(row) for row in spans), default=2)
+    widest = max([2, *(len(row) for row in spans)])
     rows = [[*row, *[row[-1]] * (widest - len(row))] for row in spans]
-    return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), widest)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), widest)

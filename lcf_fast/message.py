@@ -69,7 +69,8 @@ class Message:
         sharer, receiver: geometries of the two models' caches.
         metadata: the user's own notes, text by name.
         made_by: digests of the two halves of the adapter, or a function that finds them when first asked, since
-            they cost a pass over the weights; read it as :attr:`origin`.
+            they cost a pass over the weights; read it as :attr:`origin`. None: not known, as of a compiled
+            ``summarize``; then any adapter of its shape takes it.
         slot_weights: ``(L, B, Hs, k, N)``, what each of the sharer's N tokens weighs in each slot; sums to 1 over N.
             For inspection, None where it was not asked for.
     """

@@ -62,7 +62,7 @@ class TrainingNoise:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (float, int)):
                 raise DTypeError(name, expected="a number", got=type(value).__name__)
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
+        if not 0 < self.temperature < math.inf:  # of a compiled graph it may be symbolic
             raise GeometryError("temperature", expected="a finite number above 0", got=str(self.temperature))
         if not 0 <= self.dropout < 1:
             raise GeometryError("dropout", expected="a probability in [0, 1)", got=str(self.dropout))

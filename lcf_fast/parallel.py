@@ -94,7 +94,7 @@ def summarize_parallel(
 
     start, total = sum(lengths[:rank]), sum(lengths)
     if given is None:
-        given = Spans(torch.tensor([0, total], dtype=torch.int32).repeat(batches[0], 1, 1))
+        given = Spans(torch.tensor([0, total], dtype=torch.int32, device="cpu").repeat(batches[0], 1, 1))
     if given.offsets.numel() and int(given.offsets.max()) > total:
         raise SpanError("spans", expected=f"offsets up to {total}", got=f"up to {int(given.offsets.max())}")
     piece = given.piece(start, start + key.shape[2])

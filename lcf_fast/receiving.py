@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, describe
+from .checks import FLOATS, describe, reads_values
 from .errors import DTypeError, GeometryError, MessageError, ShapeError
 from .fingerprint import Origin, is_digest
 from .identity import Pending
@@ -151,6 +151,6 @@ def _factors(weights: Any, count: int, batch: int | None, like: Tensor) -> Tenso
     if factors.dim() != 2 or factors.shape[0] != count or (batch is not None and factors.shape[1] not in (1, batch)):
         expected = f"({count},) or ({count}, {'B' if batch is None else batch}), one a message (and item)"
         raise ShapeError("weights", expected=expected, got=str(given))
-    if factors.device.type == "cpu" and not bool(torch.isfinite(factors).all()):
+    if reads_values(factors) and not bool(torch.isfinite(factors).all()):
         raise MessageError("weights", expected="finite numbers", got=repr(weights)[:80])
     return factors

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .caches import cache_argument, cache_layers
-from .checks import INTEGERS, check_has_memory
+from .checks import INTEGERS, check_has_memory, reads_values
 from .errors import DTypeError, GeometryError, IndexRangeError, LCFError, ShapeError
 
 __all__ = ["Rotary"]
@@ -130,7 +130,7 @@ class Rotary:
             expected = f"({shape[0]}, {shape[2]}), or one row for all"
             raise ShapeError("positions", expected=expected, got=str(tuple(positions.shape)))
         check_has_memory("positions", positions)
-        if positions.device.type == "cpu" and positions.numel() and int(positions.min()) < 0:
+        if reads_values(positions) and positions.numel() and int(positions.min()) < 0:
             raise IndexRangeError("positions", expected="0 or more", got=f"values down to {int(positions.min())}")
 
     def _all(self, keys: Sequence[Tensor], positions: Tensor, *, inverse: bool) -> list[Tensor]:

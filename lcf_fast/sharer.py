@@ -32,7 +32,7 @@ from .eager_pooling import span_weights as weights_of_spans
 from .errors import DTypeError, LCFError
 from .fingerprint import Origin, sharer_digest
 from .growing import GrowingMessage, PartialPool, merged
-from .identity import HasOrigin, Pending
+from .identity import HasOrigin, Pending, State, seeing
 from .inputs import check_device, host_spans, known_length, real_tokens, span_offsets, without_gaps
 from .message import Message
 from .spans import Spans
@@ -92,6 +92,12 @@ class ReadsSharer(HasOrigin):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._kept, self._reads = kept, reads
 
+    @torch.no_grad()
+    def _reset_routing(self) -> None:
+        """Buffers as the host has them: ``to_empty`` leaves them as memory was found."""
+        for name, layers in (("receiver_layers", self._kept), ("sharer_layers", self._reads)):
+            self.get_buffer(name).copy_(torch.tensor(layers, device="cpu"))
+
     def _check_routing(self, kept: tuple[int, ...], reads: tuple[int, ...], prefix: str) -> None:
         check_routing(kept, reads, self.receiver_geometry, self.sharer_geometry, prefix)
 
@@ -118,10 +124,12 @@ class Summarizes(ReadsSharer):
                 such lists, whose rows may differ in length. None: one span over each row's valid tokens.
             attention_mask: ``(B, M)`` as transformers has it; padding is not pooled.
             span_weights: whether the message tells what each span weighs in it, for inspection; that costs another
-                pass over the keys.
+                pass over the keys. Of `Spans`, not with ``torch.compile(fullgraph=True)``.
 
         Returns:
-            A :class:`Message` with ``latent (L, B, d)`` and ``summary (L, 2, B, Hs, Ds)``.
+            A :class:`Message` with ``latent (L, B, d)`` and ``summary (L, 2, B, Hs, Ds)``. Made by ``torch.compile`` it
+            has no origin, since no weights are looked at: any adapter of its shape takes it, and it can be sent only
+            after ``dataclasses.replace(message, made_by=adapter.origin)``.
 
         Raises:
             SpanError: offsets that decrease or leave the sequence, or a row without a token to pool.
@@ -137,7 +145,9 @@ class Summarizes(ReadsSharer):
         except LCFError:
             check_pairs(sharer, "sharer_cache", self.sharer_geometry)
             raise
-        count = max(spans.counts, default=0) if isinstance(spans, Spans) else offsets.shape[-1] - 1
+        count = offsets.shape[-1] - 1
+        if isinstance(spans, Spans):  # whose ranges may be gaps; a compiled graph does not look
+            count = spans.tracks * count if torch.compiler.is_compiling() else max([0, *spans.counts])
         message = self._message(latent, summary, count)
         if span_weights:
             queries = self._weights()["span_query"], self._weights()["global_query"]
@@ -242,6 +252,8 @@ class SideOf(ReadsSharer, nn.Module):
 
     receiver_layers: Tensor
     sharer_layers: Tensor
+    #: The adapter's weights when they were last looked at.
+    _followed: State | None = None
 
     def __init__(
         self,
@@ -272,21 +284,67 @@ class SideOf(ReadsSharer, nn.Module):
 
     @property
     def adapter_digest(self) -> str:
+        self._catch_up()
         adapter = self._receiver()
         if adapter is not None:  # asked of itself as long as it is there: it may be in training, too
             self._digest = cast(str, adapter.origin.adapter)
+        elif not self._digest and self._followed is not None and self._followed.origin is not None:
+            self._digest = self._followed.origin.adapter
         return self._digest
 
     def _receiver(self) -> Any:
-        return None if self._adapter is None else self._adapter()
+        adapter: Any = None if self._adapter is None else self._adapter()
+        is_same = adapter is not None and adapter._kept == self._kept  # what was pruned is another
+        return adapter if is_same else None
+
+    def _follow(self, adapter: nn.Module) -> None:
+        """Write to this adapter, as it is and as it will be."""
+        self._adapter = weakref.ref(adapter)
+        self._catch_up()
+        self._digest = cast(str, self._receiver().origin.adapter)  # for when the adapter is gone
+
+    def _catch_up(self) -> None:
+        """Where the adapter has changed: take its part over, and make messages of another origin from here on."""
+        adapter = self._receiver()
+        if adapter is None:
+            return
+        state = adapter._state()
+        if state is self._followed and not adapter._goes_uncounted():
+            return
+        with seeing:
+            self._take_over(adapter, state is not self._followed)
+            if state is not self._followed:
+                # Its digest reads all its weights; it is "", which no adapter takes, if nobody asks in time.
+                self._followed, self._seen, self._digest = state, None, ""
+
+    def _take_over(self, adapter: Any, has_changed: bool) -> None:
+        """Take what this half holds of the adapter's own; ``has_changed`` False: it may have, uncounted."""
+
+    def _state(self) -> State:
+        self._catch_up()
+        return super()._state()
+
+    def _goes_uncounted(self) -> bool:
+        adapter = self._receiver()
+        return super()._goes_uncounted() or (adapter is not None and adapter._goes_uncounted())
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._catch_up()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._followed = None  # it may have brought another adapter's part
 
     def __getstate__(self) -> dict[str, Any]:
         # Elsewhere it knows the adapter that it writes to by the digest alone.
-        return {**super().__getstate__(), "_adapter": None, "_digest": self.adapter_digest}
+        digest = self.adapter_digest
+        return {**super().__getstate__(), "_adapter": None, "_followed": None, "_digest": digest}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SideOf:
         made = memo[id(self)] = type(self).__new__(type(self))
-        made.__setstate__(copy.deepcopy({**self.__getstate__(), "_adapter": self._adapter}, memo))
+        state = copy.deepcopy(self.__getstate__(), memo)
+        made.__setstate__({**state, "_adapter": self._adapter, "_followed": self._followed})
         return made
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
@@ -332,7 +390,8 @@ class SharerSide(Summarizes, SideOf):
 
     Attributes:
         span_query, global_query: ``(L, Hs, Ds)``, parameters. down_weight: ``(L, d, 2Cs)``, parameter: ``W_i``.
-        down_bias: ``(L, d)``, a buffer: the receiver's ``b``. receiver_layers, sharer_layers: ``(L,)`` buffers.
+        down_bias: ``(L, d)``, a buffer: the receiver's ``b``, which follows the adapter that it was made for as long
+            as that is in memory. receiver_layers, sharer_layers: ``(L,)`` buffers.
         adapter_digest: digest of the receiver's half that it writes to.
     """
 
@@ -368,7 +427,9 @@ class SharerSide(Summarizes, SideOf):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fresh queries and ``W_i``, drawn as an adapter's are; ``b`` stays."""
+        """Fresh queries and ``W_i``, drawn as an adapter's are; ``b`` stays, or follows an adapter that is there."""
+        self._reset_routing()
+        self._followed = None
         self.span_query.normal_(std=0.02)
         self.global_query.normal_(std=0.02)
         bound = 1 / math.sqrt(2 * self._sharer.channels + 2 * self._to.channels)
@@ -420,19 +481,30 @@ class SharerSide(Summarizes, SideOf):
             bottleneck=adapter.config.bottleneck,
             receiver_layers=adapter._kept,
             sharer_layers=reads,
-            adapter_digest=adapter.origin.adapter,  # for when the adapter is gone
             device=bias.device,
             dtype=bias.dtype,
         )
-        with torch.no_grad():
-            side.down_bias.copy_(bias)
-        side._adapter = weakref.ref(adapter)
+        side._follow(adapter)
         return side
 
     def _weights(self) -> Mapping[str, Tensor]:
         named = cast("dict[str, Tensor]", dict(self._parameters))
-        named["down_bias"] = self.down_bias
+        if torch.compiler.is_dynamo_compiling():  # not in what is called for a constant
+            adapter = self._receiver()
+            named["down_bias"] = self.down_bias if adapter is None else self._bias_of(adapter)
+        else:
+            self._catch_up()
+            named["down_bias"] = self.down_bias
         return named
+
+    def _bias_of(self, adapter: LatentCacheFlow) -> Tensor:
+        bias = adapter.get_parameter("down_bias").detach()
+        return bias.to(self.down_bias.device, self.down_bias.dtype)
+
+    def _take_over(self, adapter: LatentCacheFlow, has_changed: bool) -> None:
+        # A new tensor: a graph may still want the one of before.
+        if has_changed or not torch.equal(self._bias_of(adapter), self.down_bias):
+            self.down_bias = self._bias_of(adapter).clone()
 
     def _make_origin(self) -> Origin:
         digest = sharer_digest(self._sharer, self._kept, self._reads, self._weights())
@@ -455,10 +527,10 @@ def _in_order(shares: Tensor, spans: Spans) -> Tensor:
     ranges = spans.offsets.shape[2] - 1
     places = spans.places()
     width = max((1, *map(len, places)))
-    index = torch.zeros(len(places), width, dtype=torch.int64)
-    there = torch.zeros(len(places), width, dtype=torch.bool)
+    index = torch.zeros(len(places), width, dtype=torch.int64, device="cpu")
+    there = torch.zeros(len(places), width, dtype=torch.bool, device="cpu")
     for b, row in enumerate(places):
-        index[b, : len(row)] = torch.tensor([track * ranges + p for track, p in row], dtype=torch.int64)
+        index[b, : len(row)] = torch.tensor([track * ranges + p for track, p in row], dtype=torch.int64, device="cpu")
         there[b, : len(row)] = True
     index, there = index.to(shares.device), there.to(shares.device)
     wide = (*shares.shape[:3], width)

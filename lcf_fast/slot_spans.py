@@ -6,6 +6,7 @@ of a kind together, fills up the others' rows, and says which slots a row has.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,22 +31,28 @@ __all__ = ["slots_there", "span_groups", "summarize_spans"]
 def span_groups(spans: Any, key: Tensor, mask: Tensor | None) -> Tensor:
     """``(B, P, N)`` bool: the tokens of each span that are to be pooled, on the device of ``key (B, H, N, D)``.
 
-    ``mask (B, N)`` bool: real tokens. Spans on a device are taken there, without a look at them.
+    ``mask (B, N)`` bool: real tokens. Spans and masks on a device are taken there, without a look at them.
 
     Raises:
-        SpanError: rows of different numbers of spans, or a span without a token. As `lcf_fast.inputs.host_spans`.
+        SpanError: rows of different numbers of spans, or a span without a token to pool, where that can be seen. As
+            `lcf_fast.inputs.host_spans`.
     """
-    if isinstance(spans, Tensor) and not reads_values(spans):
+    is_traced = torch.compiler.is_compiling() and not isinstance(spans, Spans)
+    if is_traced or (isinstance(spans, Tensor) and not reads_values(spans)):
+        if not isinstance(spans, Tensor):
+            _check_even([len(row) - 1 for row in spans])
         starts = span_offsets(spans, key, mask)[0]
         starts, stops = starts[:, :-1], starts[:, 1:]
     else:
         seen = mask if mask is not None and reads_values(mask) else None
         bounds = _bounds_of(spans, key, seen)
-        counts = [len(row) for row in bounds]
-        if len(set(counts)) > 1:
-            expected = "as many spans in every row (lcf_fast.slot_spans.summarize_spans takes rows that differ)"
-            raise SpanError("spans", expected=expected, got=f"{counts} of them"[:200])
-        sides = torch.tensor(bounds, dtype=torch.int64).reshape(len(bounds), max(counts, default=1), 2)
+        counts = _counts_of(spans)
+        _check_even(counts)
+        for i, (row, count) in enumerate(zip(bounds, counts)):
+            if len(row) < count:  # a row keeps its number of slots, and the receiver their order
+                expected = "a token to pool in every span (lcf_fast.slot_spans.summarize_spans drops others)"
+                raise SpanError("spans", expected=expected, got=f"{count - len(row)} without in row {i}")
+        sides = torch.tensor(bounds, dtype=torch.int64, device="cpu").reshape(len(bounds), max(counts, default=1), 2)
         sides = sides.to(key.device, non_blocking=True)
         starts, stops = sides.unbind(-1)
     at = torch.arange(key.shape[2], device=key.device)
@@ -109,7 +116,23 @@ def slots_there(spans: Spans, attention_mask: Tensor, most: int) -> Tensor:
 
 def _there(counts: list[int], most: int) -> Tensor:
     each = most // max(counts, default=1)
-    return (torch.arange(most) < each * torch.tensor(counts, dtype=torch.int64)[:, None]).long()
+    own = each * torch.tensor(counts, dtype=torch.int64, device="cpu")
+    return (torch.arange(most, device="cpu") < own[:, None]).long()
+
+
+def _check_even(counts: list[int]) -> None:
+    if len({*counts}) > 1:
+        expected = "as many spans in every row (lcf_fast.slot_spans.summarize_spans takes rows that differ)"
+        raise SpanError("spans", expected=expected, got=f"{counts} of them"[:200])
+
+
+def _counts_of(spans: Any) -> list[int]:
+    """How many spans each row was given: empty ones too, but of `Spans`, where a range without a token is none."""
+    if isinstance(spans, Spans):
+        return spans.counts
+    listed = spans.tolist() if hasattr(spans, "tolist") else spans
+    are_offsets = any(len(row) and not isinstance(row[0], Sequence) for row in listed)
+    return [len(row) - are_offsets for row in listed]
 
 
 def _bounds_of(spans: Any, key: Tensor, mask: Tensor | None) -> list[Bounds]:

@@ -101,7 +101,8 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fresh parameters, as `lcf_fast.slots_sharer.fill_fresh` draws them."""
+        """Fresh parameters, as `lcf_fast.slots_sharer.fill_fresh` draws them; routing as it was."""
+        self._reset_routing()
         fill_fresh(self)
 
     # `summarize`, `begin` and their kind are the sharer's half, in lcf_fast.slots_sharer
@@ -138,7 +139,7 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
             positions: ``(B, k)`` int, counted as the model counts them, or ``(1, k)`` for all rows.
             into: where they are to lie, one ``(key, value)`` a layer, ``(B, Hr, k, Dr)`` of one dtype: views of a
                 preallocated cache or of a page of one, with any strides but the last one's, which is 1. Values are
-                written straight there, keys by way of as many numbers more; for inference, without a graph.
+                written straight there, keys by way of as many numbers more; for inference, as :meth:`append_`.
 
         Returns:
             New tensors in float32; or those of ``into``.
@@ -195,7 +196,7 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
         """:meth:`append` into the free room of a ``StaticCache``, behind its filled positions; nothing is copied.
 
         The filled length goes on by k, so that ``generate()`` goes on from the cache as from that of :meth:`append`.
-        For inference, without a graph.
+        For inference: without a graph of autograd, or (``fullgraph=True``) of ``torch.compile``.
 
         Args:
             receiver, message: as in :meth:`append`.

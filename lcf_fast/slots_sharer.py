@@ -16,7 +16,6 @@ adapter. `LatentSlots.for_sharer` makes the same half within an adapter, as `lcf
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -98,17 +97,19 @@ class SummarizesSlots(ReadsSharer):
             sharer_cache: a cache of the sharer, ``(B, Hs, N, Ds)`` a layer.
             spans: as `LatentCacheFlow.summarize` takes them, each pooled by itself: P of them make P·k slots, span by
                 span. As many in every row, none of them empty (`lcf_fast.slot_spans.summarize_spans` for others).
-                None: one, of all tokens.
+                None: one, of all tokens. With ``torch.compile(fullgraph=True)`` as offsets, not as `Spans`.
             attention_mask: ``(B, N)`` as transformers has it; padding is not pooled.
             slots: make the first so many alone; None: all that there are.
             slot_weights: whether the message tells what each token weighs in each slot, for inspection; that costs
                 another pass over the keys.
 
         Returns:
-            A :class:`Message` with ``latent (L, B, P·k, d)``, float32.
+            A :class:`Message` with ``latent (L, B, P·k, d)``, float32. Of ``torch.compile`` without an origin, as
+            `LatentCacheFlow.summarize` has it.
 
         Raises:
-            SpanError: a row, or a span, without a token to pool; rows of different numbers of spans.
+            SpanError: a row, or a span, without a token to pool; rows of different numbers of spans. Where values are
+                not looked at (compiled, or on a GPU), slots of a span without a token are NaN.
             IndexRangeError: ``slots`` out of range.
             GeometryError, ShapeError, DTypeError, DeviceError: naming the argument, before anything is computed.
         """
@@ -234,7 +235,8 @@ class SlotsSharerSide(SummarizesSlots, SideOf):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fresh parameters, drawn as an adapter's are."""
+        """Fresh parameters, drawn as an adapter's are; routing as it was."""
+        self._reset_routing()
         fill_fresh(self)
 
     @property
@@ -287,11 +289,10 @@ class SlotsSharerSide(SummarizesSlots, SideOf):
             slots=slots,
             sharer_layers=reads,
             per_span=adapter.per_span,
-            adapter_digest=adapter.origin.adapter,  # for when the adapter is gone
             device=like.device,
             dtype=like.dtype,
         )
-        side._adapter = weakref.ref(adapter)
+        side._follow(adapter)
         return side
 
     def _weights(self) -> Mapping[str, Tensor]:

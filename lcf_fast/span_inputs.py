@@ -32,9 +32,9 @@ def ints(name: str, value: Any, columns: int | None) -> Tensor:
     if not isinstance(value, Tensor):
         listed = items(name, value, f"a list of {expected}")
         if not listed:
-            return torch.empty((0,) if columns is None else (0, columns), dtype=torch.int64)
+            return torch.empty((0,) if columns is None else (0, columns), dtype=torch.int64, device="cpu")
         try:
-            value = torch.tensor(listed)
+            value = torch.tensor(listed, device="cpu")
         except (TypeError, ValueError, RuntimeError):  # what torch raises for text, ragged rows, ints over int64
             if any(isinstance(entry, Sequence) and len(entry) != columns for entry in listed):
                 raise ShapeError(name, expected=expected, got="others") from None
@@ -101,7 +101,7 @@ def mapping_rows(value: Any, batch: int) -> list[Tensor]:
 def real_tokens(mask: Any, counts: Sequence[int]) -> list[Tensor]:
     """An attention mask as one bool ``(N,)`` an item, whose items have ``counts`` tokens; None: all are real."""
     if mask is None:
-        return [torch.ones(count, dtype=torch.bool) for count in counts]
+        return [torch.ones(count, dtype=torch.bool, device="cpu") for count in counts]
     listed = rows("attention_mask", mask, None)
     if len(listed) != len(counts):
         raise ShapeError("attention_mask", expected=f"{len(counts)} items", got=str(len(listed)))
@@ -146,7 +146,7 @@ def _mask_row(name: str, row: Any) -> Tensor:
     if not isinstance(row, Tensor):
         listed = items(name, row, "a list of zeros and ones")
         try:
-            row = torch.tensor(listed)
+            row = torch.tensor(listed, device="cpu")
         except (TypeError, ValueError, RuntimeError):  # as in `ints`
             raise DTypeError(name, expected="zeros and ones", got="others") from None
     check_has_memory(name, check_tensor(name, row))

@@ -197,14 +197,14 @@ class Spans:
         for first, last in zip(starts, stops):
             if not 0 <= first <= last <= LARGEST:
                 raise IndexRangeError("start", expected="0 <= start <= stop", got=f"[{first}, {last})")
-        begins = torch.tensor(starts, dtype=torch.int64)[:, None, None]
+        begins = torch.tensor(starts, dtype=torch.int64, device="cpu")[:, None, None]
         offsets = self.offsets - begins
         if offsets.numel() and int(offsets.min()) < -LARGEST:
             raise IndexRangeError("start", expected="offsets that int32 holds", got=f"{int(offsets.min())}")
         offsets = offsets.int()
         if not trim:
             return Spans(offsets, self.is_span)
-        length = torch.tensor(stops, dtype=torch.int64)[:, None, None] - begins
+        length = torch.tensor(stops, dtype=torch.int64, device="cpu")[:, None, None] - begins
         flags = self._span_flags()
         touches = flags & (offsets[..., :-1] < length) & (offsets[..., 1:] > 0)
         any_touch = touches.any(-1, keepdim=True)
@@ -213,7 +213,7 @@ class Spans:
         first_range = touches.int().argmax(-1, keepdim=True) * any_touch
         end_range = (ranges - touches.flip(-1).int().argmax(-1, keepdim=True)) * any_touch
         width = max(1, int((end_range - first_range).max())) if touches.numel() else 1
-        index = first_range + torch.arange(width + 1)
+        index = first_range + torch.arange(width + 1, device="cpu")
         flags = flags.gather(-1, index[..., :-1].clamp(max=ranges - 1)) & (index[..., :-1] < end_range)
         return _canonical(offsets.gather(-1, torch.minimum(index, end_range)), flags)
 
@@ -227,7 +227,8 @@ class Spans:
             raise DTypeError("length", expected="an int", got=describe(length))
         if not 0 <= length <= LARGEST:
             raise ShapeError("length", expected=f"0 to {LARGEST}", got=str(length))
-        tokens = torch.arange(length, dtype=torch.int32).expand(self.batch, self.tracks, length).contiguous()
+        tokens = torch.arange(length, dtype=torch.int32, device="cpu")
+        tokens = tokens.expand(self.batch, self.tracks, length).contiguous()
         # The last range that starts at or before the token; empty ones before it start there too, and give way.
         ranges = torch.searchsorted(self.offsets.contiguous(), tokens, right=True) - 1
         count = self.offsets.shape[-1] - 1
@@ -417,7 +418,7 @@ def _token_bounds(name: str, chars: Bounds, mapping: Tensor, text: str | None, r
     tokens, anchors = tokens[anchors >= 0], anchors[anchors >= 0]
     # A token within the white space of the one before would stand behind it in the text: keep the tokens' order.
     anchors = anchors.cummax(0).values if len(anchors) else anchors
-    edges = torch.tensor(chars, dtype=torch.int64).reshape(-1, 2)
+    edges = torch.tensor(chars, dtype=torch.int64, device="cpu").reshape(-1, 2)
     found = [(a, b) for a, b in torch.searchsorted(anchors, edges).tolist() if a < b]
     positions = tokens.tolist()
     return [(positions[a], positions[b - 1] + 1) for a, b in found]
@@ -425,7 +426,7 @@ def _token_bounds(name: str, chars: Bounds, mapping: Tensor, text: str | None, r
 
 def _first_within(ranges: Bounds, starts: Tensor, stops: Tensor) -> Tensor:
     """The first character of each ``[start, stop)`` in any of the ``ranges`` (sorted, disjoint), or -1."""
-    begins, ends = torch.tensor([*ranges, (LARGEST, LARGEST)], dtype=torch.int64).unbind(1)
+    begins, ends = torch.tensor([*ranges, (LARGEST, LARGEST)], dtype=torch.int64, device="cpu").unbind(1)
     nearest = torch.searchsorted(ends.contiguous(), starts.contiguous(), right=True).clamp(max=len(ranges))
     first = torch.maximum(starts, begins[nearest])
     return first.masked_fill(first >= stops, -1)
@@ -465,13 +466,13 @@ def _on_tracks(batch: list[Bounds]) -> Spans:
         laid.append([_with_gaps(track) for track in tracks])
     most = max([1, *(len(item) for item in laid)])
     ranges = max([1, *(len(flags) for item in laid for _, flags in item)])
-    offsets = torch.zeros(len(laid), most, ranges + 1, dtype=torch.int32)
-    is_span = torch.zeros(len(laid), most, ranges, dtype=torch.bool)
+    offsets = torch.zeros(len(laid), most, ranges + 1, dtype=torch.int32, device="cpu")
+    is_span = torch.zeros(len(laid), most, ranges, dtype=torch.bool, device="cpu")
     for i, item in enumerate(laid):
         for t, (edges, flags) in enumerate(item):
             offsets[i, t] = edges[-1]
-            offsets[i, t, : len(edges)] = torch.tensor(edges, dtype=torch.int32)
-            is_span[i, t, : len(flags)] = torch.tensor(flags)
+            offsets[i, t, : len(edges)] = torch.tensor(edges, dtype=torch.int32, device="cpu")
+            is_span[i, t, : len(flags)] = torch.tensor(flags, device="cpu")
     return _canonical(offsets, is_span)
 
 
@@ -491,7 +492,7 @@ def _one_track(batch: list[list[int]]) -> Spans:
     """Offsets as they are, rows of fewer ending in empty ranges."""
     widest = max([2, *(len(row) for row in batch)])
     padded = [[*row, *[row[-1]] * (widest - len(row))] for row in batch]
-    return Spans(torch.tensor(padded, dtype=torch.int32).reshape(len(batch), 1, widest))
+    return Spans(torch.tensor(padded, dtype=torch.int32, device="cpu").reshape(len(batch), 1, widest))
 
 
 def _canonical(offsets: Tensor, flags: Tensor) -> Spans:

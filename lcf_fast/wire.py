@@ -151,7 +151,8 @@ def _describe(message: Message, held: Mapping[str, Tensor], dtype: dict[str, str
             raise MessageError(f"message.{side}", expected="a CacheGeometry, as an adapter's messages have", got=got)
     origin = message.origin
     if not isinstance(origin, Origin):
-        raise MessageError("message.made_by", expected="an Origin, as an adapter's messages have", got=repr(origin))
+        expected = "an Origin, as an adapter's messages have (compiled ones: replace(message, made_by=adapter.origin))"
+        raise MessageError("message.made_by", expected=expected, got=repr(origin))
     layers = message.receiver_layers
     if not isinstance(layers, (tuple, list)) or any(type(layer) is not int or layer < 0 for layer in layers):
         raise DTypeError("message.receiver_layers", expected="a tuple of ints of at least 0", got=f"{layers}"[:80])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,8 +23,10 @@ from lcf_fast import (
     LCFConfig,
     LCFError,
     Message,
+    MessageError,
     reference,
 )
+from lcf_fast.spans import windows
 
 # --- the module --------------------------------------------------------------------------------------------------
 
@@ -313,6 +316,44 @@ def test_compiles_without_a_graph_break() -> None:
     message = crossing.summarize(sharer)
     injected = torch.compile(crossing.inject, fullgraph=True, backend="aot_eager")(receiver, message)
     assert_close(injected, to_double(crossing.inject(receiver, message)), 1e-6)
+
+
+def _forms() -> dict[str, Callable[[], Any]]:
+    """Documented arguments that are looked at where values can be read."""
+    crossing, (sharer, receiver) = make_adapter(True), make_caches()
+    read = Message.from_bytes(crossing.summarize(sharer).to_bytes())
+    given = windows([7, 7], 3, 1)
+    return {
+        "lists": lambda: crossing.summarize(sharer, [[0, 3, 7], [0, 7]]).latent,
+        "spans": lambda: crossing.summarize(sharer, given).latent,
+        "bytes": lambda: crossing.inject(receiver, read),
+        "several": lambda: crossing.inject(receiver, [read, read], weights=[1.0, 0.5]),
+        "both": lambda: crossing.inject(receiver, crossing.summarize(sharer, [[0, 3, 7], [0, 7, 7]])),
+    }
+
+
+@pytest.mark.parametrize("form", ["lists", "spans", "bytes", "several", "both"])
+def test_other_forms_compile_without_a_graph_break(form: str) -> None:
+    call = _forms()[form]
+    with torch.no_grad():
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")()
+        torch.testing.assert_close(compiled, call(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_graph_takes_no_message_of_another_adapter() -> None:
+    """It is compiled anew for other digests, which then are refused."""
+    crossing, (sharer, receiver) = make_adapter(True), make_caches()
+    other = make_adapter(True)
+    own = Message.from_bytes(crossing.summarize(sharer).to_bytes())
+    with torch.no_grad():
+        other.down_weight.add_(1.0)
+        foreign = Message.from_bytes(other.summarize(sharer).to_bytes())
+        torch.compiler.reset()
+        compiled = torch.compile(crossing.inject, backend="aot_eager")
+        compiled(receiver, own)
+        for message in (foreign, other.summarize(sharer)):
+            with pytest.raises(MessageError, match="this adapter"):
+                compiled(receiver, message)
 
 
 # --- LCF-X -------------------------------------------------------------------------------------------------------

@@ -110,6 +110,19 @@ def test_an_edited_cache_is_what_generation_goes_on_from(
     assert torch.equal(go_on(receiver, ids, mask, own), informed)
 
 
+def test_a_static_cache_is_edited_in_a_compiled_graph(models: tuple[Any, Any]) -> None:
+    """Which takes its length from the mask: a number that lies in a tensor is not read while tracing."""
+    adapter, (ids, mask) = make_adapter(models), make_input(True)
+    sharer = prefill(models[0], ids, mask, "dynamic")
+    edited, expected = (prefill(models[1], ids, mask, "static") for _ in range(2))
+    torch.compiler.reset()
+    edit = torch.compile(adapter.fuse_, fullgraph=True, backend="aot_eager")
+    edit(sharer, edited, attention_mask=mask[:, :-1])
+    adapter.fuse_(sharer, expected, attention_mask=mask[:, :-1])
+    for mine, truth in zip(edited.layers, expected.layers):
+        torch.testing.assert_close((mine.keys, mine.values), (truth.keys, truth.values), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_closed_gates_change_no_token(models: tuple[Any, Any], kind: str) -> None:
     sharer, receiver = models

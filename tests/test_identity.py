@@ -20,6 +20,7 @@ from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig, Mes
 from lcf_fast.checkpoint import load_any
 from lcf_fast.errors import DTypeError, GeometryError, MessageError, ShapeError
 from lcf_fast.sharer import SharerSide
+from lcf_fast.slots_sharer import SlotsSharerSide
 
 OTHER = CacheGeometry(2, 1, 24)  # another sharer model
 
@@ -203,3 +204,76 @@ def test_geometry_of_the_message_is_checked() -> None:
     wrong = Message(message.latent, message.receiver_layers, 1, receiver=CacheGeometry(5, 3, 16))
     with pytest.raises(GeometryError, match=r"message\.receiver"):
         adapter.inject(receiver, wrong)
+
+
+def _steps(weight: torch.Tensor) -> None:
+    with torch.no_grad():
+        weight.add_(1.0)
+
+
+@pytest.mark.parametrize("is_uncounted", [False, True])
+def test_a_side_follows_its_adapter(is_uncounted: bool, tmp_path: Path) -> None:
+    """A message is made with the bias of the adapter whose digest it bears, wherever the side is read or written."""
+    with torch.inference_mode(is_uncounted):
+        adapter, cache = make_adapter(True), make_cache(SHARER, 1, 4)
+        side = SharerSide.of(adapter)
+        before = side.summarize(cache)
+        assert side.origin == adapter.origin
+        _steps(adapter.get_parameter("down_bias"))
+        own = adapter.summarize(cache).tensors["latent"]
+        side.save_pretrained(tmp_path)
+        copies = [side, copy.deepcopy(side), pickle.loads(pickle.dumps(side)), SharerSide.from_pretrained(tmp_path)]
+        for half in copies:
+            made = half.summarize(cache)
+            assert torch.equal(made.tensors["latent"], own)
+            assert made.origin == half.origin == adapter.origin
+        if not is_uncounted:
+            with pytest.raises(MessageError, match="changed since"):
+                _ = before.origin
+        side.load_state_dict({**side.state_dict(), "down_bias": torch.zeros_like(side.down_bias)})
+        assert torch.equal(side.summarize(cache).tensors["latent"], own)
+
+
+def test_a_compiled_side_follows_its_adapter() -> None:
+    adapter, cache = make_adapter(True), make_cache(SHARER, 1, 4)
+    side = SharerSide.of(adapter)
+    compiled = torch.compile(lambda c: side.summarize(c).latent, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(cache), adapter.summarize(cache).latent)
+            _steps(adapter.get_parameter("down_bias"))
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_digest_that_nobody_asked_for_goes_with_the_adapter(is_known: bool) -> None:
+    """A side that took over a bias may not bear the digest of the bias before."""
+    adapter, cache = make_adapter(True), make_cache(SHARER, 1, 4)
+    side = SharerSide.of(adapter)
+    _steps(adapter.get_parameter("down_bias"))
+    side.summarize(cache)
+    digest = adapter.origin.adapter if is_known else ""
+    del adapter
+    gc.collect()
+    assert side.adapter_digest == digest
+
+
+def test_a_side_of_slots_bears_the_digest_of_its_adapter() -> None:
+    """Of the adapter as it was when the message was made, asked for before and after."""
+    adapter = LatentSlots(LCFConfig(SHARER, RECEIVER, bottleneck=64, slots=2)).eval()
+    side, cache = SlotsSharerSide.of(adapter), make_cache(SHARER, 1, 4)
+    before = side.summarize(cache)
+    assert side.origin == adapter.origin
+    _steps(adapter.get_parameter("up_bias"))
+    assert side.origin == adapter.origin
+    assert side.summarize(cache).origin == adapter.origin
+    with pytest.raises(MessageError, match="changed since"):
+        _ = before.origin
+
+
+def test_a_side_leaves_an_adapter_that_was_pruned() -> None:
+    adapter, cache = make_adapter(True), make_cache(SHARER, 1, 4)
+    side, digest = SharerSide.of(adapter), adapter.origin.adapter
+    before = side.summarize(cache).tensors["latent"]
+    adapter.prune(adapter.receiver_layers.tolist()[:2])
+    assert torch.equal(side.summarize(cache).tensors["latent"], before)
+    assert side.adapter_digest == digest

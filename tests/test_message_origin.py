@@ -68,3 +68,18 @@ def test_a_pickled_message_takes_no_adapter_along() -> None:
     twin = pickle.loads(pickle.dumps(message))
     assert twin.made_by == ORIGIN and adapter.asked == 1
     assert_same(twin, message)
+
+
+def test_a_compiled_message_is_sent_once_it_is_told_its_origin() -> None:
+    """No weights are looked at in a graph; the error says what to do."""
+    adapter, (cache, receiver) = make_adapter(True), make_caches()
+    with torch.no_grad():
+        made = torch.compile(adapter.summarize, fullgraph=True, backend="aot_eager")(cache)
+        assert made.origin is None
+        with pytest.raises(MessageError, match=r"replace\(message, made_by=adapter.origin\)"):
+            made.to_bytes()
+        sent = Message.from_bytes(replace(made, made_by=adapter.origin).to_bytes())
+        adapter.inject(receiver, sent)
+        adapter.get_parameter("down_bias").add_(1.0)
+        with pytest.raises(MessageError, match="this adapter"):
+            adapter.inject(receiver, sent)

@@ -18,8 +18,9 @@ from messages import assert_same
 from torch import Tensor
 
 from helpers import Pair, assert_within_budget, make_cache, to_double
-from lcf_fast import CacheGeometry, LatentCacheFlow, reference, use_backend
+from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig, SlotsSharerSide, reference, use_backend
 from lcf_fast.backends import Backend
+from lcf_fast.checkpoint import load_any
 from lcf_fast.errors import (
     CheckpointError,
     DeviceError,
@@ -522,3 +523,25 @@ def test_a_state_dict_brings_its_routing(tmp_path: Path) -> None:
         with pytest.raises(error, match=name):
             other.load_state_dict({**side.state_dict(), name: torch.tensor(layers)})
     assert torch.equal(other.summarize(cache).tensors["latent"], message.tensors["latent"])
+
+
+@pytest.mark.parametrize("kind", ["LCF-X", "slots", "side", "side of slots"])
+def test_what_was_made_without_memory_keeps_its_routing(kind: str, tmp_path: Path) -> None:
+    """``to_empty`` leaves buffers as memory was found; a folder of those could not be read."""
+    config = LCFConfig(SHARER, RECEIVER, bottleneck=64, cross_context=True)
+    sizes: dict[str, Any] = {"bottleneck": 64, "sharer_layers": [0, 0, 1, 1, 2], "adapter_digest": "0" * 32}
+    with torch.device("meta"):
+        made: Any = {
+            "LCF-X": lambda: LatentCacheFlow(config, keep_layers=[1, 3]),
+            "slots": lambda: LatentSlots(replace(config, cross_context=False, slots=2)),
+            "side": lambda: SharerSide(SHARER, RECEIVER, receiver_layers=range(5), **sizes),
+            "side of slots": lambda: SlotsSharerSide(SHARER, RECEIVER, slots=2, **sizes),
+        }[kind]()
+    made.to_empty(device="cpu")
+    for buffer in made.buffers():
+        buffer.fill_(77)
+    made.reset_parameters()
+    made.save_pretrained(tmp_path)
+    read = load_any(tmp_path)
+    assert read.receiver_layers.tolist() == list(made._kept)
+    assert read.sharer_layers.tolist() == list(made._reads)

@@ -15,7 +15,8 @@ from tiny_slots import family_model, ragged_ids, slots_adapter
 from torch import Tensor
 
 from helpers import make_cache
-from lcf_fast import CacheGeometry, LatentSlots, LCFConfig, Message, SlotsSharerSide
+from lcf_fast import CacheGeometry, LatentSlots, LCFConfig, Message, SlotsSharerSide, use_backend
+from lcf_fast.backends import Backend
 from lcf_fast.channels import Request, Sharer, SlotsChannel
 from lcf_fast.checkpoint import load_any
 from lcf_fast.errors import DTypeError, GeometryError, LCFError, ShapeError, SpanError
@@ -172,11 +173,16 @@ def test_gradients_reach_rows_that_differ() -> None:
     ("spans", "mask", "said"),
     [
         ([[0, 2, 9], [0, 9]], None, "as many spans in every row"),
-        ([[0, 2, 2], [0, 2, 9]], None, "as many spans in every row"),
+        ([[0, 2, 2], [0, 2, 9]], None, "1 without in row 0"),
+        (torch.tensor([[0, 2, 9], [0, 0, 9]]), None, "1 without in row 1"),
+        ([[0, 2, 2, 9], [0, 3, 3, 9]], None, "a token to pool in every span"),
+        ([[(0, 2), (2, 2)], [(0, 2), (2, 9)]], None, "1 without in row 0"),
         ([[2, 2], [3, 3]], None, "a span with a token in every row"),
         ([[0, 10], [0, 9]], None, r"within \[0, 9\]"),
         (Spans.given([[(0, 10)], [(0, 9)]]), None, r"within \[0, 9\]"),
-        ([[0, 3, 9], [0, 3, 9]], [[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9], "as many spans in every row"),
+        ([[0, 3, 9], [0, 3, 9]], [[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9], "1 without in row 0"),
+        ([[0, 3, 9], [0, 3, 9]], [[0, 0, 0, 1, 1, 1, 1, 1, 1]] * 2, "1 without in row 0"),
+        (Spans.given([[(0, 3), (3, 9)]] * 2), [[0, 0, 0, 1, 1, 1, 1, 1, 1]] * 2, "1 without in row 0"),
         (Spans.given([[(0, 9)]]), None, "2 items"),
     ],
 )
@@ -184,6 +190,35 @@ def test_what_is_refused(spans: Any, mask: Any, said: str) -> None:
     given_mask = None if mask is None else torch.tensor(mask)
     with pytest.raises((SpanError, ShapeError), match=said):
         adapter_of().summarize(cache_of(2), spans, attention_mask=given_mask)
+
+
+@pytest.mark.parametrize("back_end", ["eager", "triton"])
+def test_a_span_without_a_token_that_nobody_saw_has_slots_that_are_no_numbers(back_end: Backend) -> None:
+    """Compiled, values are not looked at; the other spans' slots are as they are."""
+    adapter, cache, offsets = adapter_of(), cache_of(1), torch.tensor([[0, 4, 4, 9]])
+
+    def summary(cache: list[Pair], offsets: Tensor) -> Tensor:
+        return latent(adapter.summarize(cache, offsets))
+
+    compiled = torch.compile(summary, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), use_backend(back_end):
+        made = compiled(cache, offsets)
+        whole = latent(adapter.summarize(cache, [[0, 4, 9]]))
+    assert made[:, :, 2:4].isnan().all()
+    torch.testing.assert_close(made[:, :, [0, 1, 4, 5]], whole, rtol=1e-5, atol=1e-5)
+
+
+def test_lists_of_offsets_compile_whole() -> None:
+    adapter, cache, uneven = adapter_of(), cache_of(2), [[0, 4, 9], [0, 9]]
+
+    def summary(offsets: list[list[int]]) -> Tensor:
+        return latent(adapter.summarize(cache, offsets))
+
+    with torch.no_grad():
+        made = torch.compile(summary, fullgraph=True, backend="aot_eager")([[0, 4, 9], [0, 3, 9]])
+        torch.testing.assert_close(made, summary([[0, 4, 9], [0, 3, 9]]), rtol=1e-5, atol=1e-5)
+        with pytest.raises(SpanError, match="as many spans"):
+            torch.compile(summary, backend="aot_eager")(uneven)
 
 
 def test_a_row_without_a_span_is_refused() -> None:

@@ -14,6 +14,7 @@ from tiny_slots import FAMILIES, family_model, ragged_ids, slots_adapter
 from torch import Tensor
 
 from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig, Message, reference, use_backend
+from lcf_fast.caches import cache_layers
 from lcf_fast.checkpoint import load_any
 from lcf_fast.errors import (
     CheckpointError,
@@ -191,6 +192,23 @@ def test_appended_slots_stand_between_the_prompt_and_its_last_token(
         do_sample=False,
     )  # fmt: skip
     assert int(out[0, -1]) == int(logits[0, -1].argmax())
+
+
+@pytest.mark.parametrize("method", ["place", "append", "prefix"])
+def test_placing_compiles_whole(method: str, models: tuple[Any, Any], adapter: LatentSlots) -> None:
+    rotary, message = Rotary.of(models[1]), adapter.summarize(heard(models[0])[0])
+    own, mask = heard(models[1])
+
+    def call() -> list[Pair]:
+        if method == "place":
+            return adapter.place(rotary, message, torch.arange(message.slots)[None] + 5)
+        if method == "append":
+            return [*adapter.append(rotary, own, message, attention_mask=mask)]
+        return cache_layers(adapter.prefix(rotary, message))
+
+    with torch.no_grad():
+        made = torch.compile(call, fullgraph=True, backend="aot_eager")()
+        torch.testing.assert_close(made, call(), rtol=1e-5, atol=1e-5)
 
 
 def test_positions_count_what_is_real() -> None:

@@ -151,6 +151,20 @@ def test_training_compiles_whole(method: str, device: torch.device) -> None:
     assert graphs == [1, 1]
 
 
+def test_a_temperature_that_changes_compiles_whole() -> None:
+    """What a trainer anneals becomes a symbolic number after the first change."""
+    adapter = trained(False)
+    sharer, receiver = make_caches()
+    torch.compiler.reset()
+    compiled: Any = torch.compile(adapter.fuse, fullgraph=True, backend="aot_eager")
+    for temperature in (1.0, 0.9, 0.8):
+        adapter.gate_temperature = temperature
+        torch.manual_seed(3)
+        got = compiled(sharer, receiver)
+        torch.manual_seed(3)
+        torch.testing.assert_close(got, adapter.fuse(sharer, receiver), rtol=1e-4, atol=1e-5)
+
+
 def test_slots_train_compiled_whole_on_a_batch_of_one() -> None:
     torch.manual_seed(0)
     adapter = LatentSlots(LCFConfig(RECEIVER, RECEIVER, bottleneck=64, slots=2)).train()

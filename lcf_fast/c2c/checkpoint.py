@@ -309,7 +309,7 @@ def _fill(
     tensors = _state_dict(path)
     wanted = module.state_dict()
     if _BUFFER not in tensors:  # what annealing reached says nothing to inference
-        tensors[_BUFFER] = torch.tensor(config.initial_temperature)
+        tensors[_BUFFER] = torch.tensor(config.initial_temperature, device="cpu")
     if tensors.keys() != wanted.keys():
         missing = ", ".join(sorted(wanted.keys() - tensors.keys())) or "none"
         more = ", ".join(sorted(tensors.keys() - wanted.keys())) or "none"

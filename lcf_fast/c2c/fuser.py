@@ -121,7 +121,9 @@ class C2CFuser(nn.Module):
         training, generator = self.training, None
         if training:
             device = layers[0][0].device
-            generator = torch.Generator(device).manual_seed(int(torch.randint(1 << 31, (), dtype=torch.int64)))
+            generator = torch.Generator(device).manual_seed(
+                int(torch.randint(1 << 31, (), dtype=torch.int64, device="cpu"))
+            )
         gates = [(True, True)] * len(self.kept) if training else self._live()
         for projector, t, s, live in zip(self._each(), self.kept, self.reads, gates):
             if not any(live):

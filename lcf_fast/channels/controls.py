@@ -105,10 +105,10 @@ def controlled_cache(cache: Sequence[Pair], mask: Tensor, control: Control, nois
     generators = [noise.generator(row) for row in range(len(where))]
 
     def like(x: Tensor) -> Tensor:
-        drawn = torch.zeros(x.shape)
+        drawn = torch.zeros(x.shape, device="cpu")
         for row, generator in enumerate(generators):
             size = (x.shape[1], int(where[row].sum()), x.shape[3])
-            drawn[row][:, where[row]] = torch.randn(size, generator=generator)
+            drawn[row][:, where[row]] = torch.randn(size, generator=generator, device="cpu")
         return _noise_like(x, (2, 3), real[:, None, :, None], drawn)
 
     return [(like(key), like(value)) for key, value in cache]
@@ -123,7 +123,7 @@ def controlled_message(message: Message, control: Control, noise: Noise, row: in
         raise GeometryError("message", expected="a message with a latent", got="a summary alone")
     if control == "zero":
         return replace(message, latent=torch.zeros_like(latent))
-    drawn = torch.randn(latent.shape, generator=noise.generator(row))
+    drawn = torch.randn(latent.shape, generator=noise.generator(row), device="cpu")
     return replace(message, latent=_noise_like(latent, (-1,), None, drawn))
 
 

@@ -91,7 +91,7 @@ def predicted_choices(logits: Tensor, token_ids: Sequence[Sequence[int]]) -> lis
     for ids in token_ids:
         if not all(0 <= id < logits.shape[1] for id in ids):
             raise IndexRangeError("token_ids", expected=f"0 to {logits.shape[1] - 1}", got=str(tuple(ids)))
-    padded = torch.tensor([[*ids, *[ids[0]] * (most - len(ids))] for ids in token_ids], dtype=torch.int64)
+    padded = torch.tensor([[*ids, *[ids[0]] * (most - len(ids))] for ids in token_ids], dtype=torch.int64, device="cpu")
     scores = logits.detach().gather(1, padded.reshape(len(token_ids), most).to(logits.device)).double().cpu().numpy()
     if np.isnan(scores).any():
         raise EvaluationError("logits", expected="numbers", got="NaN")

@@ -16,11 +16,11 @@ __all__ = ["padded", "shifted_index", "shifted_spans"]
 def padded(rows: Sequence[Sequence[int]], *, left: bool, fill: int = 0) -> tuple[Tensor, Tensor]:
     """``(B, N)`` int64 ids and mask of ragged rows; ``fill`` where there is none."""
     longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), fill, dtype=torch.int64)
+    ids = torch.full((len(rows), longest), fill, dtype=torch.int64, device="cpu")
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         where = slice(longest - len(row), longest) if left else slice(0, len(row))
-        ids[i, where] = torch.tensor(row, dtype=torch.int64)
+        ids[i, where] = torch.tensor(row, dtype=torch.int64, device="cpu")
         mask[i, where] = 1
     return ids, mask
 
@@ -30,9 +30,9 @@ def shifted_index(aligned: Sequence[Sequence[int]], starts: Sequence[int], width
 
     ``starts``: where each item's tokens begin in the sharer's; -1 stays -1.
     """
-    index = torch.full((len(aligned), width), -1)
+    index = torch.full((len(aligned), width), -1, device="cpu")
     for i, (listed, start) in enumerate(zip(aligned, starts)):
-        rows = torch.tensor(listed, dtype=torch.int64)
+        rows = torch.tensor(listed, dtype=torch.int64, device="cpu")
         index[i, width - len(rows) :] = torch.where(rows < 0, rows, rows + start)
     return index
 

@@ -44,7 +44,7 @@ def rank_layers_by_loss(step: TrainingStep, prefiller: Prefiller, batches: Itera
         raise GeometryError("step", expected="an adapter whose layers can be left out", got="slots")
     report = audit_gates(adapter)
     live = live_layers(report)
-    sums = torch.zeros(2 + len(live), dtype=torch.float64)
+    sums = torch.zeros(2 + len(live), dtype=torch.float64, device="cpu")
     examples = tokens = 0
     training = adapter.training
     adapter.eval()

@@ -42,7 +42,7 @@ def held_out_loss(step: TrainingStep, prefiller: Prefiller, batches: Iterable[Ba
     """Over all of ``batches``; leaves the adapter in the mode that it was in."""
     training = step.adapter.training
     step.adapter.eval()
-    edited = alone = torch.zeros((), dtype=torch.float64)
+    edited = alone = torch.zeros((), dtype=torch.float64, device="cpu")
     examples = tokens = 0
     for batch in batches:
         caches = prefiller(batch)

@@ -276,7 +276,7 @@ class _Padded:
     def __init__(self, layers: int, geometry: CacheGeometry, rows: Sequence[int], dtype: torch.dtype) -> None:
         batch, length = rows
         self.dtype, self.layer_shape = dtype, (batch, geometry.kv_heads, length, geometry.head_dim)
-        self._stacked = torch.zeros((layers, 2, *self.layer_shape), dtype=dtype)
+        self._stacked = torch.zeros((layers, 2, *self.layer_shape), dtype=dtype, device="cpu")
 
     def put(self, row: int, stored: Tensor, tokens: int) -> None:
         """The first of the ``stored (L, 2, H, n, D)`` tokens, as a row that has ``tokens`` real ones at its end."""

@@ -214,7 +214,7 @@ class TrainingStep(nn.Module):
         most = count = adapter.config.slots
         if self.slot_dropout and adapter.training:
             # From torch's generator, as all noise is: a trainer seeds it by the micro-batch's place in the run.
-            count = int(torch.randint(1, most + 1, ()))
+            count = int(torch.randint(1, most + 1, (), device="cpu"))
         if self._spans(batch) is not None:
             return summarize_spans(adapter, caches.sharer, batch.spans, attention_mask=mask, slots=count)
         message: Message = adapter.summarize(caches.sharer, attention_mask=mask, slots=count)

@@ -44,7 +44,7 @@ def splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Splits]:
         launch(*arguments)  # type: ignore[arg-type]
 
     def split(parts: int = 3, heads: int = 2, tile: int = 16) -> None:
-        def config(width: int, itemsize: int, target: str, rows: int, tokens: int, weight_size: int) -> policy.SplitConfig:
+        def config(width: int, itemsize: int, target: str, *_: int) -> policy.SplitConfig:
             # Where the policy has no row (wide float32) any will do that is right.
             options = policy.split_options(width, itemsize, target) or (policy.SplitConfig(16, 32, 16, 8, 2, 1),)
             return next((option for option in options if option.block_tokens >= tile), options[-1])
