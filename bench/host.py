@@ -1,6 +1,6 @@
 """``python -m bench.host``: what a call costs on the host, with no GPU at hand.
 
-Runs the whole of `adapter.fuse`, `fuse_`, `inject` and `summarize` on the published pair, on CPU tensors, through
+Runs the whole of `adapter.fuse`, `fuse_`, `inject` and `summarize`, and `summarize` of slots, on CPU tensors, through
 Triton's own launcher up to the compiled kernel, which is a stub: what is timed is our Python and Triton's binder,
 specialisation and cache look-up. Not counted: the driver's launch itself, the device guard, and what a GPU's allocator
 takes above the CPU's. Counted, though a GPU has nothing of it: a look at the spans' values. Times are the thread's own
@@ -19,12 +19,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
+from .cases import SLOTS
 from .timing import Timing
 
 EXAMPLES = """examples:
@@ -32,7 +34,7 @@ EXAMPLES = """examples:
   python -m bench.host --tokens 1 16 64 128         several lengths
   python -m bench.host --profile fuse               one call by parts
 """
-CALLS = ("fuse", "fuse_", "inject", "inject_", "summarize")
+CALLS = ("fuse", "fuse_", "inject", "inject_", "summarize", "slots")
 KINDS = ("pairs", "DynamicCache")
 #: Calls a sample: long enough for the clock, short enough to fall between disturbances.
 SAMPLE = 20
@@ -145,13 +147,15 @@ def make_calls(
     """
     from transformers import DynamicCache
 
-    from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig, Message
+    from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig, Message
     from lcf_fast.architectures import published_config
 
     sharer, receiver = (CacheGeometry.of(published_config(role, vocabulary=8)) for role in ("sharer", "receiver"))
     lcf = LatentCacheFlow(LCFConfig(sharer, receiver, gate_init=1.0), keep_layers=layers)
     crossing = LatentCacheFlow(LCFConfig(receiver, receiver, cross_context=True), keep_layers=layers)
-    for adapter in (lcf, crossing):
+    kept = receiver if layers is None else replace(receiver, layers=len(layers))  # slots have all layers of a model
+    slots = LatentSlots(LCFConfig(kept, kept, cross_context=True, slots=SLOTS))
+    for adapter in (lcf, crossing, slots):
         adapter.to(dtype).requires_grad_(False).eval()
 
     def pairs(geometry: CacheGeometry) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -177,6 +181,7 @@ def make_calls(
             f"inject, {kind}": partial(crossing.inject, own, message),
             f"inject_, {kind}": partial(crossing.inject_, own, message),
             f"summarize, {kind}": partial(crossing.summarize, own, offsets),
+            f"slots, {kind}": partial(slots.summarize, make(pairs(kept))),
         }
     return calls
 

@@ -50,8 +50,9 @@ from .common import (
     row_offsets,
     target_of,
 )
+from .launching import launch
 from .merging import finite_or_zero
-from .policy import PROCESSORS, known_target
+from .policy import PROCESSORS, known_target, next_power_of_2
 from .slot_policy import SlotPoolConfig, chunk_tokens, slot_pool_config
 
 Pair = tuple[Tensor, Tensor]
@@ -290,10 +291,10 @@ def _launch_pool(
     batch *= groups_of(mask)
     slots = slot_query.shape[1]
     rows = layers * batch * heads
-    slot_blocks = triton.cdiv(slots, config.block_slots)
+    slot_blocks = -(-slots // config.block_slots)
     processors = PROCESSORS[known_target(target_of(keys[0]))]
     chunk = chunk_tokens(config, rows * slot_blocks, tokens, slots, keys[0].element_size(), processors)
-    chunks = triton.cdiv(tokens, chunk)
+    chunks = -(-tokens // chunk)
     (key_table, value_table), aligned = address_tables(keys, values)
     is_whole = out is not None and chunks == 1
     if out is not None and is_whole:
@@ -302,14 +303,14 @@ def _launch_pool(
         shape = (layers, batch, heads, chunks, slots, 2)
         states = keys[0].new_empty(*shape, head_dim, dtype=torch.float32)
         stats = keys[0].new_empty(shape, dtype=torch.float32)
-    pool_slots_kernel[(rows * chunks * slot_blocks,)](
-        key_table,
-        value_table,
+    tensors = (
         slot_query,
         *mask_arguments(mask, slot_query),
         states,
         stats,
         *((states, states) if out is None else out[:2]),
+    )
+    numbers = (
         tokens,
         slots,
         slot_blocks,
@@ -322,24 +323,30 @@ def _launch_pool(
         *keys[0].stride()[:3],
         *values[0].stride()[:3],
         *((0, 0) if mask is None else mask.rows.stride()),
-        LAYERS=len(key_table),
-        HEADS=heads,
-        HEAD_DIM=head_dim,
-        BLOCK_K=config.block_slots,
-        BLOCK_T=config.block_tokens,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        SCALE=head_dim**-0.5,
-        HAS_MASK=mask is not None,
-        HAS_GROUPS=groups_of(mask) > 1,
-        IS_ALIGNED=aligned,
-        IS_WIDE=needs_wide_offsets(config.block_tokens, keys[0], values[0]),
-        IS_QUERY_EXACT=slot_query.dtype != keys[0].dtype,
-        IS_WHOLE=is_whole,
-        DTYPE=TRITON_DTYPE[keys[0].dtype],
-        PRECISION=dot_precision(keys[0].dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages if mask is None else config.masked_stages,
     )
+    keywords = {
+        "LAYERS": len(key_table),
+        "HEADS": heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_K": config.block_slots,
+        "BLOCK_T": config.block_tokens,
+        "BLOCK_D": max(16, next_power_of_2(head_dim)),
+        "SCALE": head_dim**-0.5,
+        "HAS_MASK": mask is not None,
+        "HAS_GROUPS": groups_of(mask) > 1,
+        "IS_ALIGNED": aligned,
+        "IS_WIDE": needs_wide_offsets(config.block_tokens, keys[0], values[0]),
+        "IS_QUERY_EXACT": slot_query.dtype != keys[0].dtype,
+        "IS_WHOLE": is_whole,
+        "DTYPE": TRITON_DTYPE[keys[0].dtype],
+        "PRECISION": dot_precision(keys[0].dtype),
+    }
+    options = {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages if mask is None else config.masked_stages,
+    }
+    programs = rows * chunks * slot_blocks
+    launch(pool_slots_kernel, programs, (key_table, value_table), tensors, numbers, keywords, options)
     return None if is_whole else (states, stats)
 
 
@@ -352,19 +359,21 @@ def _launch_merge(states: Tensor, stats: Tensor, config: SlotPoolConfig, out: Po
         made = states.new_empty(*shape, head_dim), stats.new_empty(shape)
     else:
         made = out[0], out[2]
-    merge_slots_kernel[(layers * batch * heads * slots,)](
-        states,
-        stats,
-        *made,
-        *(made if out is None else out[:2]),
-        parts,
-        slots,
-        HEADS=heads,
-        HEAD_DIM=head_dim,
-        BLOCK_P=config.merge_parts,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        IS_LAST=out is not None,
-        num_warps=config.merge_warps,
+    keywords = {
+        "HEADS": heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_P": config.merge_parts,
+        "BLOCK_D": next_power_of_2(head_dim),
+        "IS_LAST": out is not None,
+    }
+    launch(
+        merge_slots_kernel,
+        layers * batch * heads * slots,
+        (),
+        (states, stats, *made, *(made if out is None else out[:2])),
+        (parts, slots),
+        keywords,
+        {"num_warps": config.merge_warps},
     )
     return made
 

@@ -40,6 +40,7 @@ from .common import (
     row_scale,
     target_of,
 )
+from .launching import launch
 from .noise import NO_NOISE, NoiseArguments
 from .policy import PROCESSORS, known_target
 from .projection import blocks_tile
@@ -297,31 +298,30 @@ def _launch_fold(slot_key: Tensor, slot_value: Tensor, weights: Mapping[str, Ten
     width = down_weight.shape[1]
     rows = batch * slots
     config = slot_fold_config(down_weight.element_size(), rows, known_target(target_of(slot_key)))
-    tiles = triton.cdiv(rows, config.block_rows)
+    tiles = -(-rows // config.block_rows)
     channels = heads * head_dim
+    tensors = (
+        slot_key.contiguous(),
+        slot_value.contiguous(),
+        down_weight,
+        weights["down_bias"].contiguous(),
+        slot_embedding,
+        latent,
+    )
+    keywords = {
+        "CHANNELS": channels,
+        "WIDTH": width,
+        "BLOCK_R": config.block_rows,
+        "BLOCK_W": config.block_width,
+        "BLOCK_C": head_chunk(channels, config.block_channels),
+        "DTYPE": TRITON_DTYPE[down_weight.dtype],
+        "PRECISION": dot_precision(down_weight.dtype),
+    }
+    numbers = (rows, slots, tiles, *down_weight.stride()[:2], *slot_embedding.stride()[:2])
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    programs = layers * tiles * -(-width // config.block_width)
     with device_guard(slot_key):
-        fold_slots_kernel[(layers * tiles * triton.cdiv(width, config.block_width),)](
-            slot_key.contiguous(),
-            slot_value.contiguous(),
-            down_weight,
-            weights["down_bias"].contiguous(),
-            slot_embedding,
-            latent,
-            rows,
-            slots,
-            tiles,
-            *down_weight.stride()[:2],
-            *slot_embedding.stride()[:2],
-            CHANNELS=channels,
-            WIDTH=width,
-            BLOCK_R=config.block_rows,
-            BLOCK_W=config.block_width,
-            BLOCK_C=head_chunk(channels, config.block_channels),
-            DTYPE=TRITON_DTYPE[down_weight.dtype],
-            PRECISION=dot_precision(down_weight.dtype),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+        launch(fold_slots_kernel, programs, (), tensors, numbers, keywords, options)
 
 
 _STACKED = ("norm_weight", "ffn_in_weight", "ffn_out_weight", "up_weight", "up_bias")

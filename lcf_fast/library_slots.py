@@ -67,8 +67,8 @@ def run_pool_slots(
     if backend_of(sharer[0], slot_query.shape[1]) == "triton":
         from .kernels import slot_pooling
 
-        pairs = pairs_of([unit_rows(tensor) for tensor in sharer])
-        return slot_pooling.pool_slots_with_stats(pairs, slot_query, attention_mask=attention_mask)
+        rows = sharer if {stride[-1] for stride in map(Tensor.stride, sharer)} == {1} else [*map(unit_rows, sharer)]
+        return slot_pooling.pool_slots_with_stats(pairs_of(rows), slot_query, attention_mask=attention_mask)
     states, stats = eager_slots.pool_states(pairs_of(sharer), slot_query, attention_mask)
     slot_key, slot_value = (side.contiguous() for side in eager_slots.finish_states(states, stats))
     return slot_key, slot_value, stats

@@ -113,10 +113,10 @@ def summarize_slots_layers(
     """
     query = check.find_weight(weights, "slot_query")
     layers = query.shape[0] if query.dim() else 0
-    check.check_layers("sharer", sharer, layers)
+    flat, _ = check.flat_layers("sharer", sharer, layers)
     if not layers:
         raise GeometryError("sharer", expected="at least one layer", got="none")
-    key = sharer[0][0]
+    key = flat[0]
     heads, head_dim = key.shape[1], key.shape[3]
     slots = check.check_weight(weights, "slot_query", (layers, None, heads, head_dim), key.device).shape[1]
     if not slots:
