@@ -402,8 +402,9 @@ _last_gates: tuple[tuple[bool, bool], ...] = ()
 def _gates(live: Sequence[tuple[Any, Any]]) -> tuple[tuple[bool, bool], ...]:
     """``live`` as bools; what an adapter keeps is that already, and the same object again and again."""
     global _last_gates
-    if live is _last_gates and not torch.compiler.is_compiling():
-        return _last_gates
+    known = _last_gates  # read once: another thread may set it meanwhile
+    if live is known and not torch.compiler.is_compiling():
+        return known
     if not isinstance(live, Sequence) or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in live):
         raise GeometryError("live", expected="a pair of bools for each layer", got=check.describe(live))
     if torch.compiler.is_compiling():
@@ -412,8 +413,8 @@ def _gates(live: Sequence[tuple[Any, Any]]) -> tuple[tuple[bool, bool], ...]:
     kinds = [type(live), *map(type, live), *map(type, chain.from_iterable(live))]
     if {*kinds[: 1 + len(gates)]} != {tuple} or {*kinds[1 + len(gates) :]} != {bool}:
         return gates  # of what might change
-    _last_gates = tuple(live)  # the same object
-    return _last_gates
+    _last_gates = known = tuple(live)  # the same object
+    return known
 
 
 def _check_fuse(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -392,3 +393,29 @@ def test_layers_that_read_the_same_layer(inputs: Inputs) -> None:
         for sharer in ([one, one, other], [one, other, other], [other, one, other], [one, one, one]):
             got = flatten(ops.fuse_layers(sharer, receiver, weights, live=[(True, True)] * 3))
             assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+def test_gates_that_another_thread_remembers_in_the_middle_of_a_call() -> None:
+    """At each line in turn, which is where threads may change."""
+    mine, others = tuple((True, i == 1) for i in range(4)), tuple((False, i == 2) for i in range(4))
+    lines = 0
+
+    def step(frame: Any, event: str, _: Any) -> Any:
+        nonlocal lines
+        if frame.f_code is ops._gates.__code__ and event == "line":
+            lines += 1
+            if lines == line:
+                ops._last_gates = others
+        return step
+
+    before = sys.gettrace()
+    for line in range(1, 20):
+        for remembered in (mine, ()):
+            lines, ops._last_gates = 0, remembered
+            sys.settrace(step)
+            try:
+                found = ops._gates(mine)
+            finally:
+                sys.settrace(before)
+            assert found == mine, line
+    assert line > lines > 5
