@@ -200,7 +200,11 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
         attention_mask: Tensor | None = None,
         sharer_attention_mask: Tensor | None = None,
     ) -> Any:
-        """:meth:`fuse` in place: edits ``receiver_cache`` and returns it. On an error it is as it was."""
+        """:meth:`fuse` in place: edits ``receiver_cache`` and returns it. On an error it is as it was.
+
+        ``sharer_cache`` must not lie in the memory that is edited, as a view of the same cache or an earlier part of
+        it: such a call is refused with a GeometryError. Caches that merely interleave in one buffer are served.
+        """
         return self._fuse(
             True, sharer_cache, receiver_cache, sharer_index, positions, attention_mask, sharer_attention_mask
         )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .errors import DeviceError, DTypeError, GeometryError, IndexRangeError, ShapeError, SpanError
 from .layouts import KnownLayouts, Layers, Layout, has_own_elements
 from .noise import TrainingNoise
-from .overlaps import first_shared
+from .overlaps import first_met, first_shared
 
 Pair = tuple[Tensor, Tensor]
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -169,6 +169,15 @@ def check_apart(name: str, layers: Layers) -> None:
     if shared is not None:
         first, second = (side_name(name, i) for i in shared)
         raise ShapeError(second, expected="memory of its own", got=f"that of {first}")
+
+
+def check_sides_apart(sharer: Layers, receiver: Layers) -> None:
+    """Whose layers are edited in no order, no tensor of the other side may lie in their memory, its own or another."""
+    met = first_met(receiver, sharer)
+    if met is not None:
+        expected = "memory apart from the receiver's, which is edited in place (only out of place may they share it)"
+        got = f"that of {side_name('receiver', met[1])}"
+        raise GeometryError(side_name("sharer", met[0]), expected=expected, got=got)
 
 
 def find_weight(weights: object, name: str) -> Tensor:

@@ -337,11 +337,12 @@ def fuse_layers_(
 ) -> list[Pair]:
     """`fuse_layers` in place on the receiver's tensors, for inference: it records no graph. Returns those tensors.
 
-    The sharer must not lie in the receiver's memory: layers are edited in no particular order.
+    The sharer must not lie in the receiver's memory: layers are edited in no particular order. Both may interleave
+    in one buffer.
 
     Raises:
         As `fuse_layers`; and ShapeError where a receiver's elements share memory, of one tensor or of two, or its last
-        axis is strided.
+        axis is strided, GeometryError where a sharer's are a receiver's.
     """
     call = _check_fuse(sharer, receiver, weights, live, sharer_index, message, edit_mask, positions, norm_eps)
     layout = call.receiver_layout
@@ -352,10 +353,8 @@ def fuse_layers_(
     if arguments is not None:
         other, own = arguments[1:3]
         check.check_apart("receiver", own)
-        shared = other is not None and not {*other.addresses}.isdisjoint(own.addresses)
-        if shared and own.tensors[0].numel() and other.tensors[0].numel():
-            expected = "memory apart from the receiver's, which is edited in place (use fuse_layers)"
-            raise GeometryError("sharer", expected=expected, got="the receiver's own tensors")
+        if other is not None:
+            check.check_sides_apart(other, own)
     if arguments is not None and is_plain(call.receiver[0]):
         undispatched(library_layers.fuse_checked, (*arguments, None, True))
     else:
