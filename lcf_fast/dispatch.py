@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 
 from .backends import current_backend, resolve, use_backend
 
-__all__ = ["count_edits", "is_plain", "needs_grad", "register_gradient", "served_by", "undispatched"]
+__all__ = ["count_edits", "is_plain", "keep", "needs_grad", "register_gradient", "served_by", "undispatched"]
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -39,6 +39,11 @@ def undispatched(run: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
 def count_edits(tensors: Iterable[Tensor]) -> None:
     """Tell autograd that a kernel has written into these, so that it refuses gradients of what they were."""
     increment_version([*tensors])
+
+
+def keep(ctx: Any, tensors: Iterable[Tensor]) -> None:
+    """Save for an op's gradient. Autograd takes no tensor made in inference mode, as frozen models' caches may be."""
+    ctx.save_for_backward(*[tensor.clone() if tensor.is_inference() else tensor for tensor in tensors])
 
 
 def register_gradient(op: Any, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:

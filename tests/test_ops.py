@@ -269,6 +269,24 @@ def test_caches_made_in_inference_mode_are_edited_outside_it(all_of_it: bool, ba
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPS)
+def test_caches_made_in_inference_mode_have_gradients_beside_them(
+    name: str, backend: Backend, inputs: Inputs
+) -> None:
+    """As frozen models leave them; autograd keeps no such tensor."""
+    with use_backend(backend):
+        expected = gradients(calls(inputs)[name], inputs.weights)
+        with torch.inference_mode():
+            inputs.sharer = [(key.clone(), value.clone()) for key, value in inputs.sharer]
+            inputs.receiver = [(key.clone(), value.clone()) for key, value in inputs.receiver]
+            inputs.offsets = inputs.offsets.clone()
+        got = gradients(calls(inputs)[name], inputs.weights)
+    assert got.keys() == expected.keys()
+    for key, grad in got.items():
+        torch.testing.assert_close(grad, expected[key])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("is_compiled", [True, False])
 def test_what_nobody_has_looked_at_counts_as_none_out_of_range(
