@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, cast
@@ -26,6 +27,8 @@ __all__ = ["LatentCacheFlow", "parameter_shapes"]
 
 #: Hard gates of one layer, read on the host: (key open, value open).
 Live = tuple[tuple[bool, bool], ...]
+#: What the ops call a layer.
+_ROW = re.compile(r"\b(receiver|sharer)\[(\d+)\]((?:\.key|\.value)?)")
 
 
 def parameter_shapes(config: LCFConfig, layers: int) -> dict[str, tuple[int, ...]]:
@@ -261,9 +264,8 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
                 edit_mask=edit_mask,
                 positions=positions,
             )
-        except LCFError:
-            self._name_the_layer(receiver, sharer)
-            raise
+        except LCFError as error:
+            raise self._as_callers_know_it(error, receiver, sharer) from error
         return receiver_cache if in_place else self._rebuilt(receiver_cache, receiver, fused)
 
     # --- LCF-X: `summarize`, `begin` and their kind are the sharer's half, in lcf_fast.sharer
@@ -334,9 +336,8 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
                 edit_mask=edit_mask,
                 positions=positions,
             )
-        except LCFError:
-            self._name_the_layer(receiver, None)
-            raise
+        except LCFError as error:
+            raise self._as_callers_know_it(error, receiver, None) from error
         return receiver_cache if in_place else self._rebuilt(receiver_cache, receiver, injected)
 
     def combine(self, messages: Message | Sequence[Message], weights: Any = None) -> Message:
@@ -391,11 +392,20 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
             every_layer=False,
         )
 
-    def _name_the_layer(self, receiver: list[Pair] | None, sharer: list[Pair] | None) -> None:
-        if receiver is not None:
-            check_pairs(receiver, "receiver_cache", self.config.receiver)
+    def _as_callers_know_it(self, error: LCFError, receiver: list[Pair], sharer: list[Pair] | None) -> LCFError:
+        """An error of the ops, which call the kept layers by their rows."""
+        check_pairs(receiver, "receiver_cache", self.config.receiver)
         if sharer is not None:
             check_pairs(sharer, "sharer_cache", self.config.sharer)
+
+        def name(found: re.Match[str]) -> str:
+            side, row, part = found.groups()
+            layers = self._kept if side == "receiver" else self._reads
+            return f"{side}_cache layer {layers[int(row)]}{part.replace('.', ' ')}"
+
+        argument, expected, got = (_ROW.sub(name, text) for text in (error.argument, error.expected, error.got))
+        argument = f"{argument}_cache" if argument in ("receiver", "sharer") else argument
+        return type(error)(argument, expected=expected, got=got)
 
     def _rebuilt(self, cache: Any, layers: list[Pair], edited: Sequence[Pair]) -> Any:
         layers = list(layers)

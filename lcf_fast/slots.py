@@ -215,8 +215,8 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
         try:
             self.place(receiver, sent, positions, into=room)
         except LCFError as error:
-            name = error.argument.replace("into", "receiver_cache", 1)
-            raise type(error)(name, expected=error.expected, got=error.got) from None
+            name, got = (text.replace("into", "receiver_cache", 1) for text in (error.argument, error.got))
+            raise type(error)(name, expected=error.expected, got=got) from None
         count_filled(receiver_cache, sent.slots)
         return receiver_cache
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import SHARER, assert_equal, cloned, make_adapter, make_caches
+from adapters import RECEIVER, SHARER, assert_equal, cloned, make_adapter, make_caches
 from torch import Tensor
 
 from helpers import Geometry, make_cache
@@ -18,6 +18,7 @@ from lcf_fast import (
     GeometryError,
     IndexRangeError,
     LatentCacheFlow,
+    LCFConfig,
     LCFError,
     Message,
     ShapeError,
@@ -136,6 +137,31 @@ def test_in_place_needs_memory_of_its_own() -> None:
     with pytest.raises(ShapeError, match="memory of its own"):
         make_adapter().fuse_(sharer, shared)
     assert_equal(shared, before)
+
+
+def test_in_place_names_the_layers_of_the_whole_model() -> None:
+    """Of a pruned adapter, too, whose rows are numbered otherwise; and the caches as the caller calls them."""
+    sharer, receiver = make_caches()
+    key, value = receiver[4]
+    adapter, crossing = make_adapter(keep=[2, 4]), make_adapter(True, keep=[2, 4])
+    message = crossing.summarize(sharer)
+    twice = [*receiver[:4], (key, receiver[2][1])]
+    for bad, argument, got in (
+        ([*receiver[:4], (key[:1].expand(2, -1, -1, -1), value)], "receiver_cache layer 4 key", "strides"),
+        ([*receiver[:4], (key, value.mT.contiguous().mT)], "receiver_cache layer 4 value", "strides"),
+        (twice, "receiver_cache layer 4 value", "that of receiver_cache layer 2 value"),
+    ):
+        with pytest.raises(ShapeError) as fused:
+            adapter.fuse_(sharer, bad)
+        with pytest.raises(ShapeError) as injected:
+            crossing.inject_(bad, message)
+        for caught in (fused.value, injected.value):
+            assert (caught.argument, caught.got[: len(got)]) == (argument, got)
+    own = LatentCacheFlow(LCFConfig(RECEIVER, RECEIVER, bottleneck=64), keep_layers=[1, 3])
+    with pytest.raises(GeometryError) as refused:
+        own.fuse_(receiver, receiver)
+    assert refused.value.argument == "sharer_cache layer 1 key"
+    assert refused.value.got == "that of receiver_cache layer 1 key"
 
 
 def _message(adapter: LatentCacheFlow, **changes: Any) -> Message:
