@@ -7,11 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from .backends import current_backend, resolve, use_backend
+from .errors import BackendError
+from .layouts import Layers
 
-__all__ = ["count_edits", "is_plain", "keep", "needs_grad", "register_gradient", "served_by", "undispatched"]
+__all__ = [
+    "count_edits",
+    "is_plain",
+    "keep",
+    "needs_grad",
+    "refuse_tangents",
+    "register_gradient",
+    "served_by",
+    "undispatched",
+]
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -30,10 +42,26 @@ def served_by(device: torch.device, dtype: torch.dtype, width: int | None = None
 
 def undispatched(run: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Call an op's implementation without the dispatcher: host time is a published figure."""
+    refuse_tangents(arguments)
     if not torch.is_grad_enabled():
         return run(*arguments)
     with torch.no_grad():
         return run(*arguments)
+
+
+def refuse_tangents(arguments: Iterable[Any]) -> None:
+    """Forward-mode derivatives would be lost without a word where no dispatcher sees the tensors."""
+    # Of torch's own, without a promise: where a version lacks it, every call looks at its tensors.
+    if getattr(forward_ad, "_current_level", 0) < 0:
+        return
+    for argument in arguments:
+        if isinstance(argument, (list, tuple)):
+            refuse_tangents(argument)
+        elif isinstance(argument, Layers):
+            refuse_tangents(argument.tensors)
+        elif isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+            expected = "inputs without tangents (fast paths have no forward-mode derivative, lcf_fast.reference has)"
+            raise BackendError("forward_ad", expected=expected, got=f"a dual tensor, {tuple(argument.shape)}")
 
 
 def count_edits(tensors: Iterable[Tensor]) -> None:

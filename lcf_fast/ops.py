@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import checks as check
 from . import eager, library, library_layers, reference
-from .dispatch import is_plain, needs_grad, served_by, undispatched
+from .dispatch import is_plain, needs_grad, refuse_tangents, served_by, undispatched
 from .errors import DTypeError, GeometryError, ShapeError
 from .layouts import Layers, Layout
 from .noise import TrainingNoise
@@ -291,6 +291,7 @@ def fuse_layers(
             masks = {"sharer_index": None, "edit_mask": None if index is None else index >= 0}
         keywords = {**masks, "message": message, "positions": (call.first, call.last), "norm_eps": norm_eps}
         if not differentiable and noise is None:
+            refuse_tangents(call)
             with torch.no_grad():
                 return eager.fuse_layers(sharer, receiver, weights, live=call.gates, **keywords)
         fused = reference.fuse_layers(sharer, receiver, weights, noise=noise, **keywords)

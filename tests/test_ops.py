@@ -12,6 +12,7 @@ import pytest
 import torch
 from op_inputs import BACKENDS, LIVE, Inputs
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import lcf_fast
@@ -284,6 +285,32 @@ def test_caches_made_in_inference_mode_have_gradients_beside_them(
     assert got.keys() == expected.keys()
     for key, grad in got.items():
         torch.testing.assert_close(grad, expected[key])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_grad", [True, False])
+@pytest.mark.parametrize("name", [*OPS, "fuse_layers_", "gated_injection_"])
+def test_a_tangent_is_served_or_refused_and_never_lost(
+    name: str, with_grad: bool, backend: Backend, inputs: Inputs
+) -> None:
+    """Of forward-mode AD: torch itself refuses it for ops that it sees and that have none."""
+    in_place: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+        "fuse_layers_": lambda w: ops.fuse_layers_(inputs.sharer, inputs.receiver, w),
+        "gated_injection_": lambda w: ops.gated_injection_(
+            *inputs.receiver[0], inputs.latent, {key: tensor[0] for key, tensor in w.items()}
+        ),
+    }
+    call = (calls(inputs) | in_place)[name]
+    weights = {key: tensor.requires_grad_(with_grad) for key, tensor in inputs.weights.items()}
+    with use_backend(backend), forward_ad.dual_level():
+        call(weights)  # of no tangent nothing is lost
+        tangents = {key: forward_ad.make_dual(tensor, torch.ones_like(tensor)) for key, tensor in weights.items()}
+        if (backend, with_grad) == ("eager", True) and name in ("joint_projection", "gated_injection", "fuse_layers"):
+            served = flatten(call(tangents))
+            assert any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in served)
+            return
+        with pytest.raises((errors.BackendError, NotImplementedError), match="forward"):
+            call(tangents)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
