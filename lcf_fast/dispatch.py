@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
+from .autocast import without_autocast
 from .backends import current_backend, resolve, use_backend
 from .errors import BackendError
 from .layouts import Layers
@@ -76,12 +77,13 @@ def keep(ctx: Any, tensors: Iterable[Tensor]) -> None:
 
 def register_gradient(op: Any, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
     """An op's gradient, by the back end that was chosen when the op ran: on a GPU autograd calls ``backward`` in a
-    thread of its own, where no `use_backend` holds."""
+    thread of its own, where no `use_backend` holds. It may be called under autocast, as the op may."""
 
     def remembered(ctx: Any, inputs: Any, output: Any) -> None:
         setup_context(ctx, inputs, output)
         ctx.backend = current_backend()
 
+    @without_autocast
     def chosen(ctx: Any, *grads: Tensor) -> Any:
         with use_backend(ctx.backend):
             return backward(ctx, *grads)
