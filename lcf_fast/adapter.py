@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import ops
 from .caches import Pair, cache_layers, check_pairs, rebuild_cache
 from .capture import Captures
+from .checks import check_has_memory, plain_parameters
 from .config import CacheGeometry, LCFConfig
 from .errors import DTypeError, GeometryError, IndexRangeError, LCFError, ShapeError
 from .fingerprint import Origin, receiver_digest, sharer_digest
@@ -439,8 +440,7 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
         return ops.fuse_layers(sharer, receiver, weights, norm_eps=norm_eps, noise=noise, **options)
 
     def _weights(self) -> Mapping[str, Tensor]:
-        # The module's own dictionary: building one a call would cost more host time than the checks.
-        return cast("Mapping[str, Tensor]", self._parameters)
+        return plain_parameters(self)
 
     def _live(self) -> Live:
         """The hard gates, on the host."""
@@ -456,6 +456,7 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
         """The gates as they were last read, unless ``logit`` has changed since."""
         known = self._gates
         if known is None or known[0] is not logit or known[1:3] != (logit._version, logit.data_ptr()):
+            check_has_memory("adapter", logit)
             known = self._gates = (logit, logit._version, logit.data_ptr(), _open(logit))
         return known[3]
 

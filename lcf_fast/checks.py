@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -178,6 +178,18 @@ def check_sides_apart(sharer: Layers, receiver: Layers) -> None:
         expected = "memory apart from the receiver's, which is edited in place (only out of place may they share it)"
         got = f"that of {side_name('receiver', met[1])}"
         raise GeometryError(side_name("sharer", met[0]), expected=expected, got=got)
+
+
+def plain_parameters(module: nn.Module) -> Mapping[str, Tensor]:
+    """A module's own dictionary: building one a call would cost more host time than the checks.
+
+    Of a parametrized weight it lacks what a call would make, and by which no message could be known.
+    """
+    if "parametrizations" in module._modules:
+        names = ", ".join(cast("nn.ModuleDict", module._modules["parametrizations"]))
+        expected = "parameters of its own (torch.nn.utils.parametrize is not served)"
+        raise GeometryError("adapter", expected=expected, got=f"a parametrized {names}")
+    return cast("Mapping[str, Tensor]", module._parameters)
 
 
 def find_weight(weights: object, name: str) -> Tensor:

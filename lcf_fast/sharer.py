@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from . import ops_pooling as ops
 from .caches import Pair, cache_layers, check_pairs
-from .checks import check_has_memory
+from .checks import check_has_memory, plain_parameters
 from .config import CacheGeometry, check_geometry, check_layer_list, check_positive_int, check_routing, layer_map
 from .eager_pooling import span_weights as weights_of_spans
 from .errors import DTypeError, LCFError
@@ -434,7 +434,7 @@ class SharerSide(Summarizes, SideOf):
         return side
 
     def _weights(self) -> Mapping[str, Tensor]:
-        named = cast("dict[str, Tensor]", dict(self._parameters))
+        named = dict(plain_parameters(self))
         named["down_bias"] = self.down_bias
         return named
 

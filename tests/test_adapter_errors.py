@@ -10,6 +10,7 @@ import pytest
 import torch
 from adapters import RECEIVER, SHARER, assert_equal, cloned, make_adapter, make_caches
 from torch import Tensor
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from helpers import Geometry, make_cache
 from lcf_fast import (
@@ -18,6 +19,7 @@ from lcf_fast import (
     GeometryError,
     IndexRangeError,
     LatentCacheFlow,
+    LatentSlots,
     LCFConfig,
     LCFError,
     Message,
@@ -128,6 +130,31 @@ def test_an_adapter_elsewhere_is_told_from_its_caches() -> None:
     adapter = make_adapter().to("meta")
     with pytest.raises(DeviceError, match="receiver_cache: expected meta as the adapter, got cpu"):
         adapter.fuse(sharer, receiver)
+
+
+def test_an_adapter_and_caches_without_memory() -> None:
+    sharer, receiver = make_caches("meta")
+    adapter, crossing = make_adapter().to("meta"), make_adapter(True).to("meta")
+    for call in (lambda: adapter.fuse(sharer, receiver), lambda: crossing.summarize(sharer), lambda: crossing.origin):
+        with pytest.raises(DeviceError, match="expected a device with memory, got meta"):
+            call()
+
+
+@pytest.mark.parametrize("kind", ["lcf", "lcf_x", "side", "slots", "slots_side"])
+def test_a_parametrized_weight_is_refused(kind: str) -> None:
+    """It is made anew at each call: no message could be known by it, and no folder would hold it."""
+    sharer, receiver = make_caches()
+    module: Any = make_adapter(kind != "lcf")
+    if "slots" in kind:
+        module = LatentSlots(LCFConfig(SHARER, RECEIVER, bottleneck=64, slots=3))
+    module = module.sharer_side() if "side" in kind else module
+    register_parametrization(module, "down_weight", torch.nn.Identity())
+    call = (lambda: module.fuse(sharer, receiver)) if kind == "lcf" else (lambda: module.summarize(sharer))
+    for refused in (call, lambda: module.origin):
+        with pytest.raises(GeometryError, match=r"^adapter: expected .*, got "):
+            refused()
+    remove_parametrizations(module, "down_weight")
+    call()
 
 
 def test_in_place_needs_memory_of_its_own() -> None:
