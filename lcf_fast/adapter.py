@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, cast
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from . import ops
 from .caches import Pair, cache_layers, check_pairs, rebuild_cache
 from .capture import Captures
+from .checks import check_has_memory, plain_parameters
 from .config import CacheGeometry, LCFConfig
 from .errors import DTypeError, GeometryError, IndexRangeError, LCFError, ShapeError
 from .fingerprint import Origin, receiver_digest, sharer_digest
@@ -26,6 +28,8 @@ __all__ = ["LatentCacheFlow", "parameter_shapes"]
 
 #: Hard gates of one layer, read on the host: (key open, value open).
 Live = tuple[tuple[bool, bool], ...]
+#: What the ops call a layer.
+_ROW = re.compile(r"\b(receiver|sharer)\[(\d+)\]((?:\.key|\.value)?)")
 
 
 def parameter_shapes(config: LCFConfig, layers: int) -> dict[str, tuple[int, ...]]:
@@ -206,7 +210,11 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
         attention_mask: Tensor | None = None,
         sharer_attention_mask: Tensor | None = None,
     ) -> Any:
-        """:meth:`fuse` in place: edits ``receiver_cache`` and returns it. On an error it is as it was."""
+        """:meth:`fuse` in place: edits ``receiver_cache`` and returns it. On an error it is as it was.
+
+        ``sharer_cache`` must not lie in the memory that is edited, as a view of the same cache or an earlier part of
+        it: such a call is refused with a GeometryError. Caches that merely interleave in one buffer are served.
+        """
         return self._fuse(
             True, sharer_cache, receiver_cache, sharer_index, positions, attention_mask, sharer_attention_mask
         )
@@ -263,9 +271,8 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
                 edit_mask=edit_mask,
                 positions=positions,
             )
-        except LCFError:
-            self._name_the_layer(receiver, sharer)
-            raise
+        except LCFError as error:
+            raise self._as_callers_know_it(error, receiver, sharer) from error
         return receiver_cache if in_place else self._rebuilt(receiver_cache, receiver, fused)
 
     # --- LCF-X: `summarize`, `begin` and their kind are the sharer's half, in lcf_fast.sharer
@@ -336,9 +343,8 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
                 edit_mask=edit_mask,
                 positions=positions,
             )
-        except LCFError:
-            self._name_the_layer(receiver, None)
-            raise
+        except LCFError as error:
+            raise self._as_callers_know_it(error, receiver, None) from error
         return receiver_cache if in_place else self._rebuilt(receiver_cache, receiver, injected)
 
     def combine(self, messages: Message | Sequence[Message], weights: Any = None) -> Message:
@@ -393,11 +399,20 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
             every_layer=False,
         )
 
-    def _name_the_layer(self, receiver: list[Pair] | None, sharer: list[Pair] | None) -> None:
-        if receiver is not None:
-            check_pairs(receiver, "receiver_cache", self.config.receiver)
+    def _as_callers_know_it(self, error: LCFError, receiver: list[Pair], sharer: list[Pair] | None) -> LCFError:
+        """An error of the ops, which call the kept layers by their rows."""
+        check_pairs(receiver, "receiver_cache", self.config.receiver)
         if sharer is not None:
             check_pairs(sharer, "sharer_cache", self.config.sharer)
+
+        def name(found: re.Match[str]) -> str:
+            side, row, part = found.groups()
+            layers = self._kept if side == "receiver" else self._reads
+            return f"{side}_cache layer {layers[int(row)]}{part.replace('.', ' ')}"
+
+        argument, expected, got = (_ROW.sub(name, text) for text in (error.argument, error.expected, error.got))
+        argument = f"{argument}_cache" if argument in ("receiver", "sharer") else argument
+        return type(error)(argument, expected=expected, got=got)
 
     def _rebuilt(self, cache: Any, layers: list[Pair], edited: Sequence[Pair]) -> Any:
         layers = list(layers)
@@ -431,8 +446,7 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
         return ops.fuse_layers(sharer, receiver, weights, norm_eps=norm_eps, noise=noise, **options)
 
     def _weights(self) -> Mapping[str, Tensor]:
-        # The module's own dictionary: building one a call would cost more host time than the checks.
-        return cast("Mapping[str, Tensor]", self._parameters)
+        return plain_parameters(self)
 
     def _live(self) -> Live:
         """The hard gates, on the host."""
@@ -448,6 +462,7 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
         """The gates as they were last read, unless ``logit`` has changed since."""
         known = self._gates
         if known is None or known[0] is not logit or known[1:3] != (logit._version, logit.data_ptr()):
+            check_has_memory("adapter", logit)
             known = self._gates = (logit, logit._version, logit.data_ptr(), _open(logit))
         return known[3]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .errors import DeviceError, DTypeError, GeometryError, IndexRangeError, ShapeError, SpanError
 from .layouts import KnownLayouts, Layers, Layout, has_own_elements
 from .noise import TrainingNoise
-from .overlaps import first_shared
+from .overlaps import first_met, first_shared
 
 Pair = tuple[Tensor, Tensor]
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -169,6 +169,27 @@ def check_apart(name: str, layers: Layers) -> None:
     if shared is not None:
         first, second = (side_name(name, i) for i in shared)
         raise ShapeError(second, expected="memory of its own", got=f"that of {first}")
+
+
+def check_sides_apart(sharer: Layers, receiver: Layers) -> None:
+    """Whose layers are edited in no order, no tensor of the other side may lie in their memory, its own or another."""
+    met = first_met(receiver, sharer)
+    if met is not None:
+        expected = "memory apart from the receiver's, which is edited in place (only out of place may they share it)"
+        got = f"that of {side_name('receiver', met[1])}"
+        raise GeometryError(side_name("sharer", met[0]), expected=expected, got=got)
+
+
+def plain_parameters(module: nn.Module) -> Mapping[str, Tensor]:
+    """A module's own dictionary: building one a call would cost more host time than the checks.
+
+    Of a parametrized weight it lacks what a call would make, and by which no message could be known.
+    """
+    if "parametrizations" in module._modules:
+        names = ", ".join(cast("nn.ModuleDict", module._modules["parametrizations"]))
+        expected = "parameters of its own (torch.nn.utils.parametrize is not served)"
+        raise GeometryError("adapter", expected=expected, got=f"a parametrized {names}")
+    return cast("Mapping[str, Tensor]", module._parameters)
 
 
 def find_weight(weights: object, name: str) -> Tensor:

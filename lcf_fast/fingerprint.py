@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_has_memory
 from .config import CacheGeometry
 
 __all__ = ["Origin", "digest_of", "is_digest", "receiver_digest", "sharer_digest"]
@@ -50,6 +51,7 @@ def digest_of(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
     """Digest of JSON-like settings and of tensors with their names, dtypes, shapes and bits; waits for a device."""
     hashed = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name in sorted(tensors):
+        check_has_memory(name, tensors[name])
         tensor = tensors[name].detach().cpu().contiguous()
         hashed.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import eager, reference
 from .backends import resolve
-from .dispatch import count_edits, register_gradient
+from .dispatch import count_edits, keep, register_gradient
 
 PROJECTION_WEIGHTS = ("down_weight", "down_bias", "norm_weight", "ffn_in_weight", "ffn_out_weight")
 INJECTION_WEIGHTS = ("up_weight", "up_bias", "head_gate_weight", "head_gate_bias", "gate_logit")
@@ -227,7 +227,7 @@ def _projection_setup(ctx: Any, inputs: Any, output: Any) -> None:
     tensors += [message] * ctx.has_message + list(weights)
     ctx.needed = [t.requires_grad for t in tensors]
     ctx.has_index = index is not None
-    ctx.save_for_backward(*tensors, *([index] if index is not None else []))
+    keep(ctx, [*tensors, *([index] if index is not None else [])])
 
 
 def _projection_backward(ctx: Any, grad: Tensor) -> Any:
@@ -356,7 +356,7 @@ def _injection_setup(ctx: Any, inputs: Any, output: Any) -> None:
     tensors = [key, value, latent, *weights]
     ctx.needed = [t.requires_grad for t in tensors]
     ctx.has_mask = edit_mask is not None
-    ctx.save_for_backward(*tensors, *([edit_mask] if ctx.has_mask else []))
+    keep(ctx, [*tensors, *([edit_mask] if ctx.has_mask else [])])
 
 
 def _injection_backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> Any:

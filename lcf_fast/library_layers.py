@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import eager, reference
 from .backends import resolve
-from .dispatch import count_edits, register_gradient
+from .dispatch import count_edits, keep, register_gradient
 from .layouts import Layers
 from .library import WEIGHTS, Pair, like_needed, pairs_of, recompute_gradients, spread, unit_rows
 from .noise import TrainingNoise
@@ -291,7 +291,7 @@ def _fuse_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.layers, ctx.live, ctx.has_index = len(receiver) // 2, list(live), index is not None
     ctx.has_message, ctx.sharers = message is not None, len(sharer)
     ctx.weights = len(weights)
-    ctx.save_for_backward(*tensors, *([index] if index is not None else []))
+    keep(ctx, [*tensors, *([index] if index is not None else [])])
 
 
 def _fuse_backward(ctx: Any, grad: Tensor) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import eager_pooling, reference
 from .backends import resolve
-from .dispatch import register_gradient
+from .dispatch import keep, register_gradient
 from .layouts import Layers
 from .library import Pair, like_needed, pairs_of, spread, unit_rows
 
@@ -132,7 +132,7 @@ def _pool_setup(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, span_offsets, attention_mask = inputs
     ctx.needed = [t.requires_grad for t in tensors]
     ctx.has_mask = attention_mask is not None
-    ctx.save_for_backward(*tensors, span_offsets, *([attention_mask] if ctx.has_mask else []))
+    keep(ctx, [*tensors, span_offsets, *([attention_mask] if ctx.has_mask else [])])
 
 
 def _pool_backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> Any:
@@ -234,7 +234,7 @@ def _summarize_setup(ctx: Any, inputs: Any, output: Any) -> None:
     tensors = [*weights, *sharer]
     ctx.needed = [t.requires_grad for t in tensors]
     ctx.weights, ctx.has_mask = len(weights), attention_mask is not None
-    ctx.save_for_backward(*tensors, output[1], span_offsets, *([attention_mask] if ctx.has_mask else []))
+    keep(ctx, [*tensors, output[1], span_offsets, *([attention_mask] if ctx.has_mask else [])])
 
 
 def _summarize_backward(ctx: Any, grad_latent: Tensor, grad_summary: Tensor) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import eager_slots
 from .backends import current_backend, resolve
-from .dispatch import register_gradient
+from .dispatch import keep, register_gradient
 from .errors import BackendError
 from .library import like_needed, pairs_of, recompute_gradients, spread, unit_rows
 from .noise import TrainingNoise
@@ -140,7 +140,7 @@ def _pool_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.needed = [t.requires_grad for t in tensors]
     ctx.has_mask = attention_mask is not None
     ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*tensors, *output, *([attention_mask] if ctx.has_mask else []))
+    keep(ctx, [*tensors, *output, *([attention_mask] if ctx.has_mask else [])])
 
 
 def _pool_backward(ctx: Any, grad_key: Tensor, grad_value: Tensor, _: Tensor) -> Any:
@@ -209,7 +209,7 @@ def _fold_setup(ctx: Any, inputs: Any, output: Any) -> None:
     slot_key, slot_value, weights = inputs
     tensors = [slot_key, slot_value, *weights]
     ctx.needed = [t.requires_grad for t in tensors]
-    ctx.save_for_backward(*tensors)
+    keep(ctx, tensors)
 
 
 def _fold_backward(ctx: Any, grad: Tensor) -> Any:
@@ -320,7 +320,7 @@ def _expand_setup(ctx: Any, inputs: Any, output: Any) -> None:
     latent, weights, *ctx.scalars = inputs
     tensors = [latent, *weights]
     ctx.needed = [t.requires_grad for t in tensors]
-    ctx.save_for_backward(*tensors)
+    keep(ctx, tensors)
 
 
 def _expand_backward(ctx: Any, grad: Tensor) -> Any:

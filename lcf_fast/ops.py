@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import checks as check
 from . import eager, library, library_layers, reference
-from .dispatch import is_plain, needs_grad, served_by, undispatched
+from .dispatch import is_plain, needs_grad, refuse_tangents, served_by, undispatched
 from .errors import DTypeError, GeometryError, ShapeError
 from .layouts import Layers, Layout
 from .noise import TrainingNoise
@@ -291,6 +291,7 @@ def fuse_layers(
             masks = {"sharer_index": None, "edit_mask": None if index is None else index >= 0}
         keywords = {**masks, "message": message, "positions": (call.first, call.last), "norm_eps": norm_eps}
         if not differentiable and noise is None:
+            refuse_tangents(call)
             with torch.no_grad():
                 return eager.fuse_layers(sharer, receiver, weights, live=call.gates, **keywords)
         fused = reference.fuse_layers(sharer, receiver, weights, noise=noise, **keywords)
@@ -337,11 +338,12 @@ def fuse_layers_(
 ) -> list[Pair]:
     """`fuse_layers` in place on the receiver's tensors, for inference: it records no graph. Returns those tensors.
 
-    The sharer must not lie in the receiver's memory: layers are edited in no particular order.
+    The sharer must not lie in the receiver's memory: layers are edited in no particular order. Both may interleave
+    in one buffer.
 
     Raises:
         As `fuse_layers`; and ShapeError where a receiver's elements share memory, of one tensor or of two, or its last
-        axis is strided.
+        axis is strided, GeometryError where a sharer's are a receiver's.
     """
     call = _check_fuse(sharer, receiver, weights, live, sharer_index, message, edit_mask, positions, norm_eps)
     layout = call.receiver_layout
@@ -352,10 +354,8 @@ def fuse_layers_(
     if arguments is not None:
         other, own = arguments[1:3]
         check.check_apart("receiver", own)
-        shared = other is not None and not {*other.addresses}.isdisjoint(own.addresses)
-        if shared and own.tensors[0].numel() and other.tensors[0].numel():
-            expected = "memory apart from the receiver's, which is edited in place (use fuse_layers)"
-            raise GeometryError("sharer", expected=expected, got="the receiver's own tensors")
+        if other is not None:
+            check.check_sides_apart(other, own)
     if arguments is not None and is_plain(call.receiver[0]):
         undispatched(library_layers.fuse_checked, (*arguments, None, True))
     else:
@@ -402,8 +402,9 @@ _last_gates: tuple[tuple[bool, bool], ...] = ()
 def _gates(live: Sequence[tuple[Any, Any]]) -> tuple[tuple[bool, bool], ...]:
     """``live`` as bools; what an adapter keeps is that already, and the same object again and again."""
     global _last_gates
-    if live is _last_gates and not torch.compiler.is_compiling():
-        return _last_gates
+    known = _last_gates  # read once: another thread may set it meanwhile
+    if live is known and not torch.compiler.is_compiling():
+        return known
     if not isinstance(live, Sequence) or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in live):
         raise GeometryError("live", expected="a pair of bools for each layer", got=check.describe(live))
     if torch.compiler.is_compiling():
@@ -412,8 +413,8 @@ def _gates(live: Sequence[tuple[Any, Any]]) -> tuple[tuple[bool, bool], ...]:
     kinds = [type(live), *map(type, live), *map(type, chain.from_iterable(live))]
     if {*kinds[: 1 + len(gates)]} != {tuple} or {*kinds[1 + len(gates) :]} != {bool}:
         return gates  # of what might change
-    _last_gates = tuple(live)  # the same object
-    return _last_gates
+    _last_gates = known = tuple(live)  # the same object
+    return known
 
 
 def _check_fuse(

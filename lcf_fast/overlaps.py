@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from operator import sub
+from operator import gt, sub
 
 from torch import Tensor
 
 from .layouts import Layers, Layout
 
-__all__ = ["first_shared", "share_memory"]
+__all__ = ["first_met", "first_shared", "share_memory"]
 
 #: The layers that were last found to lie apart: a loop over the same caches asks again and again.
 _apart: tuple[Layout | None, Sequence[int]] = (None, ())
+#: Two sides' layers, likewise.
+_sides_apart: tuple[object, ...] = ()
+#: Of a tensor: shape, strides, bytes of an element.
+_Form = tuple[Sequence[int], Sequence[int], int]
 
 
 def first_shared(layers: Layers) -> tuple[int, int] | None:
@@ -38,42 +42,84 @@ def first_shared(layers: Layers) -> tuple[int, int] | None:
     return None
 
 
+def first_met(layers: Layers, others: Layers) -> tuple[int, int] | None:
+    """The first of ``others`` that shares an element's memory with one of ``layers``, and that one; None: none do."""
+    global _sides_apart
+    sides = layers.layout, layers.addresses, others.layout, others.addresses
+    if sides == _sides_apart:
+        return None
+    extent, reach = layers.layout.extent, others.layout.extent
+    own, different = layers.addresses, dict.fromkeys(others.addresses)  # of which several may be one layer
+    if max(different) + reach > min(own) and max(own) + extent > min(different):
+        # Ordinary caches: each tensor ends before the next one begins.
+        starts = sorted([*own, *different])
+        ends = sorted([address + extent for address in own] + [address + reach for address in different])
+        if any(map(gt, ends, starts[1:])):
+            found = _search_sides(layers, others)
+            if found is not None:
+                return found
+    _sides_apart = sides
+    return None
+
+
 def share_memory(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape and dtype share an element's memory."""
     distance = other.data_ptr() - one.data_ptr()
     if one.is_contiguous() and other.is_contiguous():
         return abs(distance) < one.nbytes
-    return _meet(one.shape, one.itemsize, one.stride(), other.stride(), distance)
+    return _meet((one.shape, one.stride(), one.itemsize), (other.shape, other.stride(), other.itemsize), distance)
 
 
 @lru_cache(maxsize=64)
 def _search(layout: Layout, places: tuple[int, ...]) -> tuple[int, int] | None:
     """`first_shared` for tensors at these places, in bytes from the first of them."""
-    size = layout.dtype.itemsize
+    forms = _forms(layout)
     reaching: list[int] = []
     found = []
     for i in sorted(range(len(places)), key=places.__getitem__):
         reaching = [j for j in reaching if places[j] + layout.extent > places[i]]
         for j in reaching:
-            if _meet(layout.shape, size, layout.strides[j], layout.strides[i], places[i] - places[j]):
+            if _meet(forms[j], forms[i], places[i] - places[j]):
                 found.append((min(i, j), max(i, j)))
         reaching.append(i)
     return min(found, key=lambda pair: pair[::-1], default=None)
 
 
+def _search_sides(layers: Layers, others: Layers) -> tuple[int, int] | None:
+    """`first_met`, one by one."""
+    sides = (others, layers)
+    ends = [[address + side.layout.extent for address in side.addresses] for side in sides]
+    forms = [_forms(side.layout) for side in sides]
+    reaching: list[list[int]] = [[], []]
+    found = []
+    for place, side, i in sorted((address, s, i) for s in (0, 1) for i, address in enumerate(sides[s].addresses)):
+        for s in (0, 1):
+            reaching[s] = [j for j in reaching[s] if ends[s][j] > place]
+        for j in reaching[1 - side]:
+            if _meet(forms[1 - side][j], forms[side][i], place - sides[1 - side].addresses[j]):
+                found.append((i, j) if side == 0 else (j, i))
+        reaching[side].append(i)
+    return min(found, default=None)
+
+
+def _forms(layout: Layout) -> list[_Form]:
+    return [(layout.shape, strides, layout.dtype.itemsize) for strides in layout.strides]
+
+
 @lru_cache(maxsize=4096)
-def _meet(shape: Sequence[int], size: int, strides: Sequence[int], other_strides: Sequence[int], distance: int) -> bool:
-    """Whether a byte of a tensor is one of another's, ``distance`` bytes further: elements of ``size`` bytes."""
-    if 0 in shape:
+def _meet(one: _Form, other: _Form, distance: int) -> bool:
+    """Whether a byte of a tensor is one of another's, ``distance`` bytes further."""
+    if 0 in one[0] or 0 in other[0]:
         return False
     # Steps into the one, and back from the other's end, that lead to the distance to that end.
     steps: Counter[int] = Counter()
-    for length, stride, other_stride in zip(shape, strides, other_strides):
-        steps[stride * size] += length - 1
-        steps[other_stride * size] += length - 1
-        distance += other_stride * size * (length - 1)
-    steps[1] += 2 * (size - 1)
-    return _is_sum(distance + size - 1, tuple(sorted(steps.items(), reverse=True)))
+    for shape, strides, size in (one, other):
+        for length, stride in zip(shape, strides):
+            steps[stride * size] += length - 1
+        steps[1] += size - 1
+    shape, strides, size = other
+    end = sum(stride * size * (length - 1) for length, stride in zip(shape, strides)) + size - 1
+    return _is_sum(distance + end, tuple(sorted(steps.items(), reverse=True)))
 
 
 def _is_sum(total: int, steps: tuple[tuple[int, int], ...]) -> bool:

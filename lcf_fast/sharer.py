@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from . import ops_pooling as ops
 from .caches import Pair, cache_layers, check_pairs
+from .checks import check_has_memory, plain_parameters
 from .config import CacheGeometry, check_geometry, check_layer_list, check_positive_int, check_routing, layer_map
 from .eager_pooling import span_weights as weights_of_spans
 from .errors import DTypeError, LCFError
@@ -85,6 +86,9 @@ class ReadsSharer(HasOrigin):
             found = state_dict.get(prefix + name)
             if not isinstance(found, Tensor) or found.shape != (len(held),):
                 return held  # for torch to find missing, or of another size
+            check_has_memory(f"{prefix}{name}", found)
+            if found.is_complex() or not all(float(layer).is_integer() for layer in found.tolist()):
+                raise DTypeError(f"{prefix}{name}", expected="layers' numbers", got=str(found.tolist()))
             return tuple(int(layer) for layer in found.tolist())
 
         kept, reads = brought("receiver_layers", self._kept), brought("sharer_layers", self._reads)
@@ -488,7 +492,7 @@ class SharerSide(Summarizes, SideOf):
         return side
 
     def _weights(self) -> Mapping[str, Tensor]:
-        named = cast("dict[str, Tensor]", dict(self._parameters))
+        named = dict(plain_parameters(self))
         if torch.compiler.is_dynamo_compiling():  # not in what is called for a constant
             adapter = self._receiver()
             named["down_bias"] = self.down_bias if adapter is None else self._bias_of(adapter)

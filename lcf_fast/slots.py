@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import ops_slots as ops
 from .caches import Pair, cache_layers, check_growth, count_filled, extend_cache, free_room
 from .capture import Captures
-from .checks import FLOATS, describe
+from .checks import FLOATS, describe, plain_parameters
 from .config import CacheGeometry, LCFConfig
 from .errors import DTypeError, GeometryError, LCFError, MessageError, ShapeError
 from .fingerprint import SHARER_OF_SLOTS, Origin, is_digest, slots_receiver_digest, slots_sharer_digest
@@ -216,8 +216,8 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
         try:
             self.place(receiver, sent, positions, into=room)
         except LCFError as error:
-            name = error.argument.replace("into", "receiver_cache", 1)
-            raise type(error)(name, expected=error.expected, got=error.got) from None
+            name, got = (text.replace("into", "receiver_cache", 1) for text in (error.argument, error.got))
+            raise type(error)(name, expected=error.expected, got=got) from None
         count_filled(receiver_cache, sent.slots)
         return receiver_cache
 
@@ -378,7 +378,7 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
         return self.config.receiver
 
     def _weights(self) -> Mapping[str, Tensor]:
-        return cast("Mapping[str, Tensor]", self._parameters)
+        return plain_parameters(self)
 
     def _make_origin(self) -> Origin:
         config, weights = self.config, self._weights()

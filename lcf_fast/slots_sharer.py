@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from . import eager_slots
 from . import ops_slots as ops
 from .caches import Pair, check_pairs
+from .checks import plain_parameters
 from .config import CacheGeometry, check_geometry, check_positive_int, layer_map
 from .errors import DTypeError, GeometryError, IndexRangeError, LCFError, ShapeError
 from .fingerprint import SHARER_OF_SLOTS, Origin, slots_sharer_digest
@@ -296,7 +297,7 @@ class SlotsSharerSide(SummarizesSlots, SideOf):
         return side
 
     def _weights(self) -> Mapping[str, Tensor]:
-        return cast("Mapping[str, Tensor]", self._parameters)
+        return plain_parameters(self)
 
     def _make_origin(self) -> Origin:
         return Origin(self.adapter_digest, slots_sharer_digest(self._sharer, self._reads, self._weights()))

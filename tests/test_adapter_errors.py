@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import SHARER, assert_equal, cloned, make_adapter, make_caches
+from adapters import RECEIVER, SHARER, assert_equal, cloned, make_adapter, make_caches
 from torch import Tensor
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from helpers import Geometry, make_cache
 from lcf_fast import (
@@ -18,6 +19,8 @@ from lcf_fast import (
     GeometryError,
     IndexRangeError,
     LatentCacheFlow,
+    LatentSlots,
+    LCFConfig,
     LCFError,
     Message,
     ShapeError,
@@ -129,6 +132,31 @@ def test_an_adapter_elsewhere_is_told_from_its_caches() -> None:
         adapter.fuse(sharer, receiver)
 
 
+def test_an_adapter_and_caches_without_memory() -> None:
+    sharer, receiver = make_caches("meta")
+    adapter, crossing = make_adapter().to("meta"), make_adapter(True).to("meta")
+    for call in (lambda: adapter.fuse(sharer, receiver), lambda: crossing.summarize(sharer), lambda: crossing.origin):
+        with pytest.raises(DeviceError, match="expected a device with memory, got meta"):
+            call()
+
+
+@pytest.mark.parametrize("kind", ["lcf", "lcf_x", "side", "slots", "slots_side"])
+def test_a_parametrized_weight_is_refused(kind: str) -> None:
+    """It is made anew at each call: no message could be known by it, and no folder would hold it."""
+    sharer, receiver = make_caches()
+    module: Any = make_adapter(kind != "lcf")
+    if "slots" in kind:
+        module = LatentSlots(LCFConfig(SHARER, RECEIVER, bottleneck=64, slots=3))
+    module = module.sharer_side() if "side" in kind else module
+    register_parametrization(module, "down_weight", torch.nn.Identity())
+    call = (lambda: module.fuse(sharer, receiver)) if kind == "lcf" else (lambda: module.summarize(sharer))
+    for refused in (call, lambda: module.origin):
+        with pytest.raises(GeometryError, match=r"^adapter: expected .*, got "):
+            refused()
+    remove_parametrizations(module, "down_weight")
+    call()
+
+
 def test_in_place_needs_memory_of_its_own() -> None:
     sharer, receiver = make_caches()
     shared = [(key[:1].expand(2, -1, -1, -1), value) for key, value in receiver]
@@ -136,6 +164,31 @@ def test_in_place_needs_memory_of_its_own() -> None:
     with pytest.raises(ShapeError, match="memory of its own"):
         make_adapter().fuse_(sharer, shared)
     assert_equal(shared, before)
+
+
+def test_in_place_names_the_layers_of_the_whole_model() -> None:
+    """Of a pruned adapter, too, whose rows are numbered otherwise; and the caches as the caller calls them."""
+    sharer, receiver = make_caches()
+    key, value = receiver[4]
+    adapter, crossing = make_adapter(keep=[2, 4]), make_adapter(True, keep=[2, 4])
+    message = crossing.summarize(sharer)
+    twice = [*receiver[:4], (key, receiver[2][1])]
+    for bad, argument, got in (
+        ([*receiver[:4], (key[:1].expand(2, -1, -1, -1), value)], "receiver_cache layer 4 key", "strides"),
+        ([*receiver[:4], (key, value.mT.contiguous().mT)], "receiver_cache layer 4 value", "strides"),
+        (twice, "receiver_cache layer 4 value", "that of receiver_cache layer 2 value"),
+    ):
+        with pytest.raises(ShapeError) as fused:
+            adapter.fuse_(sharer, bad)
+        with pytest.raises(ShapeError) as injected:
+            crossing.inject_(bad, message)
+        for caught in (fused.value, injected.value):
+            assert (caught.argument, caught.got[: len(got)]) == (argument, got)
+    own = LatentCacheFlow(LCFConfig(RECEIVER, RECEIVER, bottleneck=64), keep_layers=[1, 3])
+    with pytest.raises(GeometryError) as refused:
+        own.fuse_(receiver, receiver)
+    assert refused.value.argument == "sharer_cache layer 1 key"
+    assert refused.value.got == "that of receiver_cache layer 1 key"
 
 
 def _message(adapter: LatentCacheFlow, **changes: Any) -> Message:

@@ -10,7 +10,7 @@ import torch
 from adapters import RECEIVER, SHARER, make_adapter, make_caches
 from torch import Tensor
 
-from lcf_fast import LatentSlots, LCFConfig, Message, ops
+from lcf_fast import LatentSlots, LCFConfig, Message, ops, use_backend
 from lcf_fast.autocast import without_autocast
 
 SPANS = [[0, 3, 7], [0, 3, 7]]
@@ -81,6 +81,30 @@ def test_gradients_are_the_same() -> None:
     for cross_context in (False, True):
         adapter = make_adapter(cross_context).requires_grad_()
         for got, wanted in zip(gradients(adapter, torch.bfloat16), gradients(adapter, None), strict=True):
+            assert torch.equal(got, wanted)
+
+
+def test_gradients_of_kernels_are_the_same_where_the_backward_pass_is_under_it_too() -> None:
+    """Of the reference under autograd they are not: its products are torch's own."""
+    sharer, receiver = make_caches()
+    config = LCFConfig(SHARER, RECEIVER, bottleneck=64, cross_context=True, slots=3)
+    adapter, crossing, told = make_adapter(), make_adapter(True), LatentSlots(config).eval()
+    methods: list[tuple[Any, Callable[[], Any]]] = [
+        (adapter, lambda: adapter.fuse(sharer, receiver)),
+        (crossing, lambda: crossing.inject(receiver, crossing.summarize(sharer, SPANS))),
+        (told, lambda: told.expand(told.summarize(sharer))),
+    ]
+    for module, method in methods:
+        module.requires_grad_()
+        found = []
+        for enabled in (False, True):
+            with use_backend("triton"), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                edited = [tensor for tensor in flatten(method()) if tensor.requires_grad]
+                torch.autograd.backward(edited, [torch.ones_like(tensor) for tensor in edited])
+            found.append([parameter.grad for parameter in module.parameters() if parameter.grad is not None])
+            module.zero_grad()
+        assert found[0]
+        for got, wanted in zip(*found, strict=True):
             assert torch.equal(got, wanted)
 
 

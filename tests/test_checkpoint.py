@@ -18,11 +18,14 @@ from safetensors.torch import load_file, save_file
 from lcf_fast import (
     CacheGeometry,
     CheckpointError,
+    DeviceError,
+    DTypeError,
     GeometryError,
     LatentCacheFlow,
     LatentSlots,
     LCFConfig,
     LCFError,
+    SharerSide,
     checkpoint,
 )
 from lcf_fast.checkpoint import load_adapter, template_options
@@ -62,6 +65,33 @@ def test_dtype_and_device_on_loading(tmp_path: Path) -> None:
     assert {p.dtype for p in adapter.parameters()} == {torch.float32}
     assert {t.device.type for t in adapter.state_dict().values()} == {"meta"}
     assert adapter.receiver_layers.dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64, "float16", 16])
+def test_dtypes_that_no_adapter_has(dtype: Any, tmp_path: Path) -> None:
+    adapter = make_adapter(True)
+    adapter.save_pretrained(tmp_path / "adapter")
+    adapter.sharer_side().save_pretrained(tmp_path / "side")
+    for kind, name in ((LatentCacheFlow, "adapter"), (SharerSide, "side")):
+        with pytest.raises(DTypeError, match=r"^dtype: expected a float dtype of torch, or None"):
+            kind.from_pretrained(tmp_path / name, dtype=dtype)
+
+
+def test_tied_parameters_are_saved_each(tmp_path: Path) -> None:
+    adapter = make_adapter(True)
+    adapter.register_parameter("global_query", adapter.get_parameter("span_query"))
+    adapter.up_bias = torch.nn.Parameter(adapter.get_parameter("up_weight").data[..., 0])  # a view into another
+    adapter.save_pretrained(tmp_path)
+    loaded = LatentCacheFlow.from_pretrained(tmp_path)
+    for name, tensor in adapter.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_an_adapter_without_memory_cannot_be_saved(tmp_path: Path) -> None:
+    for cross_context in (False, True):
+        with pytest.raises(DeviceError, match="expected a device with memory, got meta"):
+            make_adapter(cross_context).to("meta").save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.parametrize("cross_context", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 import torch
 from op_inputs import BACKENDS, LIVE, Inputs
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import lcf_fast
@@ -268,6 +270,50 @@ def test_caches_made_in_inference_mode_are_edited_outside_it(all_of_it: bool, ba
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPS)
+def test_caches_made_in_inference_mode_have_gradients_beside_them(
+    name: str, backend: Backend, inputs: Inputs
+) -> None:
+    """As frozen models leave them; autograd keeps no such tensor."""
+    with use_backend(backend):
+        expected = gradients(calls(inputs)[name], inputs.weights)
+        with torch.inference_mode():
+            inputs.sharer = [(key.clone(), value.clone()) for key, value in inputs.sharer]
+            inputs.receiver = [(key.clone(), value.clone()) for key, value in inputs.receiver]
+            inputs.offsets = inputs.offsets.clone()
+        got = gradients(calls(inputs)[name], inputs.weights)
+    assert got.keys() == expected.keys()
+    for key, grad in got.items():
+        torch.testing.assert_close(grad, expected[key])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_grad", [True, False])
+@pytest.mark.parametrize("name", [*OPS, "fuse_layers_", "gated_injection_"])
+def test_a_tangent_is_served_or_refused_and_never_lost(
+    name: str, with_grad: bool, backend: Backend, inputs: Inputs
+) -> None:
+    """Of forward-mode AD: torch itself refuses it for ops that it sees and that have none."""
+    in_place: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+        "fuse_layers_": lambda w: ops.fuse_layers_(inputs.sharer, inputs.receiver, w),
+        "gated_injection_": lambda w: ops.gated_injection_(
+            *inputs.receiver[0], inputs.latent, {key: tensor[0] for key, tensor in w.items()}
+        ),
+    }
+    call = (calls(inputs) | in_place)[name]
+    weights = {key: tensor.requires_grad_(with_grad) for key, tensor in inputs.weights.items()}
+    with use_backend(backend), forward_ad.dual_level():
+        call(weights)  # of no tangent nothing is lost
+        tangents = {key: forward_ad.make_dual(tensor, torch.ones_like(tensor)) for key, tensor in weights.items()}
+        if (backend, with_grad) == ("eager", True) and name in ("joint_projection", "gated_injection", "fuse_layers"):
+            served = flatten(call(tangents))
+            assert any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in served)
+            return
+        with pytest.raises((errors.BackendError, NotImplementedError), match="forward"):
+            call(tangents)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("is_compiled", [True, False])
 def test_what_nobody_has_looked_at_counts_as_none_out_of_range(
@@ -392,3 +438,29 @@ def test_layers_that_read_the_same_layer(inputs: Inputs) -> None:
         for sharer in ([one, one, other], [one, other, other], [other, one, other], [one, one, one]):
             got = flatten(ops.fuse_layers(sharer, receiver, weights, live=[(True, True)] * 3))
             assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+def test_gates_that_another_thread_remembers_in_the_middle_of_a_call() -> None:
+    """At each line in turn, which is where threads may change."""
+    mine, others = tuple((True, i == 1) for i in range(4)), tuple((False, i == 2) for i in range(4))
+    lines = 0
+
+    def step(frame: Any, event: str, _: Any) -> Any:
+        nonlocal lines
+        if frame.f_code is ops._gates.__code__ and event == "line":
+            lines += 1
+            if lines == line:
+                ops._last_gates = others
+        return step
+
+    before = sys.gettrace()
+    for line in range(1, 20):
+        for remembered in (mine, ()):
+            lines, ops._last_gates = 0, remembered
+            sys.settrace(step)
+            try:
+                found = ops._gates(mine)
+            finally:
+                sys.settrace(before)
+            assert found == mine, line
+    assert line > lines > 5

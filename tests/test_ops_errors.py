@@ -13,6 +13,7 @@ from torch import Tensor
 from helpers import make_weights
 from lcf_fast import errors, ops, use_backend
 from lcf_fast.backends import Backend
+from lcf_fast.ops import Pair
 
 
 @pytest.fixture
@@ -214,7 +215,7 @@ def test_no_cache_is_half_edited(backend: Backend, inputs: Inputs) -> None:
             "receiver[1].key",
             lambda: ops.fuse_layers_(inputs.sharer, [(last[0], parts[0]), (parts[1], last[1])], inputs.weights),
         ),
-        ("sharer", lambda: ops.fuse_layers_(inputs.receiver, inputs.receiver, self_weights)),
+        ("sharer[0].key", lambda: ops.fuse_layers_(inputs.receiver, inputs.receiver, self_weights)),
         ("sharer_index", lambda: ops.fuse_layers_(inputs.sharer, inputs.receiver, inputs.weights, sharer_index=far)),
         ("receiver_value", lambda: ops.gated_injection_(last[0], expanded, inputs.latent, inputs.one)),
     ]
@@ -224,6 +225,36 @@ def test_no_cache_is_half_edited(backend: Backend, inputs: Inputs) -> None:
         assert caught.value.argument == argument
     for tensor, old in zip((t for pair in inputs.receiver for t in pair), before):
         assert torch.equal(tensor, old)
+
+
+def view_of(caches: list[Pair], first: int, last: int) -> list[Pair]:
+    return [(key[:, :, first:last], value[:, :, first:last]) for key, value in caches]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_sharer_lies_in_what_is_edited(backend: Backend, inputs: Inputs) -> None:
+    """Nor does it in another layer's memory, or in part of it."""
+    own, before = inputs.receiver, [tensor.clone() for pair in inputs.receiver for tensor in pair]
+    weights = make_weights(RECEIVER, RECEIVER, 64, device=inputs.latent.device)
+    fresh = [(key.clone(), value.clone()) for key, value in own]
+    none = torch.full((2, 12), -1, device=inputs.latent.device)
+    attempts: list[tuple[str, list[Pair], list[Pair], dict[str, Any]]] = [
+        ("sharer[0].key", view_of(own, 1, 12), view_of(own, 0, 11), {}),
+        ("sharer[0].key", view_of(own, 0, 11), view_of(own, 1, 12), {}),
+        ("sharer[1].value", [fresh[0], (fresh[1][0], own[0][0])], own, {}),
+        ("sharer[0].key", view_of(own, 2, 5), own, {"sharer_index": none}),
+    ]
+    for argument, sharer, receiver, options in attempts:
+        with use_backend(backend), pytest.raises(errors.GeometryError, match="memory apart") as caught:
+            ops.fuse_layers_(sharer, receiver, weights, **options)
+        assert caught.value.argument == argument
+    assert all(map(torch.equal, (t for pair in own for t in pair), before))
+    # Other positions of one buffer are served.
+    with use_backend(backend):
+        expected = ops.fuse_layers(view_of(own, 0, 5), view_of(own, 5, 10), weights)
+        ops.fuse_layers_(view_of(own, 0, 5), view_of(own, 5, 10), weights)
+    for got, wanted in zip(view_of(own, 5, 10), expected):
+        assert all(map(torch.equal, got, wanted))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -393,6 +393,27 @@ def test_caches_that_ask_have_gradients(generator: torch.Generator) -> None:
     assert not got[1].masked_select(~mask[:, None, :, None]).any(), "padding has a gradient"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_caches_and_latents_made_in_inference_mode_have_gradients_beside_them(
+    backend: Backend, generator: torch.Generator
+) -> None:
+    caches, weights = make_cache(SHARER, 2, 9, generator=generator), weights_of(4, generator)
+    leaves = {name: weight.requires_grad_() for name, weight in weights.items()}
+
+    def gradients(sharer: Any, latent: Tensor) -> list[Tensor]:
+        made = ops.expand_slots_layers(latent, leaves, kv_heads=3)
+        total = ops.summarize_slots_layers(sharer, leaves).sin().sum() + sum(t.sin().sum() for p in made for t in p)
+        return [grad for grad in torch.autograd.grad(total, [*leaves.values()], allow_unused=True) if grad is not None]
+
+    with use_backend(backend):
+        with torch.no_grad():
+            latent = ops.summarize_slots_layers(caches, leaves)
+        with torch.inference_mode():
+            frozen, read = [(key.clone(), value.clone()) for key, value in caches], latent.clone()
+        for got, wanted in zip(gradients(frozen, read), gradients(caches, latent), strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
 def test_what_is_frozen_costs_nothing(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new sharer of a trained receiver's half: no gradient of that half is made, and none of the caches."""
     from lcf_fast.kernels import slot_projection_backward as kernels

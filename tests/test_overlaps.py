@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lcf_fast.layouts import Layers, has_own_elements
-from lcf_fast.overlaps import first_shared, share_memory
+from lcf_fast.overlaps import first_met, first_shared, share_memory
 
 SHAPE = (2, 2, 5, 4)  # (B, H, N, D)
 
@@ -58,6 +58,9 @@ def test_the_first_two_that_share_an_element(name: str) -> None:
     expected = truly_shared(tensors)
     assert first_shared(Layers.of(tensors)) == (expected[0] if expected else None)
     assert share_memory(tensors[0], tensors[-1]) == ((0, len(tensors) - 1) in expected)
+    half = len(tensors) // 2
+    met = [(j - half, i) for i, j in expected if i < half <= j]
+    assert first_met(Layers.of(tensors[:half]), Layers.of(tensors[half:])) == min(met, default=None)
 
 
 def test_slices_of_a_buffer_at_random() -> None:
@@ -78,6 +81,46 @@ def test_slices_of_a_buffer_at_random() -> None:
         assert share_memory(*tensors) == outcomes[-1]
         assert all(has_own_elements(tensor.shape, tensor.stride()) for tensor in tensors)
     assert 40 < sum(outcomes) < 360
+
+
+def test_two_sides_at_random() -> None:
+    """Of different shapes, strides and dtypes."""
+    rng = random.Random(9)
+    outcomes = []
+    for _ in range(400):
+        buffer = torch.zeros([rng.choice([2, 3, 4]) for _ in range(4)])
+        sides: list[list[Tensor]] = []
+        for dtype in (torch.float32, rng.choice([torch.float32, torch.float16])):
+            shape = [rng.randint(0 if rng.random() < 0.05 else 1, size) for size in buffer.shape]
+            axes = rng.sample(range(4), 4)
+            side = []
+            for _ in range(2):
+                starts = [rng.randint(0, size - length) for size, length in zip(buffer.shape, shape)]
+                cut = tuple(slice(start, start + length) for start, length in zip(starts, shape))
+                side.append(buffer.view(dtype)[cut].permute(axes))
+            sides.append(side)
+        expected = [
+            (i, j)
+            for (i, other), (j, own) in product(enumerate(sides[1]), enumerate(sides[0]))
+            if {*bytes_of(other)} & {*bytes_of(own)}
+        ]
+        outcomes.append(bool(expected))
+        for _ in range(2):
+            assert first_met(*map(Layers.of, sides)) == min(expected, default=None)
+    assert 100 < sum(outcomes) < 300
+
+
+def bytes_of(tensor: Tensor) -> list[int]:
+    return [address + i for address in elements(tensor) for i in range(tensor.itemsize)]
+
+
+def test_sides_that_were_found_apart_once_are_looked_at_again_where_one_has_moved() -> None:
+    buffer = whole(3, 2, 5, 4)
+    own, other = Layers.of([buffer[:2]]), Layers.of([whole(*SHAPE)])
+    for _ in range(2):
+        assert first_met(own, other) is None
+    assert first_met(own, Layers([buffer[1:]], other.layout)) == (0, 0)
+    assert first_met(own, other) is None
 
 
 def test_what_was_found_apart_once_is_looked_at_again_where_it_has_moved() -> None:

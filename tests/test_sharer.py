@@ -516,12 +516,17 @@ def test_a_state_dict_brings_its_routing(tmp_path: Path) -> None:
     for loaded in (other, SharerSide.from_pretrained(tmp_path)):
         assert torch.equal(loaded.summarize(cache).tensors["latent"], message.tensors["latent"])
         assert loaded.origin == message.origin
-    for name, layers, error in (
-        ("sharer_layers", [0, 0, 0, 0, OTHER.layers], IndexRangeError),
-        ("receiver_layers", [0, 1, 2, 4, 4], GeometryError),
-    ):
+    bad: list[tuple[str, Tensor, type[LCFError]]] = [
+        ("sharer_layers", torch.tensor([0, 0, 0, 0, OTHER.layers]), IndexRangeError),
+        ("receiver_layers", torch.tensor([0, 1, 2, 4, 4]), GeometryError),
+        ("receiver_layers", torch.tensor([0, 1, 2, 3, torch.nan]), DTypeError),
+        ("sharer_layers", torch.tensor([0, 0.5, 0, 0, 1]), DTypeError),
+        ("sharer_layers", torch.tensor([0j, 0, 0, 0, 1]), DTypeError),
+        ("sharer_layers", torch.zeros(5, dtype=torch.int64, device="meta"), DeviceError),
+    ]
+    for name, layers, error in bad:
         with pytest.raises(error, match=name):
-            other.load_state_dict({**side.state_dict(), name: torch.tensor(layers)})
+            other.load_state_dict({**side.state_dict(), name: layers})
     assert torch.equal(other.summarize(cache).tensors["latent"], message.tensors["latent"])
 
 
