@@ -166,7 +166,10 @@ def summarize_checked(
 
         if not sharer.layout.has_unit_rows:
             flat = [*map(unit_rows, flat)]
-        return pooling.summarize_layers(flat[0::2], flat[1::2], *weights, span_offsets, attention_mask)
+        span_query, global_query, down_weight, down_bias = weights
+        return pooling.summarize_layers(
+            flat[0::2], flat[1::2], span_query, global_query, down_weight, down_bias, span_offsets, attention_mask
+        )
     named = dict(zip(SUMMARY_WEIGHTS, weights))
     return eager_pooling.summarize_layers(pairs_of(flat), named, span_offsets, attention_mask=attention_mask)
 

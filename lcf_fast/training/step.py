@@ -70,11 +70,10 @@ def frozen(model: Any, *, device: torch.device | str, precision: str) -> Any:
     Parameters alone are cast, as `from_pretrained` does: ``to(dtype)`` would round the rotary frequencies, too, and at
     position 1,000 turn keys a radian away from those of the model in use.
     """
-    model = model.to(device).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(DTYPES[precision])
-    return model
+    return model.to(device).eval().requires_grad_(False)
 
 
 def sharer_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
