@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     Side = TypeVar("Side", bound=SideOf)
 
 __all__ = ["CONFIG_FILE", "FORMAT_VERSION", "SIDE_FILE", "WEIGHTS_FILE"]
-__all__ += ["load", "load_adapter", "load_any", "load_side", "save", "save_side", "template_options"]
+__all__ += ["has_slots", "load", "load_adapter", "load_any", "load_side", "save", "save_side", "template_options"]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "adapter.safetensors"
@@ -199,6 +199,11 @@ def template_options(directory: str | os.PathLike[str]) -> dict[str, Any] | None
     """Of the chat templates that an adapter was trained with, before it is loaded; None: its folder does not say."""
     path = Path(directory) / CONFIG_FILE
     return _template_options(path, _read_config(path)[0])
+
+
+def has_slots(directory: str | os.PathLike[str]) -> bool:
+    """Of the adapter in a folder, before it is loaded."""
+    return _read_config(Path(directory) / CONFIG_FILE)[1].slots > 0
 
 
 def _template_options(path: Path, description: dict[str, Any]) -> dict[str, Any] | None:

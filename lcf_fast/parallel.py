@@ -59,7 +59,6 @@ def summarize_parallel(
         GeometryError: as ``summarize``. A rank that finds its own input wrong says so to the others, so that none of
         them waits: they raise ShapeError.
     """
-    half._check_cross_context("summarize")
     if not dist.is_initialized():
         raise DTypeError("group", expected="an initialised torch.distributed (torchrun does that)", got="none")
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -67,6 +66,7 @@ def summarize_parallel(
     error: LCFError | None = None
     described = [-1, -1, -1, -1]
     try:
+        half._check_cross_context("summarize")
         sharer, mask = half._read(cache_piece, attention_mask, "cache_piece")
         check_pairs(sharer, "cache_piece", half.sharer_geometry)  # all layers: whoever fails later is waited for
         key = sharer[0][0]

@@ -97,6 +97,7 @@ def main() -> None:
         "spans": (adapter, cache, [[0, 10 + rank]], None),
         "beyond": (adapter, cache, [[0, 60 * ranks + 1]], None),
         "nothing": (adapter, cache, [[3, 3]], None),
+        "half": (make_adapter() if rank == 1 else adapter, cache, None, None),
         "slots, cache": (slots, wrong, None, None),
         "slots, later layer": (slots, later, None, None),
         "slots, double": (slots, doubled, None, None),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -17,7 +20,8 @@ import pytest
 import lcf_fast
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "lcf_fast", "kernels", "bench", "tests")
+FILES = ("README.md", "LICENSE", "CHANGELOG.md", "Makefile", "constraints.txt", "MANIFEST.in")
+SOURCES = ("setup.py", "pyproject.toml", *FILES, "lcf_fast", "kernels", "bench", "docs", "examples", "tests")
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
@@ -117,6 +121,22 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "Requires-Python: >=3.10,<3.14" in metadata.replace("<3.14,>=3.10", ">=3.10,<3.14")
     assert 'Requires-Dist: triton>=3.6; platform_system == "Linux"' in metadata
+
+
+def test_sdist_holds_all_that_its_tests_read_and_readme_links_to(tree: Path, tmp_path: Path) -> None:
+    built = tree / "tests" / "__pycache__" / "built.pyc"  # as tests leave them
+    built.parent.mkdir(exist_ok=True)
+    built.touch()
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, tree, cwd=tree)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    found = (each for name in SOURCES for each in [tree / name, *(tree / name).rglob("*")] if each.is_file())
+    assert {each.relative_to(tree).as_posix() for each in found if each.suffix != ".pyc"} <= names
+    assert not [name for name in names if name.endswith(".pyc") or name.startswith(("out", "build"))]
+    for page in [name for name in names if name.endswith(".md")]:
+        for link in re.findall(r"\]\(([^)#:]+)[#)]", (tree / page).read_text(encoding="utf-8")):
+            assert posixpath.normpath(posixpath.join(posixpath.dirname(page), link)) in names, (page, link)
 
 
 def test_wheel_works_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from helpers import assert_within_budget, to_double
 from lcf_fast import reference
-from lcf_fast.errors import DTypeError, GeometryError
+from lcf_fast.errors import DTypeError
 from lcf_fast.inputs import span_offsets
 from lcf_fast.parallel import summarize_parallel
 
@@ -104,6 +104,8 @@ def test_all_ranks_hear_of_what_is_wrong_on_one(ranks: list[tuple[dict[str, Tens
     for rank, (_, facts) in enumerate(ranks):
         errors = facts["errors"]
         assert errors["cache"].startswith("GeometryError" if rank == 1 else "ShapeError: cache_piece"), errors
+        told = "GeometryError: adapter: expected an LCF-X" if rank == 1 else "ShapeError: cache_piece: expected right"
+        assert errors["half"].startswith(told), errors
         assert errors["spans"].startswith("SpanError: spans: expected the whole context's"), errors
         assert errors["beyond"].startswith("SpanError: spans: expected offsets up to"), errors
         assert errors["nothing"].startswith("SpanError: spans: expected a token"), errors
@@ -117,11 +119,9 @@ def test_all_ranks_hear_of_what_is_wrong_on_one(ranks: list[tuple[dict[str, Tens
         assert errors["slots, nothing"].startswith("SpanError: pool: expected a token"), errors
 
 
-def test_it_needs_a_process_group_and_lcf_x() -> None:
+def test_it_needs_a_process_group() -> None:
     cache, _, _ = case_inputs("one_span")
     with pytest.raises(DTypeError, match="torchrun"):
         summarize_parallel(make_adapter(True), cache)
     with pytest.raises(DTypeError, match="torchrun"):
         summarize_parallel(slots_half(), cache)
-    with pytest.raises(GeometryError, match="LCF-X"):
-        summarize_parallel(make_adapter(), cache)

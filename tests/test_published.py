@@ -52,6 +52,22 @@ def test_the_first_table_has_the_figures_of_the_study() -> None:
     assert all(f"{count:,}" in readme for count in parameters)
 
 
+def test_the_slots_guide_has_the_times_of_the_main_job() -> None:
+    """What it says beside its tables of two cores: README's table is made anew of other results, a sentence is not."""
+    data = json.loads((published.RESULTS / "cpu.json").read_text(encoding="utf-8"))
+    ours = {row["op"]: row for row in data["rows"] if (row["kind"], row["tokens"]) == ("ours", 2048)}
+    message, delivery, edit = (ours[op] for op in ("slots.summarize (k = 8)", "slots.place (k = 8)", "adapter.inject"))
+    times = [f"{row['time']['median_ms']:.3g} ms" for row in (message, delivery, edit)]
+    page = " ".join((published.ROOT / "docs" / "slots.md").read_text(encoding="utf-8").split())
+    assert (data["about"]["threads"], message["dtype"], message["against"]) == (2, "float32", "SDPA")
+    assert "Intel" in data["about"]["device"] and "Xeon" in data["about"]["device"]
+    assert (
+        "On two cores of an Intel Xeon, in float32 (README's table): a message of 2,048 tokens"
+        f" {times[0]}, which is {message['speedup']:.2f} times as fast as scaled dot-product attention, the fastest"
+        f" other way; delivery {times[1]}, where LCF-X's edit of 2,048 positions takes {times[2]}." in page
+    )
+
+
 # --- what make gpu leaves
 
 

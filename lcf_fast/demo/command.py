@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Refuse what cannot be done, then do it all."""
     from ..errors import IndexRangeError
     from ..files import sweep
-    from ..training.models import hide_loading
+    from ..training.models import check_transformers, hide_loading
     from .statistics import check_scipy
 
     most = 4
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
             if not least <= value <= limit:
                 raise IndexRangeError(name, expected=f"{least} to {limit}", got=str(value))
     check_scipy()
-    _check_transformers()
+    check_transformers("demo")
     hide_loading()
     from .report import check_plot, print_results, write_json, write_png
 
@@ -83,13 +83,3 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
     print_results(console, results)
     console.print(f"Written: {out / 'demo.json'}, {out / 'demo.png'}, {out / 'adapters'}")
-
-
-def _check_transformers() -> None:
-    from importlib.util import find_spec
-
-    from ..errors import BackendError
-
-    if find_spec("transformers") is None:
-        expected = "transformers, which pip install 'lcf-fast[hf]' brings"
-        raise BackendError("demo", expected=expected, got="an environment without it")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ..adapter import LatentCacheFlow
+from ..placement import Placement
 from ..slots import LatentSlots
 from .agents import AgentSize, make_agent, teach_recall, teach_table
 from .channels import CHANNELS, CrossChannels, SharedChannels, SlotsChannels
@@ -77,9 +78,12 @@ class Study:
 
 @dataclass(frozen=True)
 class Findings:
-    """Of a study: the adapter's weights, which answers are right by channel, and CPU seconds of the training."""
+    """Of a study: the adapter's weights, between which models it was trained and where its slots stand (None: it has
+    none), as the adapter says; which answers are right by channel, and CPU seconds of the training."""
 
     adapter: bytes
+    trained_between: dict[str, str]
+    placement: Placement | None
     right: dict[str, list[bool]]
     training_cpu: float
 
@@ -120,7 +124,8 @@ def carry_out(study: Study, agents: Agents, watch: Watch) -> Findings:
     items = items_of(study, table, generator)
     answers = channels_of(study, adapter, sharer, receiver).answers(items, others(items, generator))
     right = {channel: (answers[channel] == items.answers).tolist() for channel in CHANNELS}
-    return Findings(pack(adapter), right, spent)
+    placement = adapter.trained_placement if isinstance(adapter, LatentSlots) else None
+    return Findings(pack(adapter), adapter.trained_between, placement, right, spent)
 
 
 def items_of(study: Study, table: SecretTable, generator: torch.Generator) -> CrossItems | SharedItems:
@@ -144,6 +149,9 @@ def adapter_of(study: Study, findings: Findings, sharer: Any, receiver: Any) -> 
     """The adapter that a study trained."""
     adapter = _fresh(study, sharer, receiver, 0)
     unpack(adapter, findings.adapter)
+    adapter.trained_between = dict(findings.trained_between)
+    if isinstance(adapter, LatentSlots):
+        adapter.trained_placement = findings.placement
     return adapter.eval()
 
 

@@ -43,7 +43,7 @@ def add_study_command(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from ..errors import IndexRangeError
-    from ..training.models import hide_loading
+    from ..training.models import check_transformers, hide_loading
     from .report import check_plot
     from .slot_report import study_markdown, write_study
     from .slot_study import FULL_STUDY, QUICK_STUDY, run_study
@@ -61,6 +61,7 @@ def _run(arguments: argparse.Namespace) -> None:
         method_of(key)
     if not arguments.no_plot:
         check_plot()
+    check_transformers("study")
     hide_loading()
     study = run_study(
         QUICK_STUDY if arguments.quick else FULL_STUDY,

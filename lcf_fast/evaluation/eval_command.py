@@ -120,7 +120,7 @@ class _Material:
 def _run(arguments: argparse.Namespace) -> None:
     from ..quantization import storage_of
     from ..reading.chat import window_size
-    from ..training.models import hide_loading
+    from ..training.models import check_transformers, hide_loading
     from .plots import check_plot
     from .run import check_size
     from .statistics import check_scipy
@@ -137,6 +137,8 @@ def _run(arguments: argparse.Namespace) -> None:
     storage_of(arguments.dtype)
     hide_loading()
     small = _is_small(arguments)
+    if small:
+        check_transformers("eval")
     told = [name for name in _CARRIED_BY if getattr(arguments, name) not in (None, "bfloat16")]
     for name, defaults in _DEFAULTS.items():
         if getattr(arguments, name) is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from ..config import CacheGeometry
@@ -11,7 +12,15 @@ from ..errors import BackendError, LCFError
 from ..reading.prefill import DTYPES
 from .failures import RunError
 
-__all__ = ["geometry_of", "hide_loading", "load_config", "load_model", "load_tokenizer", "longest_sequence"]
+__all__ = [
+    "check_transformers",
+    "geometry_of",
+    "hide_loading",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "longest_sequence",
+]
 
 _WANTED = "the folder or hub id of a causal language model with its tokenizer"
 #: How classes of causal language models are called, of text alone and of text beside other things.
@@ -89,6 +98,17 @@ def longest_sequence(configs: Mapping[str, Any], default: int, given: int | None
             raise RunError("--max-tokens", expected=expected, got=str(given))
         default = min(default, limit)
     return default if given is None else given
+
+
+def check_transformers(argument: str) -> None:
+    """Before the first model is made, where all of them are.
+
+    Raises:
+        BackendError: transformers is not installed.
+    """
+    if find_spec("transformers") is None:
+        expected = "transformers, which pip install 'lcf-fast[hf]' brings"
+        raise BackendError(argument, expected=expected, got="an environment without it")
 
 
 def hide_loading() -> None:

@@ -143,7 +143,7 @@ def _prune(arguments: argparse.Namespace) -> None:
 def _load_adapter(arguments: argparse.Namespace) -> tuple[LatentCacheFlow, dict[str, Any]]:
     """The adapter and the models' configurations, all arguments checked that need no models' weights."""
     from ..adapter import LatentCacheFlow
-    from ..checkpoint import CONFIG_FILE
+    from ..checkpoint import CONFIG_FILE, has_slots
     from ..errors import IndexRangeError
     from .failures import RunError
     from .models import geometry_of, load_config
@@ -152,6 +152,9 @@ def _load_adapter(arguments: argparse.Namespace) -> tuple[LatentCacheFlow, dict[
         raise RunError("OUT", expected="a folder without an adapter", got=f"{arguments.out}, which holds one")
     if arguments.out.exists() and not arguments.out.is_dir():
         raise RunError("OUT", expected="a folder, or none yet", got=f"{arguments.out}, a file")
+    if has_slots(arguments.adapter):  # before models are asked for, which would not help
+        expected = "LCF or LCF-X (slots adapters are not pruned: every layer has slots)"
+        raise RunError("ADAPTER", expected=expected, got=f"{arguments.adapter}, an adapter of slots")
     given = [name for name, default in _MEASURING.items() if getattr(arguments, name) != default]
     if arguments.audit_only or arguments.layers is not None:
         if given:

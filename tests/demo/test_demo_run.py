@@ -25,12 +25,20 @@ from lcf_fast.demo.experiments import learn_receiver
 from lcf_fast.demo.jobs import Display, Job, Workers, pack, unpack
 from lcf_fast.demo.lessons import Lessons
 from lcf_fast.demo.tasks import CHANCE, SecretTable, cross_items
+from lcf_fast.reading.model_fingerprint import weights_sample
+from lcf_fast.training.models import load_model
 
 TINY = AgentSize(layers=1, width=32, heads=1, kv_heads=1)
 
 
 def nobody(_: Any) -> None:
     """Watches nothing."""
+
+
+def between(out: Path) -> dict[str, str | None]:
+    """What an adapter trained between the agents of ``out`` says of them."""
+    models = {role: load_model(role, str(out / "agents" / role), "fp32") for role in ("sharer", "receiver")}
+    return {role: weights_sample(model) for role, model in models.items()}
 
 
 def test_quick_does_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,7 +65,9 @@ def test_quick_does_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str
     png = (out / "demo.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n" and min(struct.unpack(">II", png[16:24])) > 500
     for name, kind in (("lcf-x-1-fact", True), ("lcf-secret-table", False)):
-        assert LatentCacheFlow.from_pretrained(out / "adapters" / name).config.cross_context is kind
+        adapter = LatentCacheFlow.from_pretrained(out / "adapters" / name)
+        assert adapter.config.cross_context is kind
+        assert adapter.trained_between == between(out)
     assert "A quick run: nothing has been trained long enough" in said
 
 
@@ -68,6 +78,7 @@ def test_quick_with_slots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "the sharer holds 1 fact (3 slots), the receiver two others" in capsys.readouterr().out
     adapter = LatentSlots.from_pretrained(tmp_path / "adapters" / "3-slots-1-fact")
     assert adapter.config.slots == found["experiments"][1]["slots"] == 3
+    assert adapter.trained_between == between(tmp_path) and adapter.trained_placement == "append"
     message = Message.load(tmp_path / "messages" / "3-slots-1-fact.lcf")
     adapter.expand(message)
     assert message.slots == 3 and message.slot_weights is not None and message.slot_weights.shape[-1] == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,6 +135,16 @@ def test_no_more_parameters_than_lcf_x() -> None:
 def test_what_is_refused(more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", "--quick", "--out", str(tmp_path / "out"), *more]) == 2
     assert more[0] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_transformers_it_is_one_line_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["study", "--quick", "--workers", "1", "--out", str(tmp_path / "out")]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("lcf-fast study: error: study: expected transformers, which pip install")
     assert not (tmp_path / "out").exists()
 
 

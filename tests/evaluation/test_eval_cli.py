@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -384,6 +385,16 @@ def test_bad_input_is_one_line(
     assert said.startswith("lcf-fast eval: error:")
     assert match in said
     assert not (tmp_path / "out" / "predictions.jsonl").exists()
+
+
+def test_small_agents_without_transformers_are_one_line_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["eval", "--quick", "--out", str(tmp_path / "out"), "--agents", str(tmp_path / "agents")]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("lcf-fast eval: error: eval: expected transformers, which pip install")
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_adapter_of_another_pair_is_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_folders import save_tiny_model, write_lines
 
-from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig
+from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig
 from lcf_fast.cli import main
 from lcf_fast.training import prune_command
 from lcf_fast.training.batches import Batch, ExampleData
@@ -235,6 +235,13 @@ def test_what_an_adapter_needs_is_told(folder: Path, tmp_path: Path, capsys: pyt
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
+    geometry = CacheGeometry(2, 1, 16)
+    LatentSlots(LCFConfig(geometry, geometry, bottleneck=64, slots=2)).save_pretrained(tmp_path / "slots")
+    for more in ([], ["--audit-only"], ["--layers", "0"]):
+        assert main(["prune", str(tmp_path / "slots"), out, *more]) == 2
+        said = capsys.readouterr().err
+        assert "ADAPTER: expected LCF or LCF-X (slots adapters are not pruned" in said
+        assert "from_pretrained" not in said
     adapter = LatentCacheFlow.from_pretrained(mine)
     with torch.no_grad():
         adapter.gate_logit.fill_(0.0)
