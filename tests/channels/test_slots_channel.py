@@ -255,10 +255,19 @@ def test_what_is_refused(receiver: Agent, sharer: Agent) -> None:
             call(REQUESTS[:1], max_new_tokens=1)
 
 
-def test_rows_of_different_slots_stay_within_a_sliding_window(sharer: Agent) -> None:
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_rows_slide_out_of_a_window_as_they_do_alone(placement: str, sharer: Agent) -> None:
+    """A window counts columns: neither padding nor another row's slots take any of it."""
     me = agent("me", "mistral", 1)
-    me.model.config.sliding_window = 24
-    made = channel(me, sharer)
-    made.next_logits(REQUESTS[1:2])
-    with pytest.raises(ShapeError, match="sliding window"):
-        made.next_logits([REQUESTS[1], replace(REQUESTS[1], sharers=())])
+    longer = replace(REQUESTS[1], context="Six seven. Eight nine ten eleven. " * 3)
+    requests = [replace(REQUESTS[2], context="Six."), longer, replace(REQUESTS[1], sharers=())]
+    lengths = [len(prompt) for prompt in me.prompts([request.asked() for request in requests])]
+    me.model.config.sliding_window = min(lengths) + 6
+    assert max(lengths) > me.model.config.sliding_window + 20
+    made = channel(me, sharer, placement=placement)
+    made.check(requests, 8)
+    alone = torch.cat([made.next_logits([request])[0] for request in requests])
+    torch.testing.assert_close(made.next_logits(requests)[0], alone, rtol=1e-4, atol=1e-4)
+    assert texts(made, requests) == [texts(made, [request])[0] for request in requests]
+    nobody = NoneChannel(me).next_logits(requests[:1])[0]
+    assert float((alone[0] - nobody[0]).abs().max()) > 1e-2
