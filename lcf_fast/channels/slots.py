@@ -114,7 +114,8 @@ class SlotsChannel(Channel):
                     cache = padding_first(cache, torch.cat([mask[:, :-1], there], 1))
         else:
             with clock.of("communication"):
-                placed = self._place(message, there, 0, batch)
+                length = max(len(prompt) - 1 + count for prompt, count in zip(prompts, counts))
+                placed = self._place(message, there, 0, batch, length)
             with clock.of("receiver"):
                 cache = read_behind(receiver.model, placed, there, ids[:, :-1], mask[:, :-1])
         long_ids, long_mask = with_slots(ids, mask, there, placement=self.placement)
@@ -170,11 +171,13 @@ class SlotsChannel(Channel):
             filled.append(replace(message, latent=latent))
         return Message.stack(filled), there
 
-    def _place(self, message: Message, there: Tensor, before: Tensor | int, batch: int) -> list[Pair]:
+    def _place(
+        self, message: Message, there: Tensor, before: Tensor | int, batch: int, length: int | None = None
+    ) -> list[Pair]:
         """Keys and values ``(B, Hr, k, Dr)`` a layer, zeros in rows without a message."""
         rows = there.any(1).nonzero().flatten()
         positions = slot_positions(before, there, batch, there.device)[rows]
-        placed = self.adapter.place(self.receiver.model, message, positions)
+        placed = self.adapter.place(self.receiver.model, message, positions, length=length)
         if len(rows) == batch:
             return placed
         return [(_spread(key, rows, batch), _spread(value, rows, batch)) for key, value in placed]

@@ -242,9 +242,11 @@ class TrainingStep(nn.Module):
         if there is None:
             injected: Sequence[Pair] = adapter.inject(caches.receiver, message, attention_mask=mask)
             return injected
-        before = mask.sum(1) if self.placement == "append" else 0
-        placed = adapter.place(receiver, message, slot_positions(before, there, len(mask), mask.device))
-        if self.placement == "append":
+        is_behind = self.placement == "append"
+        positions = slot_positions(mask.sum(1) if is_behind else 0, there, len(mask), mask.device)
+        length = None if is_behind else int((mask.sum(1) + there.sum(1)).max())
+        placed = adapter.place(receiver, message, positions, length=length)
+        if is_behind:
             appended: Sequence[Pair] = extend_cache(caches.receiver, caches.receiver, placed)
             if self._spans(batch) is None:  # every row has all slots
                 return appended

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from tiny_agents import agent
-from tiny_slots import slots_adapter
+from tiny_slots import by_length, family_model, slots_adapter
 from tiny_tokenizers import CHATML_SYSTEM
 from torch import Tensor
 
 from lcf_fast import CacheGeometry, LatentSlots, LCFConfig, SlotsSharerSide
 from lcf_fast.channels import Agent, NoneChannel, Request, Sharer, SlotsChannel
+from lcf_fast.channels.base import Clock
 from lcf_fast.channels.controls import CONTROLS
 from lcf_fast.errors import GeometryError, IndexRangeError, LCFError, MessageError, ShapeError
 from lcf_fast.evaluation.entrants import entrants
@@ -253,6 +254,27 @@ def test_what_is_refused(receiver: Agent, sharer: Agent) -> None:
     for call in (channel(short, sharer).answer, lambda some, max_new_tokens: channel(short, sharer).check(some, 1)):
         with pytest.raises(ShapeError, match="max_position_embeddings"):
             call(REQUESTS[:1], max_new_tokens=1)
+
+
+def test_a_prefix_turns_by_the_frequencies_of_the_prompt_behind_it(sharer: Agent) -> None:
+    model = family_model("llama", vocab_size=640, **by_length("longrope"))
+    me = Agent("me", model, agent("me", "llama", 1).tokenizer)
+    made = channel(me, sharer, placement="prefix", dtype="float32")
+    request = replace(REQUESTS[0], context="Six seven. Eight nine ten eleven. " * 3)
+    tokens = len(me.prompts([request.asked()])[0])
+    assert tokens > 60
+    prepared = made.prepare([request], Clock(me.device), 1)
+    heard = torch.tensor([sharer.reader.text("One two three.\n\nFour five!")[0]])
+    with torch.no_grad():
+        message = made.adapter.summarize(prefill(sharer.model, heard, torch.ones_like(heard)))
+        cache = made.adapter.prefix(model, message, length=tokens - 1 + 3)
+    for (key, _), layer in zip(prepared.cache, cache.layers):
+        torch.testing.assert_close(key[:, :, :3], layer.keys, rtol=1e-4, atol=1e-4)
+    # As the model turns the same keys where it reads that far itself.
+    bare = made.adapter.expand(message)[0][0]
+    cos, sin = model.base_model.rotary_emb(bare, torch.arange(tokens + 2)[None])
+    half = torch.cat([-bare[..., 8:], bare[..., :8]], -1)
+    torch.testing.assert_close(cache.layers[0].keys, bare * cos[:, None, :3] + half * sin[:, None, :3])
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

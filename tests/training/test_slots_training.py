@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from tiny_folders import save_tiny_model, write_lines
-from tiny_slots import family_model
+from tiny_slots import BY_LENGTH, by_length, family_model
 from tiny_training import RandomData, read_log, tiny_adapter, tiny_model, tiny_settings, tiny_store
 from torch import Tensor
 
 from lcf_fast import CacheGeometry, LatentSlots, LCFConfig
 from lcf_fast.cli import main
 from lcf_fast.errors import DTypeError, GeometryError, LCFError
-from lcf_fast.reading.prefill import dynamic_cache
+from lcf_fast.reading.prefill import dynamic_cache, prefill
 from lcf_fast.training import prefills as prefills_module
 from lcf_fast.training import step as step_module
 from lcf_fast.training.batches import Batch, collate
@@ -121,6 +121,20 @@ def test_an_item_slides_out_of_a_window_as_it_does_alone(placement: str, per_spa
     torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-4)
     for got, wanted in zip(torch.autograd.grad(together, list(adapter.parameters())), gradients):
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_a_prefix_turns_by_the_frequencies_of_the_prompt_behind_it(kind: str) -> None:
+    sharer, receiver = family_model("qwen3", 1), family_model("llama", 2, **by_length(kind))
+    adapter = adapter_of((sharer, receiver)).eval()
+    step = TrainingStep(adapter, receiver, OnlinePrefills(sharer, receiver), placement="prefix")
+    prompt, response, told = (list(range(3, 3 + n)) for n in (50, 3, 12))
+    batch = collate([TokenizedExample("0", prompt, response, told, spans=[(0, 12)])])
+    edited = step.edit(batch, step._prefiller(batch))
+    message = adapter.summarize(prefill(sharer, torch.tensor([told]), torch.ones(1, 12)))
+    wanted = adapter.prefix(receiver, message, length=SLOTS + 49)
+    for (key, _), layer in zip(edited, wanted.layers):
+        torch.testing.assert_close(key[:, :, :SLOTS], layer.keys, rtol=1e-4, atol=1e-4)
 
 
 def test_the_guard_is_the_hinge_on_a_neighbours_message(models: tuple[Any, Any]) -> None:
