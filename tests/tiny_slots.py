@@ -42,6 +42,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {}),
     "gemma2": ("Gemma2", {}),
     "gemma3": ("Gemma3Text", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "phi3": ("Phi3", {"hidden_size": 64}),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
 }
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..caches import Pair, extend_cache
+from ..errors import ShapeError
 from ..message import Message
 from ..placement import placement_of, slot_positions, with_slots
 from ..quantization import storage_of
 from ..reading.chat import window_size
 from ..reading.padding import padding_first, shifted_spans
-from ..reading.prefill import read_behind
+from ..reading.prefill import read_behind, turns_at
 from ..slot_spans import summarize_spans
 from ..slots import LatentSlots
 from ..span_text import Bounds
@@ -87,6 +88,8 @@ class SlotsChannel(Channel):
                 slots[row] += len(bounds) * (sharer.adapter.slot_count if self.slots is None else self.slots)
         for prompt, own in zip(prompts, slots):
             self.receiver.check_length(len(prompt) + own, room)
+            self._check_turn([len(prompt)], [own])
+            self._check_asked(len(prompt) + own, room)
 
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         receiver, batch = self.receiver, len(requests)
@@ -104,6 +107,7 @@ class SlotsChannel(Channel):
         counts = there.sum(1).tolist()
         for prompt, count in zip(prompts, counts):
             receiver.check_length(len(prompt) + count, room)
+        self._check_turn([len(prompt) for prompt in prompts], counts)
         if self.placement == "append":
             with clock.of("receiver"):
                 own = receiver.read(ids[:, :-1], mask[:, :-1])
@@ -170,6 +174,15 @@ class SlotsChannel(Channel):
             latent = torch.nn.functional.pad(message.latent, (0, 0, 0, width - message.slots))
             filled.append(replace(message, latent=latent))
         return Message.stack(filled), there
+
+    def _check_turn(self, prompts: Sequence[int], counts: Sequence[int]) -> None:
+        """Refuse appended slots that reach beyond where a model's keys turn otherwise, behind a prompt that does not:
+        what has read them would look for the prompt's keys where they are not."""
+        most = turns_at(self.receiver.model) if self.placement == "append" else None
+        longest = max(map(sum, zip(prompts, counts)))
+        if most is not None and max(prompts) - 1 <= most < longest - 1:
+            expected = f"all within {most} tokens, or prompts beyond (longrope turns keys otherwise there)"
+            raise ShapeError(self.receiver.name, expected=expected, got=f"{max(prompts)}, with slots {longest}")
 
     def _place(
         self, message: Message, there: Tensor, before: Tensor | int, batch: int, length: int | None = None

@@ -11,7 +11,17 @@ from torch import Tensor
 from ..caches import Pair, cache_argument, cache_layers
 from .padding import padding_first
 
-__all__ = ["DTYPES", "dynamic_cache", "positions_of", "prefill", "read_behind", "read_on", "sliding_window"]
+__all__ = [
+    "DTYPES",
+    "dynamic_cache",
+    "forgets_at",
+    "positions_of",
+    "prefill",
+    "read_behind",
+    "read_on",
+    "sliding_window",
+    "turns_at",
+]
 
 #: Of frozen models, by the name that settings give a precision.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -81,3 +91,24 @@ def sliding_window(model: Any) -> int | None:
         return None
     window: int | None = getattr(config, "sliding_window", None)
     return window
+
+
+def forgets_at(model: Any) -> int | None:
+    """Tokens beyond which ``generate()`` of a model drops a cache of no more, and reads anew (Phi-3, Phi-MoE).
+
+    They do so in a `prepare_inputs_for_generation` of their own, whatever their rope type.
+    """
+    from transformers import GenerationMixin
+
+    if getattr(type(model), "prepare_inputs_for_generation", None) is GenerationMixin.prepare_inputs_for_generation:
+        return None
+    most: int | None = getattr(model.config, "original_max_position_embeddings", None)
+    return most
+
+
+def turns_at(model: Any) -> int | None:
+    """Tokens beyond which a call turns its keys by another set of frequencies, where a layer's rope is "longrope"."""
+    told = getattr(model.config, "rope_parameters", None) or {}
+    kinds = [told, *(own for own in told.values() if isinstance(own, dict))]  # one for each type of layers, or one
+    found = [own["original_max_position_embeddings"] for own in kinds if own.get("rope_type") == "longrope"]
+    return min(found, default=None)

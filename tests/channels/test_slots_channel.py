@@ -278,6 +278,33 @@ def test_a_prefix_turns_by_the_frequencies_of_the_prompt_behind_it(sharer: Agent
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_a_length_at_which_keys_turn_otherwise_is_not_crossed(family: str, placement: str, sharer: Agent) -> None:
+    """By appended slots, behind a prompt within it; and by an answer of Phi-3, which forgets its cache there."""
+    model = family_model(family, vocab_size=640, **by_length("longrope"))
+    me = Agent("me", model, agent("me", "llama", 1).tokenizer)
+    made = channel(me, sharer, placement=placement)
+    request = replace(REQUESTS[0], context="Six seven. Eight nine ten eleven.")
+    (prompt,) = me.prompts([request.asked()])
+    held = len(prompt) - 1
+    across = range(held, held + 3) if placement == "append" else range(0)
+    if family == "phi3":
+        across = range(held if placement == "append" else held + 3, held + 3 + 8)
+    for most in range(held - 2, held + 14):
+        model.config.rope_parameters["original_max_position_embeddings"] = most
+        if family == "phi3":
+            model.config.original_max_position_embeddings = most
+        if most in across:
+            with pytest.raises(ShapeError, match=f"within {most} tokens"):
+                made.check([request], 8)
+            with pytest.raises(ShapeError, match=f"within {most} tokens"):
+                texts(made, [request])
+        else:
+            made.check([request], 8)
+            texts(made, [request])
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_rows_slide_out_of_a_window_as_they_do_alone(placement: str, sharer: Agent) -> None:
     """A window counts columns: neither padding nor another row's slots take any of it."""
     me = agent("me", "mistral", 1)
