@@ -102,22 +102,29 @@ class Rotary:
             kinds.append(kind)
         return cls(embedding, apply, kinds, heads)
 
-    def rotate(self, keys: Sequence[Tensor], positions: Tensor) -> list[Tensor]:
+    def rotate(self, keys: Sequence[Tensor], positions: Tensor, *, length: int | None = None) -> list[Tensor]:
         """Keys that are at no position, ``(B, H, n, D)`` a layer of the model, to ``positions (B, n)``; new tensors.
+
+        ``length``: of the whole that these are a part of, where it goes on behind them: "longrope" and "dynamic" take
+        their frequencies from the last position of a call. None: it ends with them.
 
         Raises:
             DTypeError: no tensors. GeometryError: other layers, KV heads or head dim than the model's.
-            ShapeError, DTypeError, DeviceError, IndexRangeError: ``positions`` that do not fit, are no ints, have no
-                memory, or are negative (looked at where they lie on the CPU).
+            ShapeError, DTypeError, DeviceError, IndexRangeError: ``length`` or ``positions`` that do not fit, are no
+                ints, have no memory, or are negative (looked at where they lie on the CPU).
         """
-        return self._all(keys, positions, inverse=False)
+        return self._all(keys, positions, length, inverse=False)
 
     def unrotate(self, keys: Sequence[Tensor], positions: Tensor) -> list[Tensor]:
         """The inverse of `rotate`: keys as a cache has them, without their positions. Arguments and errors as there."""
-        return self._all(keys, positions, inverse=True)
+        return self._all(keys, positions, None, inverse=True)
 
-    def check(self, layers: int, shape: Sequence[int], positions: Any) -> None:
+    def check(self, layers: int, shape: Sequence[int], positions: Any, length: Any = None) -> None:
         """Raises what `rotate` raises for keys ``(B, H, n, D)`` of so many layers at ``positions``."""
+        if length is not None and (not isinstance(length, int) or isinstance(length, bool)):
+            raise DTypeError("length", expected="an int, or None", got=type(length).__name__)
+        if length is not None and length < shape[2]:
+            raise ShapeError("length", expected=f"{shape[2]} or more, as many as there are keys", got=str(length))
         if layers != len(self.kinds):
             raise GeometryError("keys", expected=f"{len(self.kinds)} layers, as the model's", got=str(layers))
         for own in {*self.heads} - {(shape[1], shape[3])}:
@@ -133,10 +140,10 @@ class Rotary:
         if reads_values(positions) and positions.numel() and int(positions.min()) < 0:
             raise IndexRangeError("positions", expected="0 or more", got=f"values down to {int(positions.min())}")
 
-    def _all(self, keys: Sequence[Tensor], positions: Tensor, *, inverse: bool) -> list[Tensor]:
+    def _all(self, keys: Sequence[Tensor], positions: Tensor, length: int | None, *, inverse: bool) -> list[Tensor]:
         if not isinstance(keys, Sequence) or not all(isinstance(key, Tensor) and key.dim() == 4 for key in keys):
             raise DTypeError("keys", expected="a tensor (B, H, n, D) a layer", got=type(keys).__name__)
-        self.check(len(keys), keys[0].shape if keys else (0, 0, 0, 0), positions)
+        self.check(len(keys), keys[0].shape if keys else (0, 0, 0, 0), positions, length)
         key = keys[0]
         positions = positions.to(key.device, torch.int64)
         turned: dict[int, Tensor] = {}
@@ -144,7 +151,7 @@ class Rotary:
             rows = [row for row, other in enumerate(self.kinds) if other == kind]
             # Side by side, as so many heads: every head turns alike, so that one product turns all layers.
             beside = torch.cat([keys[row] for row in rows], 1)
-            whole = self._applied(beside, *self._angles(key, positions, kind, inverse))
+            whole = self._applied(beside, *self._angles(key, positions, kind, inverse, length))
             turned |= zip(rows, whole.split([keys[row].shape[1] for row in rows], 1))
         return [turned[row] for row in range(len(keys))]
 
@@ -153,12 +160,18 @@ class Rotary:
         bare = self._applied(key, *self._angles(key, before, kind, True))
         return self._applied(bare, *self._angles(key, after, kind, False))
 
-    def _angles(self, key: Tensor, positions: Tensor, kind: str, inverse: bool) -> tuple[Tensor | None, Tensor | None]:
+    def _angles(
+        self, key: Tensor, positions: Tensor, kind: str, inverse: bool, length: int | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
         if kind == _NONE:
             return None, None
+        if length is not None:  # shown to the embedding as a position more
+            positions = torch.nn.functional.pad(positions, (0, 1), value=length - 1)
         with torch.no_grad():
             options = () if kind == _ONLY else (kind,)
             cos, sin = self._embedding(key, positions, *options)
+        if length is not None:
+            cos, sin = cos[:, :-1], sin[:, :-1]
         if not inverse:
             return cos, sin
         # Some rope types scale cosine and sine, and so the key; its length is set back as well.

@@ -130,7 +130,13 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
         )
 
     def place(
-        self, receiver: Any, message: Message, positions: Tensor, *, into: Sequence[Pair] | None = None
+        self,
+        receiver: Any,
+        message: Message,
+        positions: Tensor,
+        *,
+        into: Sequence[Pair] | None = None,
+        length: int | None = None,
     ) -> list[Pair]:
         """:meth:`expand`, the keys rotated to positions by the receiver's own rotary embedding.
 
@@ -140,6 +146,7 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
             into: where they are to lie, one ``(key, value)`` a layer, ``(B, Hr, k, Dr)`` of one dtype: views of a
                 preallocated cache or of a page of one, with any strides but the last one's, which is 1. Values are
                 written straight there, keys by way of as many numbers more; for inference, as :meth:`append_`.
+            length: as in :meth:`prefix`.
 
         Returns:
             New tensors in float32; or those of ``into``.
@@ -152,18 +159,18 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
         rotary = Rotary.of(receiver)
         if into is None:
             expanded = self.expand(message)
-            keys = rotary.rotate([key for key, _ in expanded], positions)
+            keys = rotary.rotate([key for key, _ in expanded], positions, length=length)
             return [(key, value) for key, (_, value) in zip(keys, expanded)]
         latent, geometry = self._latent(message, "message"), self.config.receiver
         made = (latent.shape[1], geometry.kv_heads, latent.shape[2], geometry.head_dim)
-        rotary.check(geometry.layers, made, positions)
+        rotary.check(geometry.layers, made, positions, length)
         return ops.expand_slots_layers_(
             latent,
             self._weights(),
             into,
             kv_heads=geometry.kv_heads,
             norm_eps=self.config.norm_eps,
-            turn=lambda keys: rotary.rotate(keys, positions),
+            turn=lambda keys: rotary.rotate(keys, positions, length=length),
         )
 
     def append(
@@ -236,17 +243,21 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
         positions = slot_positions(before, latent.shape[2], key.shape[0], key.device)
         return layers, replace(message, latent=latent), positions
 
-    def prefix(self, receiver: Any, message: Message, *, dtype: torch.dtype | None = None) -> Any:
+    def prefix(
+        self, receiver: Any, message: Message, *, dtype: torch.dtype | None = None, length: int | None = None
+    ) -> Any:
         """A cache of the slots alone, at positions 0 to k - 1: the receiver then reads its whole prompt behind them.
 
         Args:
             receiver, message: as in :meth:`place`.
             dtype: of the cache; None: the receiver model's own, float32 where that is not known.
+            length: of slots and prompt together, as far as one call reads it, in the longest row: needed for rope types
+                that go by it ("longrope", "dynamic"); None: the slots' own.
 
         Returns:
             A ``DynamicCache`` of k positions.
 
-        Raises: as :meth:`place`; DTypeError for ``dtype``.
+        Raises: as :meth:`place`; DTypeError for ``dtype``, DTypeError or ShapeError for ``length``.
         """
         from .reading.prefill import dynamic_cache
 
@@ -255,7 +266,7 @@ class LatentSlots(SummarizesSlots, Captures, nn.Module):
             raise DTypeError("dtype", expected="a float dtype of torch, or None", got=repr(wanted))
         latent = self._latent(message, "message")
         positions = torch.arange(latent.shape[2], device=latent.device)[None]
-        placed = self.place(receiver, message, positions)
+        placed = self.place(receiver, message, positions, length=length)
         return dynamic_cache((key.to(wanted), value.to(wanted)) for key, value in placed)
 
     # --- messages

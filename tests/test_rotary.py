@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_slots import FAMILIES, family_model
+from tiny_slots import BY_LENGTH, FAMILIES, by_length, family_model
 from torch import Tensor
 
 from lcf_fast.errors import DTypeError, GeometryError, IndexRangeError, LCFError, ShapeError
@@ -35,6 +35,27 @@ def test_a_models_own_keys_turn_as_the_model_turns_them(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4)
     if name != "smollm3":
         assert all(float((a - b).abs().max()) > 0.1 for a, b in zip(first, second)), "nothing was turned"
+
+
+@pytest.mark.parametrize("total", [30, 90])
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_a_part_of_a_longer_text_turns_by_the_texts_frequencies(kind: str, total: int) -> None:
+    model = family_model("llama", **by_length(kind))
+    rotary, at = Rotary.of(model), torch.arange(total)[None]
+    own = keys_of(model, torch.randint(3, 61, (1, total)), at)
+    bare = [key[:, :, :4] for key in rotary.unrotate(own, at)]
+    for got, wanted in zip(rotary.rotate(bare, at[:, :4], length=total), own):
+        torch.testing.assert_close(got, wanted[:, :, :4], rtol=1e-4, atol=1e-4)
+    if kind == "longrope" and total > 40:
+        alone = rotary.rotate(bare, at[:, :4])
+        assert float((alone[0] - own[0][:, :, :4]).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize(("length", "error"), [(3, ShapeError), (4.0, DTypeError), (True, DTypeError)])
+def test_bad_lengths(length: Any, error: type[LCFError]) -> None:
+    keys = [torch.ones(1, 2, 4, 16)] * 3
+    with pytest.raises(error, match="length"):
+        Rotary.of(family_model("qwen3")).rotate(keys, torch.arange(4)[None], length=length)
 
 
 def test_layers_of_several_kinds_are_told_apart() -> None:

@@ -33,6 +33,7 @@ def tiny_model(family: str, seed: int, *, layers: int = 2, limit: int = 512) -> 
         "llama": (t.LlamaConfig, t.LlamaForCausalLM),
         "mistral": (t.MistralConfig, t.MistralForCausalLM),
         "gemma": (t.GemmaConfig, t.GemmaForCausalLM),
+        "phi3": (t.Phi3Config, t.Phi3ForCausalLM),
     }
     config, model = kinds[family]
     torch.manual_seed(seed)

@@ -42,8 +42,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {}),
     "gemma2": ("Gemma2", {}),
     "gemma3": ("Gemma3Text", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "phi3": ("Phi3", {"hidden_size": 64}),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
 }
+
+
+#: Rope types whose frequencies go by the last position of a call: other ones from the 41st on.
+BY_LENGTH: dict[str, dict[str, Any]] = {
+    "dynamic": {"factor": 4.0},
+    "longrope": {"factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8},
+}
+
+
+def by_length(kind: str) -> dict[str, Any]:
+    """What a configuration of such a rope type has beside, for `family_model`."""
+    own = {"rope_type": kind, "rope_theta": 10000.0, "original_max_position_embeddings": 40, **BY_LENGTH[kind]}
+    return {"rope_parameters": own, "max_position_embeddings": 40 if kind == "dynamic" else 256}
 
 
 def family_model(name: str, seed: int = 0, **more: Any) -> Any:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..caches import Pair, cache_argument
-from ..errors import GeometryError
-from ..reading.prefill import dynamic_cache
+from ..errors import GeometryError, ShapeError
+from ..reading.prefill import dynamic_cache, forgets_at
 from .agent import Agent
 from .clock import Clock, LaunchCount
 from .request import Answer, Request, Timings
@@ -48,9 +48,11 @@ class Channel(ABC):
     Attributes:
         name: as reports call it.
         receiver: who answers.
+        edits: whether the cache holds more than the receiver's reading of the prompt, so that reading anew loses it.
     """
 
     name: str
+    edits: bool = True
 
     def __init__(self, receiver: Agent) -> None:
         self.receiver = receiver
@@ -72,7 +74,20 @@ class Channel(ABC):
         Raises:
             As `prepare`: too long for a model, a template that refuses them, a decoy that is missing.
         """
-        self.receiver.prompts([request.asked() for request in requests], room)
+        for prompt in self.receiver.prompts([request.asked() for request in requests], room):
+            self._check_asked(len(prompt), room)
+
+    def _check_asked(self, tokens: int, room: int) -> None:
+        """Of `check`: a prompt of so many tokens, slots among them."""
+        if room > 1:  # a single one may be asked by `next_logits`, which keeps the cache
+            self._check_kept(tokens - 1, tokens, room)
+
+    def _check_kept(self, held: int, tokens: int, room: int) -> None:
+        """Refuse what ``generate()`` would drop the edited cache of, ``held`` of ``tokens``, without a word."""
+        most = forgets_at(self.receiver.model) if self.edits else None
+        if most is not None and held <= most < tokens - 1 + room:
+            expected = f"all within {most} tokens, or a prompt beyond (generate() reads anew there, without messages)"
+            raise ShapeError(self.receiver.name, expected=expected, got=f"{tokens} and {room} to come")
 
     @torch.no_grad()
     def answer(self, requests: Sequence[Request], *, max_new_tokens: int = 32, **options: Any) -> list[Answer]:
@@ -83,8 +98,8 @@ class Channel(ABC):
                 the model's own generation config holds beside them (`Agent.greedy`: options that leave nothing of it).
 
         Raises:
-            GeometryError: no request; a sharer that the channel does not have. ShapeError: too long for a model. And
-                as the channel's own parts raise.
+            GeometryError: no request; a sharer that the channel does not have. ShapeError: too long for a model, or
+                across the length at which it drops a cache (Phi-3). And as the channel's own parts raise.
         """
         check_requests(requests)
         from transformers import StoppingCriteriaList
@@ -93,6 +108,7 @@ class Channel(ABC):
         with self.call():
             prepared = self.prepare(requests, clock, max_new_tokens)
             cache = dynamic_cache(prepared.cache)
+            self._check_kept(cache.get_seq_length(), prepared.ids.shape[1], max_new_tokens)
             if (times := self._rows_a_request(options)) > 1:  # generate() expands all that it is given but the cache
                 cache.batch_repeat_interleave(times)
             criteria = [_Watch(clock), *options.pop("stopping_criteria", ())]

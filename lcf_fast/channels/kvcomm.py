@@ -163,7 +163,10 @@ class KVCommChannel(Channel):
 
     def check(self, requests: Sequence[Request], room: int) -> None:
         """As `Channel.check`."""
-        self._plan(requests, sent_for(requests, self.control), room)
+        plan = self._plan(requests, sent_for(requests, self.control), room)
+        for row, prompt in enumerate(plan.prompts):
+            contexts = sum(len(read[row]) for read in plan.contexts.values() if row in read)
+            self._check_asked(contexts + len(prompt), room)
 
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         """As `Channel.prepare`, with layers of different lengths: to be gone on from within the same

@@ -95,7 +95,7 @@ class LCFChannel(Channel):
     def check(self, requests: Sequence[Request], room: int) -> None:
         """As `Channel.check`."""
         told = sent_for(requests, self.control)
-        self.receiver.prompts([request.asked() for request in requests], room)
+        super().check(requests, room)
         for name, sharer in self.sharers.items():
             for row in rows_of(requests, name, self.sharers):
                 self._read(sharer.agent, requests[row], told[row])

@@ -17,6 +17,7 @@ class NoneChannel(Channel):
     """The receiver answers from what it has read itself."""
 
     name = "none"
+    edits = False
 
     def chat(self, request: Request) -> list[tuple[str, str]]:
         """What the receiver reads."""

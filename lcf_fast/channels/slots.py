@@ -14,8 +14,8 @@ from ..message import Message
 from ..placement import placement_of, slot_positions, with_slots
 from ..quantization import storage_of
 from ..reading.chat import window_size
-from ..reading.padding import shifted_spans
-from ..reading.prefill import dynamic_cache, read_on, sliding_window
+from ..reading.padding import padding_first, shifted_spans
+from ..reading.prefill import read_behind, turns_at
 from ..slot_spans import summarize_spans
 from ..slots import LatentSlots
 from ..span_text import Bounds
@@ -33,7 +33,8 @@ class SlotsChannel(Channel):
     """Cross context: each sharer reads its own paragraphs and sends a message of k slots, through its bytes.
 
     A request that a sharer has no context for, or does not choose it, has no slots of it; slots of several sharers lie
-    side by side. Rows of a batch may have different ones, or none: what a row has not is masked out.
+    side by side. Rows of a batch may have different ones, or none: what a row has not is masked out, and stands with
+    its padding before all that it has, since a sliding window counts columns.
 
     Args:
         adapter: the receiver's.
@@ -87,6 +88,8 @@ class SlotsChannel(Channel):
                 slots[row] += len(bounds) * (sharer.adapter.slot_count if self.slots is None else self.slots)
         for prompt, own in zip(prompts, slots):
             self.receiver.check_length(len(prompt) + own, room)
+            self._check_turn([len(prompt)], [own])
+            self._check_asked(len(prompt) + own, room)
 
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
         receiver, batch = self.receiver, len(requests)
@@ -101,20 +104,27 @@ class SlotsChannel(Channel):
             return Prepared(ids, mask, cache, sizes)
         with clock.of("communication"):
             message, there = self._received(sent)
-        self._check_lengths(prompts, there, room)
+        counts = there.sum(1).tolist()
+        for prompt, count in zip(prompts, counts):
+            receiver.check_length(len(prompt) + count, room)
+        self._check_turn([len(prompt) for prompt in prompts], counts)
         if self.placement == "append":
             with clock.of("receiver"):
                 own = receiver.read(ids[:, :-1], mask[:, :-1])
             with clock.of("communication"):
                 placed = self._place(message, there, mask[:, :-1].sum(1), batch)
                 cache = list(extend_cache(own, own, placed))
+                if len({*counts}) > 1:
+                    cache = padding_first(cache, torch.cat([mask[:, :-1], there], 1))
         else:
             with clock.of("communication"):
-                placed = self._place(message, there, 0, batch)
+                length = max(len(prompt) - 1 + count for prompt, count in zip(prompts, counts))
+                placed = self._place(message, there, 0, batch, length)
             with clock.of("receiver"):
-                cache = self._read_behind(placed, there, ids[:, :-1], mask[:, :-1])
+                cache = read_behind(receiver.model, placed, there, ids[:, :-1], mask[:, :-1])
         long_ids, long_mask = with_slots(ids, mask, there, placement=self.placement)
-        return Prepared(long_ids, long_mask, cache, sizes)
+        long_mask, order = long_mask.sort(dim=1, stable=True)
+        return Prepared(long_ids.gather(1, order), long_mask, cache, sizes)
 
     def _read(self, sharer: Sharer, paragraphs: Sequence[str]) -> tuple[list[int], Bounds]:
         """Tokens of a sharer's context, without a template as it is asked nothing, and what is pooled by itself."""
@@ -165,30 +175,25 @@ class SlotsChannel(Channel):
             filled.append(replace(message, latent=latent))
         return Message.stack(filled), there
 
-    def _check_lengths(self, prompts: Sequence[Sequence[int]], there: Tensor, room: int) -> None:
-        for prompt, count in zip(prompts, there.sum(1).tolist()):
-            self.receiver.check_length(len(prompt) + count, room)
-        window = sliding_window(self.receiver.model)
-        columns = max(map(len, prompts)) + there.shape[1]
-        # A window counts columns, also those of slots that a row has not.
-        if window is not None and columns + room > window and not bool(there.all()):
-            expected = f"prompts and slots within the sliding window of {window}, or as many slots in every row"
-            raise ShapeError(self.receiver.name, expected=expected, got=f"{columns} and {room} to come")
+    def _check_turn(self, prompts: Sequence[int], counts: Sequence[int]) -> None:
+        """Refuse appended slots that reach beyond where a model's keys turn otherwise, behind a prompt that does not:
+        what has read them would look for the prompt's keys where they are not."""
+        most = turns_at(self.receiver.model) if self.placement == "append" else None
+        longest = max(map(sum, zip(prompts, counts)))
+        if most is not None and max(prompts) - 1 <= most < longest - 1:
+            expected = f"all within {most} tokens, or prompts beyond (longrope turns keys otherwise there)"
+            raise ShapeError(self.receiver.name, expected=expected, got=f"{max(prompts)}, with slots {longest}")
 
-    def _place(self, message: Message, there: Tensor, before: Tensor | int, batch: int) -> list[Pair]:
+    def _place(
+        self, message: Message, there: Tensor, before: Tensor | int, batch: int, length: int | None = None
+    ) -> list[Pair]:
         """Keys and values ``(B, Hr, k, Dr)`` a layer, zeros in rows without a message."""
         rows = there.any(1).nonzero().flatten()
         positions = slot_positions(before, there, batch, there.device)[rows]
-        placed = self.adapter.place(self.receiver.model, message, positions)
+        placed = self.adapter.place(self.receiver.model, message, positions, length=length)
         if len(rows) == batch:
             return placed
         return [(_spread(key, rows, batch), _spread(value, rows, batch)) for key, value in placed]
-
-    def _read_behind(self, placed: Sequence[Pair], there: Tensor, ids: Tensor, mask: Tensor) -> list[Pair]:
-        """The receiver's cache of slots and prompt, the prompt read behind the slots."""
-        dtype = self.receiver.model.dtype
-        cache = dynamic_cache((key.to(dtype), value.to(dtype)) for key, value in placed)
-        return read_on(self.receiver.model, cache, ids, torch.cat([there, mask], 1))
 
 
 def _spread(part: Tensor, rows: Tensor, batch: int) -> Tensor:

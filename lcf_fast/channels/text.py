@@ -36,6 +36,8 @@ class TextChannel(Channel):
         GeometryError: no token, or a template without ``{note}`` or with a name that it does not know.
     """
 
+    edits = False
+
     def __init__(
         self,
         receiver: Agent,

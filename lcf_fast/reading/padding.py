@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..caches import Pair
 from ..span_text import Bounds
 from ..spans import Spans
 
-__all__ = ["padded", "shifted_index", "shifted_spans"]
+__all__ = ["padded", "padding_first", "shifted_index", "shifted_spans"]
 
 
 def padded(rows: Sequence[Sequence[int]], *, left: bool, fill: int = 0) -> tuple[Tensor, Tensor]:
@@ -23,6 +24,22 @@ def padded(rows: Sequence[Sequence[int]], *, left: bool, fill: int = 0) -> tuple
         ids[i, where] = torch.tensor(row, dtype=torch.int64, device="cpu")
         mask[i, where] = 1
     return ids, mask
+
+
+def padding_first(layers: Sequence[Pair], mask: Tensor) -> list[Pair]:
+    """A cache ``(B, H, N, D)`` a layer with each row's real columns, of a mask ``(B, N)``, at its end, in their order.
+
+    Keys keep their positions. A sliding window counts columns, and what a row has must have none between.
+    """
+    order = (mask != 0).long().argsort(dim=1, stable=True)
+    if bool((order == torch.arange(mask.shape[1], device=mask.device)).all()):
+        return list(layers)
+    at = order.to(layers[0][0].device)[:, None, :, None]
+    return [(_columns(key, at), _columns(value, at)) for key, value in layers]
+
+
+def _columns(part: Tensor, at: Tensor) -> Tensor:
+    return part.gather(2, at.expand(-1, part.shape[1], -1, part.shape[3]))
 
 
 def shifted_index(aligned: Sequence[Sequence[int]], starts: Sequence[int], width: int) -> Tensor:

@@ -6,7 +6,7 @@ on the response is what the adapter learns from (spec, sections 2 and 5). Rows m
 left, responses on the right, and positions count real tokens only.
 
 Slots are not an edit but further positions of that cache, before the last token or before the prompt; then the receiver
-reads its prompt with gradients, too.
+reads its prompt with gradients, too. Columns that a row has not stand before all that it has, as in the channel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from ..config import CacheGeometry
 from ..errors import GeometryError, ShapeError
 from ..message import Message
 from ..placement import check_placement, slot_positions
-from ..reading.prefill import DTYPES, dynamic_cache, positions_of, prefill, read_on
+from ..reading.padding import padding_first
+from ..reading.prefill import DTYPES, dynamic_cache, positions_of, prefill, read_behind
 from ..slot_spans import slots_there, summarize_spans
 from .timing import Stopwatch
 
@@ -240,14 +241,16 @@ class TrainingStep(nn.Module):
         if there is None:
             injected: Sequence[Pair] = adapter.inject(caches.receiver, message, attention_mask=mask)
             return injected
-        before = mask.sum(1) if self.placement == "append" else 0
-        placed = adapter.place(receiver, message, slot_positions(before, there, len(mask), mask.device))
-        if self.placement == "append":
+        is_behind = self.placement == "append"
+        positions = slot_positions(mask.sum(1) if is_behind else 0, there, len(mask), mask.device)
+        length = None if is_behind else int((mask.sum(1) + there.sum(1)).max())
+        placed = adapter.place(receiver, message, positions, length=length)
+        if is_behind:
             appended: Sequence[Pair] = extend_cache(caches.receiver, caches.receiver, placed)
-            return appended
-        cache = dynamic_cache((key.to(receiver.dtype), value.to(receiver.dtype)) for key, value in placed)
-        ids = batch.receiver_ids[:, :-1].to(receiver.device)
-        return read_on(receiver, cache, ids, torch.cat([there, mask.long()], 1))
+            if self._spans(batch) is None:  # every row has all slots
+                return appended
+            return padding_first(appended, torch.cat([mask.long(), there], 1))
+        return read_behind(receiver, placed, there, batch.receiver_ids[:, :-1].to(receiver.device), mask)
 
     def _watch(self, edited: Sequence[Pair]) -> None:
         # The receiver's backward is over when all of the edited cache has its gradient; what follows is the adapter's.
@@ -281,10 +284,9 @@ class TrainingStep(nn.Module):
         prompt_mask = batch.receiver_mask.to(device).long()
         slots = edited[0][0].shape[2] - (prompt_mask.shape[1] - 1)
         if slots:
-            at = prompt_mask.shape[1] - 1 if self.placement == "append" else 0
             there = self._there(batch, slots) if there is None else there
             assert there is not None
-            prompt_mask = torch.cat([prompt_mask[:, :at], there, prompt_mask[:, at:]], 1)
+            prompt_mask = torch.cat([there, prompt_mask], 1).sort(1).values
         last = batch.receiver_ids[:, -1:].to(device)
         mask = torch.cat([prompt_mask, response_mask[:, :-1].long()], 1)
         logits = receiver(

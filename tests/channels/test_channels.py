@@ -76,6 +76,31 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch(name: str, receiver: Age
     assert texts(channel, REQUESTS) == [texts(channel, [request])[0] for request in REQUESTS]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cache_that_generate_would_drop_is_refused(name: str) -> None:
+    """Phi-3 reads anew where it goes beyond a length, and has forgotten what was edited: only a plain cache may go."""
+    me = agent("me", "phi3", 1)
+    channel, request = channels_of(me, name), REQUESTS[1]
+    held = len(me.prompts([request.asked()])[0]) - 1
+    fed: list[int] = []
+    hook = me.model.register_forward_pre_hook(lambda _, a, kw: fed.append(kw["input_ids"].shape[1]), with_kwargs=True)
+    me.model.generation_config.eos_token_id = None
+    for most, is_across in [(held - 1, False), (held, True), (held + 7, True), (held + 8, False)]:
+        me.model.config.original_max_position_embeddings = most
+        if name.startswith("lcf") and is_across:
+            for call in (lambda: texts(channel, [request]), lambda: channel.check([request], 8)):
+                with pytest.raises(ShapeError, match=f"within {most} tokens"):
+                    call()
+            continue
+        fed.clear()
+        channel.check([request], 8)
+        texts(channel, [request])
+        if name.startswith("lcf"):
+            assert fed == [1] * 8, "the cache was dropped"
+        channel.next_logits([request])
+    hook.remove()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_of_models_serves_on_both_sides(family: str) -> None:
     receiver = agent("me", family, 1)

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from tiny_agents import agent
-from tiny_slots import slots_adapter
+from tiny_slots import by_length, family_model, slots_adapter
 from tiny_tokenizers import CHATML_SYSTEM
 from torch import Tensor
 
 from lcf_fast import CacheGeometry, LatentSlots, LCFConfig, SlotsSharerSide
 from lcf_fast.channels import Agent, NoneChannel, Request, Sharer, SlotsChannel
+from lcf_fast.channels.base import Clock
 from lcf_fast.channels.controls import CONTROLS
 from lcf_fast.errors import GeometryError, IndexRangeError, LCFError, MessageError, ShapeError
 from lcf_fast.evaluation.entrants import entrants
@@ -255,10 +256,67 @@ def test_what_is_refused(receiver: Agent, sharer: Agent) -> None:
             call(REQUESTS[:1], max_new_tokens=1)
 
 
-def test_rows_of_different_slots_stay_within_a_sliding_window(sharer: Agent) -> None:
+def test_a_prefix_turns_by_the_frequencies_of_the_prompt_behind_it(sharer: Agent) -> None:
+    model = family_model("llama", vocab_size=640, **by_length("longrope"))
+    me = Agent("me", model, agent("me", "llama", 1).tokenizer)
+    made = channel(me, sharer, placement="prefix", dtype="float32")
+    request = replace(REQUESTS[0], context="Six seven. Eight nine ten eleven. " * 3)
+    tokens = len(me.prompts([request.asked()])[0])
+    assert tokens > 60
+    prepared = made.prepare([request], Clock(me.device), 1)
+    heard = torch.tensor([sharer.reader.text("One two three.\n\nFour five!")[0]])
+    with torch.no_grad():
+        message = made.adapter.summarize(prefill(sharer.model, heard, torch.ones_like(heard)))
+        cache = made.adapter.prefix(model, message, length=tokens - 1 + 3)
+    for (key, _), layer in zip(prepared.cache, cache.layers):
+        torch.testing.assert_close(key[:, :, :3], layer.keys, rtol=1e-4, atol=1e-4)
+    # As the model turns the same keys where it reads that far itself.
+    bare = made.adapter.expand(message)[0][0]
+    cos, sin = model.base_model.rotary_emb(bare, torch.arange(tokens + 2)[None])
+    half = torch.cat([-bare[..., 8:], bare[..., :8]], -1)
+    torch.testing.assert_close(cache.layers[0].keys, bare * cos[:, None, :3] + half * sin[:, None, :3])
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_a_length_at_which_keys_turn_otherwise_is_not_crossed(family: str, placement: str, sharer: Agent) -> None:
+    """By appended slots, behind a prompt within it; and by an answer of Phi-3, which forgets its cache there."""
+    model = family_model(family, vocab_size=640, **by_length("longrope"))
+    me = Agent("me", model, agent("me", "llama", 1).tokenizer)
+    made = channel(me, sharer, placement=placement)
+    request = replace(REQUESTS[0], context="Six seven. Eight nine ten eleven.")
+    (prompt,) = me.prompts([request.asked()])
+    held = len(prompt) - 1
+    across = range(held, held + 3) if placement == "append" else range(0)
+    if family == "phi3":
+        across = range(held if placement == "append" else held + 3, held + 3 + 8)
+    for most in range(held - 2, held + 14):
+        model.config.rope_parameters["original_max_position_embeddings"] = most
+        if family == "phi3":
+            model.config.original_max_position_embeddings = most
+        if most in across:
+            with pytest.raises(ShapeError, match=f"within {most} tokens"):
+                made.check([request], 8)
+            with pytest.raises(ShapeError, match=f"within {most} tokens"):
+                texts(made, [request])
+        else:
+            made.check([request], 8)
+            texts(made, [request])
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_rows_slide_out_of_a_window_as_they_do_alone(placement: str, sharer: Agent) -> None:
+    """A window counts columns: neither padding nor another row's slots take any of it."""
     me = agent("me", "mistral", 1)
-    me.model.config.sliding_window = 24
-    made = channel(me, sharer)
-    made.next_logits(REQUESTS[1:2])
-    with pytest.raises(ShapeError, match="sliding window"):
-        made.next_logits([REQUESTS[1], replace(REQUESTS[1], sharers=())])
+    longer = replace(REQUESTS[1], context="Six seven. Eight nine ten eleven. " * 3)
+    requests = [replace(REQUESTS[2], context="Six."), longer, replace(REQUESTS[1], sharers=())]
+    lengths = [len(prompt) for prompt in me.prompts([request.asked() for request in requests])]
+    me.model.config.sliding_window = min(lengths) + 6
+    assert max(lengths) > me.model.config.sliding_window + 20
+    made = channel(me, sharer, placement=placement)
+    made.check(requests, 8)
+    alone = torch.cat([made.next_logits([request])[0] for request in requests])
+    torch.testing.assert_close(made.next_logits(requests)[0], alone, rtol=1e-4, atol=1e-4)
+    assert texts(made, requests) == [texts(made, [request])[0] for request in requests]
+    nobody = NoneChannel(me).next_logits(requests[:1])[0]
+    assert float((alone[0] - nobody[0]).abs().max()) > 1e-2

@@ -10,21 +10,23 @@ from typing import Any
 import pytest
 import torch
 from tiny_folders import save_tiny_model, write_lines
+from tiny_slots import BY_LENGTH, by_length, family_model
 from tiny_training import RandomData, read_log, tiny_adapter, tiny_model, tiny_settings, tiny_store
 from torch import Tensor
 
 from lcf_fast import CacheGeometry, LatentSlots, LCFConfig
 from lcf_fast.cli import main
 from lcf_fast.errors import DTypeError, GeometryError, LCFError
-from lcf_fast.reading.prefill import dynamic_cache
+from lcf_fast.reading.prefill import dynamic_cache, prefill
 from lcf_fast.training import prefills as prefills_module
 from lcf_fast.training import step as step_module
-from lcf_fast.training.batches import Batch
+from lcf_fast.training.batches import Batch, collate
 from lcf_fast.training.failures import RunError
 from lcf_fast.training.held_out import held_out_loss
 from lcf_fast.training.prefills import StoredPrefills
 from lcf_fast.training.settings import TrainingSettings
 from lcf_fast.training.step import OnlinePrefills, TrainingStep, frozen, receiver_prefill
+from lcf_fast.training.tokenizing import TokenizedExample
 from lcf_fast.training.trainer import Trainer
 
 SLOTS = 4
@@ -96,6 +98,43 @@ def test_the_step_is_what_plain_calls_give(placement: str, models: tuple[Any, An
         scale = float(parameter.grad.abs().max())
         assert scale > 0, name
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-3 * scale)
+
+
+@pytest.mark.parametrize("per_span", [False, True])
+@pytest.mark.parametrize("placement", ["append", "prefix"])
+def test_an_item_slides_out_of_a_window_as_it_does_alone(placement: str, per_span: bool) -> None:
+    """A window counts columns: neither padding nor another item's slots take any of it."""
+    sharer, receiver = family_model("qwen3", 1), family_model("gemma3", 2, sliding_window=16)
+    torch.manual_seed(5)
+    sides = CacheGeometry.of(sharer), CacheGeometry.of(receiver)
+    adapter = LatentSlots(LCFConfig(*sides, bottleneck=64, slots=2, per_span=per_span)).eval()
+    step = TrainingStep(adapter, receiver, OnlinePrefills(sharer, receiver), placement=placement)
+    made = torch.Generator().manual_seed(3)
+    examples = []
+    for name, (tokens, spans) in enumerate([(6, 1), (25, 4), (12, 6)]):
+        prompt, response, told = (torch.randint(3, 60, (n,), generator=made).tolist() for n in (tokens, 3, 12))
+        bounds = [(12 * p // spans, 12 * (p + 1) // spans) for p in range(spans)] if per_span else [(0, 12)]
+        examples.append(TokenizedExample(str(name), prompt, response, told, spans=bounds))
+    expected = torch.stack([step(collate([example])) for example in examples]).sum()
+    gradients = torch.autograd.grad(expected, list(adapter.parameters()))
+    together = step(collate(examples))
+    torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-4)
+    for got, wanted in zip(torch.autograd.grad(together, list(adapter.parameters())), gradients):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_a_prefix_turns_by_the_frequencies_of_the_prompt_behind_it(kind: str) -> None:
+    sharer, receiver = family_model("qwen3", 1), family_model("llama", 2, **by_length(kind))
+    adapter = adapter_of((sharer, receiver)).eval()
+    step = TrainingStep(adapter, receiver, OnlinePrefills(sharer, receiver), placement="prefix")
+    prompt, response, told = (list(range(3, 3 + n)) for n in (50, 3, 12))
+    batch = collate([TokenizedExample("0", prompt, response, told, spans=[(0, 12)])])
+    edited = step.edit(batch, step._prefiller(batch))
+    message = adapter.summarize(prefill(sharer, torch.tensor([told]), torch.ones(1, 12)))
+    wanted = adapter.prefix(receiver, message, length=SLOTS + 49)
+    for (key, _), layer in zip(edited, wanted.layers):
+        torch.testing.assert_close(key[:, :, :SLOTS], layer.keys, rtol=1e-4, atol=1e-4)
 
 
 def test_the_guard_is_the_hinge_on_a_neighbours_message(models: tuple[Any, Any]) -> None:
