@@ -21,6 +21,7 @@ from .settings import Settings, dtype_name
 from .training import Training, saved_mb
 from .variants import OURS, REFERENCE, Variant, baselines, compiled, flatten
 
+COMPILED = "torch.compile"
 #: Samples a variant once `Settings.hurry_after` has passed.
 HURRIED_ROUNDS = 2
 #: Positions of a batch that are held against float64, the last of each row, where each is computed by itself.
@@ -140,9 +141,9 @@ class Job:
             skip = "not run: compiled for the first of --tokens only"
         elif time.perf_counter() - self.started > self.settings.compile_until:
             skip = f"not run: {self.settings.compile_until:.0f} s had gone, and compiling takes long"
-        modes: dict[str, str | None] = {"torch.compile": None}
+        modes: dict[str, str | None] = {COMPILED: None}
         if self.settings.on_gpu and whole and headline and not self.settings.quick:
-            modes["torch.compile max-autotune"] = "max-autotune-no-cudagraphs"
+            modes[f"{COMPILED} max-autotune"] = "max-autotune-no-cudagraphs"
         if skip:
             return [Candidate(Variant(name, "baseline", _not_run), None, skip=skip) for name in modes]
         torch.compiler.reset()  # else the functions of earlier sizes count towards a limit, beyond which it gives up
@@ -259,7 +260,8 @@ class Job:
             if one.case or not self.point.brief:  # eager's is long, and of a brief point nobody asks for it
                 row["host_us"] = timing.host_us(call)
             if not (one.is_graph or self.point.brief):  # a graph's memory is its own pool; it launches as one
-                self.counts.append((row, call))
+                if not name.startswith(COMPILED):  # by then its code is gone, and made anew within the count
+                    self.counts.append((row, call))
                 row["peak_mb"] = timing.peak_mb(call)
                 if isinstance(one.variant.run, Training):
                     row["activation_mb"] = one.variant.run.activation_mb(self.operands)

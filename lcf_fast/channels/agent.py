@@ -18,8 +18,10 @@ from ..reading.prefill import prefill
 __all__ = ["Agent", "padded_left"]
 
 Offsets = list[tuple[int, int]]
-#: Of a generation config: no say in which token is said.
-_KEPT = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
+#: Of a generation config: no say in which token is said, or in the caller's hands each time.
+_KEPT = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "max_new_tokens"
+}  # fmt: skip
 
 
 class Agent:

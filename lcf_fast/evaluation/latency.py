@@ -144,7 +144,10 @@ def run_latency(
             kept: Makers = {name: cache(make) for name, make in makers.items()}
             for protocol in protocols:
                 key = group.name, protocol.batch
-                if _cell(cells, *key) is not None:
+                cell = _cell(cells, *key)
+                if cell is not None:
+                    if None in [one["launches"] for one in cell["channels"].values()]:  # of a run that was stopped
+                        behind.append(partial(count_launches, cell["channels"], kept, group, protocol))
                     continue
                 if progress:
                     print(f"{group.name}: {said(protocol)}", file=sys.stderr, flush=True)
@@ -244,6 +247,8 @@ def count_launches(found: Mapping[str, dict[str, Any]], makers: Makers, group: G
     nothing, and is not called: notes take longer to write than all else.
     """
     for name, one in found.items():
+        if one["launches"] is not None:
+            continue
         if not one["ms"]["communication"]["high"]:
             one["launches"] = 0
             continue

@@ -20,6 +20,7 @@ SETTINGS: dict[str, Any] = {
     "max_time": 1e-4,
     "stop_strings": "a",
     "guidance_scale": 2.0,
+    "max_new_tokens": 3,
 }
 
 

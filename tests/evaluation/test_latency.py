@@ -126,6 +126,14 @@ def test_launches_are_counted_on_a_gpu_behind_all_that_is_timed(
     found = [[one["launches"] for one in cell["channels"].values()] for cell in cells]
     assert found == [[0, 40], [0, 40]] and read_cells(tmp_path / latency.RESULTS) == cells
     assert [call for call in calls if not call[2]] == calls[-2:] == [("lcf", 2, 0)] * 2
+    # Of a run that was stopped before it could count.
+    file = tmp_path / latency.RESULTS
+    data = json.loads(file.read_text())
+    data["cells"][1]["channels"]["lcf"]["launches"] = None
+    file.write_text(json.dumps(data))
+    made = len(calls)
+    assert run_latency(groups, [SHORT], tmp_path, device=torch.device("cuda")) == cells
+    assert calls[made:] == [("lcf", 2, 0)] and read_cells(file) == cells
 
 
 def test_an_answer_that_ends_early_is_no_figure() -> None:
