@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_tokenizers import tiny_tokenizer
 
+from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig
 from lcf_fast.cli import main
 from lcf_fast.training.failures import RunError
 from lcf_fast.training.models import load_config, load_model
@@ -108,6 +109,9 @@ def test_no_command_takes_a_bert(role: str, command: str, tmp_path: Path, capsys
     given = [command, "--device", "cpu"]
     for side in ("sharer", "receiver"):
         given += [f"--{side}", str(tmp_path / ("bert" if side == role else "causal"))]
+    if command == "prune":  # which looks at the adapter first
+        geometry = CacheGeometry(2, 1, 64)
+        LatentCacheFlow(LCFConfig(geometry, geometry, bottleneck=64)).save_pretrained(tmp_path / "adapter")
     given += [str(tmp_path / "adapter")] if command == "prune" else ["--out"]
     given += [str(tmp_path / "out")]
     given += [] if command == "latency" else ["--data", str(tmp_path / "set.jsonl")]
