@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from .tuned import in_place_of
 
 DEFAULT_TARGET = "sm_90"
+#: Consumer and inference parts (sm_86, sm_89, sm_120): sm_80's instructions, 99 KB of shared memory instead of 163.
+SMALL = "sm_89"
 #: What CPU tensors are served by, under TRITON_INTERPRET=1: few, large programs.
 INTERPRETER = "interpreter"
 
 #: Multiprocessors (AMD: compute units) a chip has, to be filled before tiles grow.
-PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304, INTERPRETER: 1}
-#: Consumer and inference parts (sm_86, sm_89, sm_120): sm_80's instructions, 99 KB of shared memory instead of 163.
-SMALL = "sm_89"
+PROCESSORS = {"sm_80": 108, SMALL: 128, "sm_90": 132, "sm_100": 148, "gfx942": 304, INTERPRETER: 1}
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ _BACKWARD_OF: dict[tuple[str, int], TileConfig] = {
     ("sm_90", 128): TileConfig(128, 64, 32, 8, 2),
     ("sm_90", 256): TileConfig(64, 32, 16, 8, 2),
     ("sm_80", 128): TileConfig(32, 64, 32, 8, 2),
-    ("sm_89", 128): TileConfig(32, 64, 32, 8, 2),
     ("gfx942", 256): TileConfig(16, 32, 16, 8, 1),  # float32 weights, two stages of which pass its 64 KB
 }
+_BACKWARD_OF[SMALL, 128] = _BACKWARD_OF["sm_80", 128]
 #: The same for gradients of weights, whose programs walk over all rows and share those they read: of the FFN's, as many
 #: hidden units as fit, and of W_down and W_up whole heads. None: the row of the other backward kernels.
 _FFN_WEIGHTS_OF: dict[tuple[str, int], TileConfig] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .policy import next_power_of_2
+from .policy import SMALL, next_power_of_2
 from .tuned import in_place_of
 
 
@@ -130,7 +130,7 @@ def slot_backward_config(head_dim: int, itemsize: int, slots: int, target: str) 
     256 channels and a step's tokens: 167 KB, more than an A100 has; 32 of 128: 110 KB, more than sm_89 has); on gfx942
     in registers, so 16 there.
     """
-    most = 32 if head_dim <= 128 and target not in ("gfx942", "sm_89") else 16
+    most = 32 if head_dim <= 128 and target not in ("gfx942", SMALL) else 16
     return _slot_pool(head_dim, itemsize, min(slots, most), target)  # never what the forward pass alone was tuned to
 
 
@@ -167,7 +167,7 @@ def slot_fold_config(itemsize: int, rows: int, target: str) -> SlotFoldConfig:
     would leave half the multiprocessors idle.
     """
     # 64 rows: 70 spills in the loop on sm_100; 120 KB of shared memory, of which gfx942 has 64, sm_89 99.
-    most = 32 if target in ("sm_100", "gfx942", "sm_89") else 64
+    most = 32 if target in ("sm_100", "gfx942", SMALL) else 64
     stages = 2 if target == "gfx942" else 4
     return SlotFoldConfig(min(slot_block(rows), most), 32, 128 if itemsize < 4 else 32, num_warps=4, num_stages=stages)
 
@@ -199,7 +199,7 @@ _HALF: dict[str, dict[int, tuple[SlotExpandConfig, ...]]] = {
 }
 _HALF["sm_100"] = _HALF["sm_90"]
 # 99 KB of it.
-_HALF["sm_89"] = {
+_HALF[SMALL] = {
     width: tuple(replace(row, num_stages=max(row.num_stages - 1, 1)) for row in rows)
     for width, rows in _HALF["sm_80"].items()
 }

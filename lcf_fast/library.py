@@ -19,6 +19,7 @@ from torch import Tensor
 from . import eager, reference
 from .backends import resolve
 from .dispatch import count_edits, keep, register_gradient
+from .layouts import Layers
 
 PROJECTION_WEIGHTS = ("down_weight", "down_bias", "norm_weight", "ffn_in_weight", "ffn_out_weight")
 INJECTION_WEIGHTS = ("up_weight", "up_bias", "head_gate_weight", "head_gate_bias", "gate_logit")
@@ -30,6 +31,11 @@ Pair = tuple[Tensor, Tensor]
 def unit_rows(tensor: Tensor) -> Tensor:
     """The kernels need stride 1 along the head dim and take every other stride as it is."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def with_unit_rows(layers: Layers) -> Layers:
+    """`unit_rows` of all layers, which mostly have them."""
+    return layers if layers.layout.has_unit_rows else Layers.of([*map(unit_rows, layers.tensors)])
 
 
 def pairs_of(flat: Sequence[Tensor]) -> list[Pair]:

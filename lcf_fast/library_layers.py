@@ -17,7 +17,16 @@ from . import eager, reference
 from .backends import resolve
 from .dispatch import count_edits, keep, register_gradient
 from .layouts import Layers
-from .library import WEIGHTS, Pair, like_needed, pairs_of, recompute_gradients, spread, unit_rows
+from .library import (
+    WEIGHTS,
+    Pair,
+    like_needed,
+    pairs_of,
+    recompute_gradients,
+    spread,
+    unit_rows,
+    with_unit_rows,
+)
 from .noise import TrainingNoise
 
 #: A training pass's noise as it crosses the boundary: seed, temperature, dropout. A negative seed: no noise.
@@ -49,8 +58,8 @@ def fuse_checked(
         from .kernels import fusion
 
         out = fusion.fuse_layers(
-            None if sharer is None else _with_unit_rows(sharer),
-            receiver if inplace else _with_unit_rows(receiver),
+            None if sharer is None else with_unit_rows(sharer),
+            receiver if inplace else with_unit_rows(receiver),
             named,
             live=gates,
             index=index,
@@ -83,10 +92,6 @@ def fuse_checked(
         return None
     edited = [tensor for pair, opened in zip(fused, gates) for tensor, is_open in zip(pair, opened) if is_open]
     return torch.stack(edited) if edited else key.new_empty(0, *key.shape)
-
-
-def _with_unit_rows(layers: Layers) -> Layers:
-    return layers if layers.layout.has_unit_rows else Layers.of([unit_rows(tensor) for tensor in layers.tensors])
 
 
 def _fuse(

@@ -16,7 +16,7 @@ from . import eager_pooling, reference
 from .backends import resolve
 from .dispatch import keep, register_gradient
 from .layouts import Layers
-from .library import Pair, like_needed, pairs_of, spread, unit_rows
+from .library import Pair, like_needed, pairs_of, spread, unit_rows, with_unit_rows
 
 SUMMARY_WEIGHTS = ("span_query", "global_query", "down_weight", "down_bias")
 
@@ -164,8 +164,7 @@ def summarize_checked(
     if resolve(flat[0].device, flat[0].dtype) == "triton":
         from .kernels import pooling
 
-        if not sharer.layout.has_unit_rows:
-            flat = [*map(unit_rows, flat)]
+        flat = with_unit_rows(sharer).tensors
         span_query, global_query, down_weight, down_bias = weights
         return pooling.summarize_layers(
             flat[0::2], flat[1::2], span_query, global_query, down_weight, down_bias, span_offsets, attention_mask
