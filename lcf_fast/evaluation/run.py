@@ -27,6 +27,8 @@ from .summary import Summary, check_pairs, summarize, summary_json
 __all__ = ["AskedSet", "Entrant", "Item", "Trial", "check_size", "choice_item", "evaluate", "write_report"]
 
 REPORT, SUMMARY = "report.md", "summary.json"
+#: Raised when the same settings come to mean other answers, scores or times: cells of both would look like one run's.
+RULES = 2
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def evaluate(
         _check_names("entrants", [entrant.name for entrant in entrants])
         shared = {
             **(settings or {}),
+            "rules": RULES,
             "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,  # times are of a batch
             "items": len(asked.items),

@@ -13,6 +13,7 @@ import torch
 from tiny_agents import adapter_of, agent
 
 from lcf_fast.channels import Channel, LCFXChannel, NoneChannel, Request, Sharer
+from lcf_fast.evaluation import run
 from lcf_fast.evaluation.decoys import with_decoys
 from lcf_fast.evaluation.failures import EvaluationError
 from lcf_fast.evaluation.predictions import PredictionStore
@@ -161,7 +162,9 @@ def test_bad_input(change: Any, match: str, entrants: list[Entrant], tmp_path: P
     assert torch.is_grad_enabled()
 
 
-def test_other_questions_are_another_run(entrants: list[Entrant], tmp_path: Path) -> None:
+def test_other_questions_are_another_run(
+    entrants: list[Entrant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the same names and number, by whatever channel: nothing is paired that was not asked alike."""
     none, lcf_x = (replace(entrant, controls=("matched",)) for entrant in entrants)
     asked = facts(3)
@@ -197,6 +200,10 @@ def test_other_questions_are_another_run(entrants: list[Entrant], tmp_path: Path
     ask([mismatched], [asked], tmp_path, max_new_tokens=2)
     with pytest.raises(EvaluationError, match="decoys: '"):
         ask([mismatched], [changed(decoy=asked.items[1].request)], tmp_path, max_new_tokens=2)
+    # An earlier version's rules, or a later one's.
+    monkeypatch.setattr(run, "RULES", 1)
+    with pytest.raises(EvaluationError, match="rules: 1 instead of 2"):
+        ask([lcf_x], [asked], tmp_path, max_new_tokens=2)
 
 
 def test_pairs_are_of_what_the_folder_will_hold(entrants: list[Entrant], tmp_path: Path) -> None:
