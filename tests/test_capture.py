@@ -141,6 +141,7 @@ def test_what_waits_for_the_device_is_a_typed_error_and_the_mode_is_set_back(
     fake = Fake()
     seen: list[Any] = []
     monkeypatch.setattr(capture.torch, "cuda", fake)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *_: None, raising=False)  # torch with CUDA
 
     def run() -> int:
         seen.append(fake.mode)
