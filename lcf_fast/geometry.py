@@ -170,8 +170,11 @@ def _layer_shape(config: Any, kind: str) -> tuple[int, int]:
             "config", expected="a model with key-value caches (num_attention_heads)", got=f"{kind} without it"
         )
     kv_heads = _first(config, "num_key_value_heads", "num_kv_heads")
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        kv_heads = 1  # Falcon keeps the full count in num_kv_heads
+    falcon_40b = getattr(config, "new_decoder_architecture", None)
+    if falcon_40b is not None:  # Falcon repeats its keys for every query head before it caches them
+        kv_heads = None
+    if getattr(config, "multi_query", False) and not falcon_40b:
+        kv_heads = 1
     head_dim = _first(config, "head_dim")
     if head_dim is None:
         hidden = _first(config, "hidden_size", "n_embd")

@@ -46,6 +46,8 @@ class Rotary:
         self, embedding: Any, apply: Callable[..., Any], kinds: Sequence[str], heads: Sequence[tuple[int, int]]
     ) -> None:
         self._embedding, self._apply, self.kinds, self.heads = embedding, apply, tuple(kinds), tuple(heads)
+        # Only the first channels of a key turn, and the model cuts them out itself (Phi, StableLM): found by `_turned`.
+        self._in_part = False
 
     @classmethod
     def of(cls, model: Any) -> Rotary:
@@ -93,14 +95,15 @@ class Rotary:
                     turned = here if kind == _NONE else rotary._turned(here, positions[:1], positions[1:], kind)
                 except KeyError:  # a type of layers that do not rotate, of which the embedding knows nothing
                     continue
-                except RuntimeError as error:  # sizes: only a part of each key turns, and the module cuts it out
-                    raise _unserved(model, f"keys that do not turn whole: {error}") from error
+                except RuntimeError as error:
+                    raise _unserved(model, f"keys that its rotary embedding does not fit: {error}") from error
                 errors[kind] = float((turned.float() - there.float()).norm() / there.float().norm())
             kind = min(errors, key=lambda name: errors[name])
             if not errors[kind] <= _TOLERANCE:
                 raise _unserved(model, f"keys of layer {layer} that turn otherwise (off by {errors[kind]:.2g})")
             kinds.append(kind)
-        return cls(embedding, apply, kinds, heads)
+        rotary.kinds = tuple(kinds)
+        return rotary
 
     def rotate(self, keys: Sequence[Tensor], positions: Tensor, *, length: int | None = None) -> list[Tensor]:
         """Keys that are at no position, ``(B, H, n, D)`` a layer of the model, to ``positions (B, n)``; new tensors.
@@ -156,8 +159,14 @@ class Rotary:
         return [turned[row] for row in range(len(keys))]
 
     def _turned(self, key: Tensor, before: Tensor, after: Tensor, kind: str) -> Tensor:
-        """A rotated key from one position to another."""
-        bare = self._applied(key, *self._angles(key, before, kind, True))
+        """A rotated key from one position to another; for `_probed`."""
+        try:
+            bare = self._applied(key, *self._angles(key, before, kind, True))
+        except RuntimeError:  # sizes
+            if self._in_part:
+                raise
+            self._in_part = True
+            return self._turned(key, before, after, kind)
         return self._applied(bare, *self._angles(key, after, kind, False))
 
     def _angles(
@@ -181,8 +190,9 @@ class Rotary:
     def _applied(self, key: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         if cos is None:
             return key
-        turned: Tensor = self._apply(key[:, :1], key, cos, sin)[1]
-        return turned
+        width = cos.shape[-1] if self._in_part else key.shape[-1]
+        turned: Tensor = self._apply(key[:, :1, :, :width], key[..., :width], cos, sin)[1]
+        return torch.cat([turned, key[..., width:]], -1) if self._in_part else turned
 
 
 def _unserved(model: Any, got: str) -> GeometryError:

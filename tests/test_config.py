@@ -368,7 +368,7 @@ SMALL = {"num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 6}
         ("GPTNeoXConfig", SMALL, (3, 6, 8)),
         ("FalconConfig", SMALL, (3, 1, 8)),
         ("FalconConfig", {**SMALL, "multi_query": False}, (3, 6, 8)),
-        ("FalconConfig", {**SMALL, "num_kv_heads": 2, "new_decoder_architecture": True}, (3, 2, 8)),
+        ("FalconConfig", {**SMALL, "num_kv_heads": 2, "new_decoder_architecture": True}, (3, 6, 8)),
     ],
 )
 def test_of_transformers_configs(name: str, kwargs: dict[str, Any], expected: tuple[int, int, int]) -> None:
@@ -480,6 +480,9 @@ def test_of_real_models_is_the_shape_of_their_cache() -> None:
         ("Mistral", {"sliding_window": None}),
         ("Gemma", {"head_dim": 16}),
         ("Gemma3Text", {"head_dim": 16}),
+        ("Falcon", {}),
+        ("Falcon", {"multi_query": False}),
+        ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     ]
     for name, extra in models:
         config = transformers_config(

@@ -44,6 +44,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3Text", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     "phi3": ("Phi3", {"hidden_size": 64}),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
+    # Half of each head turns, a quarter; all of it by half as many angles.
+    "phi": ("Phi", {"hidden_size": 64}),
+    "stablelm": ("StableLm", {"hidden_size": 64}),
+    "gpt_oss": ("GptOss", {"num_local_experts": 2, "num_experts_per_tok": 1}),
 }
 
 

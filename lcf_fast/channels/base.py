@@ -17,13 +17,25 @@ import torch
 from torch import Tensor
 
 from ..caches import Pair, cache_argument
-from ..errors import GeometryError, ShapeError
+from ..errors import BackendError, GeometryError, ShapeError
 from ..reading.prefill import dynamic_cache, forgets_at
 from .agent import Agent
 from .clock import Clock, LaunchCount
 from .request import Answer, Request, Timings
 
 __all__ = ["Channel", "Clock", "Prepared"]
+
+#: Options of ``generate`` that drop a cache it is given, make another, or read the prompt behind it once more (so does
+#: what drafts tokens), with what leaves each out.
+_AGAINST_CACHES: dict[str, Any] = {
+    "use_cache": True,
+    "cache_implementation": None,
+    "assistant_model": None,
+    "assistant_early_exit": None,
+    "prompt_lookup_num_tokens": None,
+    "use_mtp": False,
+    "token_healing": False,
+}
 
 
 @dataclass
@@ -95,13 +107,17 @@ class Channel(ABC):
 
         Args:
             max_new_tokens, options: for ``generate``: ``do_sample``, ``streamer``, ``stopping_criteria`` and so on;
-                the model's own generation config holds beside them (`Agent.greedy`: options that leave nothing of it).
+                the model's own generation config holds beside them (`Agent.greedy`: options that leave nothing of it),
+                but for what does not go on from a cache.
 
         Raises:
             GeometryError: no request; a sharer that the channel does not have. ShapeError: too long for a model, or
-                across the length at which it drops a cache (Phi-3). And as the channel's own parts raise.
+                across the length at which it drops a cache (Phi-3). BackendError: options that do not go on from a
+                cache: drafted tokens (``assistant_model``, ``prompt_lookup_num_tokens``), ``use_cache=False`` and so
+                on. And as the channel's own parts raise.
         """
         check_requests(requests)
+        options = _going_on(options)
         from transformers import StoppingCriteriaList
 
         clock = Clock(self.receiver.device)
@@ -162,6 +178,21 @@ class Channel(ABC):
         config = options.get("generation_config") or self.receiver.model.generation_config
         names = ("num_beams", "num_return_sequences")
         return max(int(options.get(name) or getattr(config, name, None) or 1) for name in names)
+
+
+def _going_on(options: dict[str, Any]) -> dict[str, Any]:
+    """Options under which ``generate`` goes on from its cache, whatever the model's own generation config says."""
+    from transformers import GenerationConfig
+
+    config, known = options.get("generation_config"), GenerationConfig()
+    kept = {name: off for name, off in _AGAINST_CACHES.items() if name == "assistant_model" or hasattr(known, name)}
+    for name, off in kept.items():
+        given = options.get(name, getattr(config, name, None))
+        if given is not None and given != off:
+            expected = f"{off}: generate() would not go on from the receiver's cache, and lose what was communicated"
+            got = repr(given) if isinstance(given, (bool, int, str)) else type(given).__name__
+            raise BackendError(name, expected=expected, got=got)
+    return {**options, **kept}
 
 
 def check_requests(requests: Sequence[Request]) -> None:

@@ -22,6 +22,7 @@ from ..channels import (
     SlotsChannel,
     TextChannel,
 )
+from ..errors import LCFError
 from ..fingerprint import digest_of
 from ..slots import LatentSlots
 from .failures import EvaluationError
@@ -74,6 +75,7 @@ def entrants(
     Raises:
         EvaluationError: two adapters of one kind, own ones without their like among the others, a value that comes
             twice. GeometryError: an adapter for other models. SpanError: another way to cut. DTypeError: another dtype.
+        And as KVComm's `calibrate` raises.
     """
     for name, given in (("text_tokens", text_tokens), ("spans", spans), ("ratios", ratios)):
         listed = [f"{value:g}" if isinstance(value, float) else str(value) for value in given]
@@ -123,7 +125,11 @@ def entrants(
         found.append(_position_wise("c2c", receiver, sharer, fuser, own_fuser, limited, seed))
     reader = sharer if same else itself
     for ratio in ratios if calibration is not None else ():
-        layers = KVCommChannel(receiver, [reader], ratio=ratio).calibrate(calibration)  # type: ignore[arg-type]
+        try:
+            layers = KVCommChannel(receiver, [reader], ratio=ratio).calibrate(calibration)  # type: ignore[arg-type]
+        except LCFError as error:  # a model, or a context, that KVComm does not serve
+            expected = f"{error.expected} (or the channels without kvcomm)"
+            raise type(error)(f"kvcomm_{ratio:g}: {error.argument}", expected=expected, got=error.got) from error
 
         def kvcomm(control: str, layers: Any = layers) -> Channel:
             return KVCommChannel(receiver, [reader], layers=layers, control=control, seed=seed)

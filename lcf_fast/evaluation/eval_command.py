@@ -294,6 +294,8 @@ def _entrants(
     own = dict.fromkeys(theirs, receiver.model)
     options = {"instruction": arguments.text_instruction, "template": arguments.text_template}
     crossing = (item.request for asked in sets for item in asked.items if item.request.sharer_contexts)
+    # KVComm serves fewer models than the others: whoever leaves it out must not be stopped by its calibration.
+    sharing = not arguments.channels or any(name.startswith("kvcomm") for name in arguments.channels)
     return entrants(
         receiver,
         sharer,
@@ -307,7 +309,7 @@ def _entrants(
         placement=arguments.placement,
         spans=material.spans,
         ratios=arguments.ratio,
-        calibration=next(crossing, None),
+        calibration=next(crossing, None) if sharing else None,
         controls=not arguments.no_controls,
         seed=arguments.seed,
     )

@@ -25,7 +25,7 @@ from lcf_fast.channels import (
     TextChannel,
 )
 from lcf_fast.channels.controls import CONTROLS, Noise, controlled_cache
-from lcf_fast.errors import DTypeError, GeometryError, LCFError, MessageError, ShapeError, SpanError
+from lcf_fast.errors import BackendError, DTypeError, GeometryError, LCFError, MessageError, ShapeError, SpanError
 from lcf_fast.sharer import SharerSide
 
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma")
@@ -371,6 +371,33 @@ def test_generates_options_reach_it(receiver: Agent) -> None:
     beams = channel.answer(REQUESTS[:2], max_new_tokens=4, num_beams=3, do_sample=False)
     assert len(beams) == 2
     assert beams[0].text == channel.answer(REQUESTS[:1], max_new_tokens=4, num_beams=3, do_sample=False)[0].text
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("use_cache", False), ("cache_implementation", "static"), ("prompt_lookup_num_tokens", 3), ("use_mtp", True)],
+)
+def test_generate_goes_on_from_the_cache(option: str, value: Any, receiver: Agent) -> None:
+    """Whatever the model's generation config says; the caller who says otherwise would lose the message."""
+    from transformers import GenerationConfig
+
+    if not hasattr(GenerationConfig(), option):  # of another transformers
+        return
+    channel, own, given = channels_of(receiver, "lcf_x"), receiver.model.generation_config, GenerationConfig()
+    (expected,) = channel.answer(REQUESTS[:1], max_new_tokens=8)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(own, option, value)
+        (answer,) = channel.answer(REQUESTS[:1], max_new_tokens=8)
+    assert torch.equal(answer.ids, expected.ids)
+    setattr(given, option, value)
+    for options in ({option: value}, {"generation_config": given}):
+        with pytest.raises(BackendError, match=f"{option}: .* lose what was communicated"):
+            channel.answer(REQUESTS[:1], **options)
+
+
+def test_an_assistant_model_is_refused(receiver: Agent) -> None:
+    with pytest.raises(BackendError, match=r"assistant_model: .* got Qwen3ForCausalLM$"):
+        NoneChannel(receiver).answer(REQUESTS[:1], assistant_model=receiver.model)
 
 
 @pytest.mark.parametrize("name", ["lcf", "lcf_x"])

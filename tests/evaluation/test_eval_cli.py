@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_folders import save_tiny_model, write_lines
 
-from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig
+from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig, ShapeError
 from lcf_fast.c2c import C2CConfig, C2CFuser
 from lcf_fast.cli import main
 from lcf_fast.reading.chat import ChatReader
@@ -191,6 +191,22 @@ def test_questions_are_checked_under_every_control(
     assert main(arguments(world, tmp_path / "out", *more)) == 2
     assert match in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_receiver_that_kvcomm_does_not_serve_is_served_without_it(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one of a sliding window that the first question does not fit."""
+
+    def calibrate(*_: Any) -> Any:
+        raise ShapeError("receiver", expected="contexts within the window", got="longer ones")
+
+    monkeypatch.setattr("lcf_fast.channels.KVCommChannel.calibrate", calibrate)
+    more = ["--data", str(world / "facts.jsonl"), "--no-plots", "--no-controls"]
+    assert main(arguments(world, tmp_path / "out", *more)) == 2
+    expected = "kvcomm_0.5: receiver: expected contexts within the window (or the channels without kvcomm), got longer"
+    assert expected in capsys.readouterr().err
+    assert main(arguments(world, tmp_path / "out", *more, "--channels", "none", "full_context")) == 0
 
 
 def test_without_controls_one_question_is_enough(
