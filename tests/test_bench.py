@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +23,7 @@ from bench_jobs import BY_NAME, CPU, LCF, LCFX, ROW, AsOnGpu, small_job, two_mod
 from bench import c2c, cases, errors, models, report, runner, table, timing, variants
 from bench import interpreted as interpreted_check
 from bench.__main__ import main
-from bench.rows import add_speedups
+from bench.rows import add_speedups, add_time
 from bench.settings import default_settings
 from helpers import Geometry, make_cache
 from lcf_fast import CacheGeometry, LCFConfig, architectures, ops, reference
@@ -273,6 +276,13 @@ def test_a_loss_is_a_loss() -> None:
     assert rows[0]["speedup"] == 0.5 and rows[0]["against"] == "fast" and rows[0]["speedup_reference"] == 2.0
 
 
+def test_rates_are_those_of_the_median_time() -> None:
+    row: dict[str, Any] = {"bytes": 3_000_000_000, "flops": 4_000_000_000_000}
+    add_time(row, timing.Timing(2.0, 1.0, 4.0, 5), "cold", 1000.0)
+    assert (row["gb_s"], row["copy_share"], row["tflop_s"]) == pytest.approx((1500.0, 1.5, 2000.0))
+    assert row["time"] == {"median_ms": 2.0, "low_ms": 1.0, "high_ms": 4.0, "samples": 5, "regime": "cold"}
+
+
 def test_sdpa_pools_the_same() -> None:
     job = small_job("summarize")
     truth = variants.flatten(variants.REFERENCE["summarize"](job.operands.double()), job.operands.kept)
@@ -290,6 +300,79 @@ def test_variants_take_turns() -> None:
     assert set(found) == {"a", "b"} and found["a"].samples == timing.LEAST_ROUNDS
     switches = sum(one != other for one, other in zip(seen, seen[1:]))
     assert switches >= timing.LEAST_ROUNDS
+
+
+def test_each_round_begins_with_another_variant_and_every_set_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[str, int]] = []
+
+    def sample(calls: Iterator[Any], count: int, device: torch.device) -> float:
+        names = [next(calls)() for _ in range(count)]
+        taken.append((names[0], count))
+        return float(len(taken))
+
+    monkeypatch.setattr(timing, "_sample", sample)
+    found = timing.measure({name: [lambda name=name: name] * 7 for name in "ab"}, CPU, 0.0, least=3)  # type: ignore[misc]
+    assert taken[:4] == [("a", 7), ("a", 1), ("b", 7), ("b", 1)], "each set once, then how long one call takes"
+    assert "".join(name for name, _ in taken[4:]) == "abbaabba"[: len(taken) - 4]
+    assert found["a"].samples == found["b"].samples == 3
+
+
+def test_a_sample_is_the_time_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def call() -> None:
+        now[0] += 0.002
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end: Any) -> float:
+            return 1e3 * float(end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for device in (CPU, torch.device("cuda")):
+        assert timing._sample(cycle([call]), 5, device) == pytest.approx(2.0)
+    assert timing.host_us(call) == pytest.approx(2000.0)
+
+
+def test_a_timing_is_the_median_between_quartiles() -> None:
+    found = timing.Timing.of([5.0, 1.0, 2.0, 9.0])
+    assert (found.median_ms, found.low_ms, found.high_ms, found.samples) == (3.5, 1.75, 6.0, 4)
+    assert timing.Timing.of([3.0]) == timing.Timing(3.0, 3.0, 3.0, 1)
+
+
+def test_what_a_device_can_do_counts_reads_and_writes_and_both_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = timing.Timing(4.0, 2.0, 8.0, 5)
+    monkeypatch.setattr(timing, "measure", lambda calls, *_: {name: known for name in calls})
+    assert timing.copy_bandwidth(CPU) == pytest.approx(2 * (128 << 20) / 2e-3 / 1e9)
+    assert timing.matmul_rate(CPU, torch.float32) == pytest.approx(2 * 1024**3 / 2e-3 / 1e12)
+
+
+def test_memory_and_kernels_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU would tell them: what was there before does not count, nor do copies and fills by the driver."""
+    from torch.autograd import DeviceType
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1_000_000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3_500_000)
+    assert timing.peak_mb(list) == 2.5
+    kernels = ["fuse", "fuse", "Memcpy DtoD", "Memset (Device)"]
+    events = [SimpleNamespace(name=name, device_type=DeviceType.CUDA) for name in kernels]
+    host = SimpleNamespace(name="aten::add", device_type=DeviceType.CPU)
+    seen = SimpleNamespace(events=lambda: [host, *events])
+    monkeypatch.setattr("torch.profiler.profile", lambda **_: nullcontext(seen))
+    assert timing.kernels_launched(list) == 2
+    events.clear()
+    assert timing.kernels_launched(list) is None
 
 
 def test_operands_keep_shared_tensors_shared() -> None:
