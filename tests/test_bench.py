@@ -239,6 +239,22 @@ def test_rows_of_a_gpu_are_cold_and_hot_and_graphed(group: str, monkeypatch: pyt
     json.dumps(rows, allow_nan=False)
 
 
+def test_cold_times_are_of_many_sets_of_inputs_and_hot_ones_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(calls: dict[str, list[Any]], **_: Any) -> dict[str, timing.Timing]:
+        return {name: timing.Timing.of([float(len(some))]) for name, some in calls.items()}
+
+    monkeypatch.setattr(timing, "measure", measure)
+    monkeypatch.setattr(timing, "l2_bytes", lambda device: 400_000)
+    monkeypatch.setattr(timing, "graphed", list)
+    for name in ("host_us", "peak_mb"):
+        monkeypatch.setattr(timing, name, lambda call: None)
+    job = small_job("pool", AsOnGpu)
+    read_and_written = cases.cases_of(job.group)[0].work(job.shape).bytes
+    timed = [row for row in job.rows() if row["time"]]
+    assert timed and all(row["time_hot"]["median_ms"] == 1 for row in timed)
+    assert {row["time"]["median_ms"] for row in timed} == {timing.rotation_sets(read_and_written // 2, 400_000)} != {1}
+
+
 def test_what_cannot_be_captured_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(calls: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
