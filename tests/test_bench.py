@@ -186,7 +186,10 @@ def test_rows_of_a_gpu_are_cold_and_hot_and_graphed(group: str, monkeypatch: pyt
     json.dumps(rows, allow_nan=False)
 
 
-def test_cold_times_are_of_many_sets_of_inputs_and_hot_ones_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def timed_by_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's path, on which a variant takes as many milliseconds as it has sets of inputs."""
+
     def measure(calls: dict[str, list[Any]], **_: Any) -> dict[str, timing.Timing]:
         return {name: timing.Timing.of([float(len(some))]) for name, some in calls.items()}
 
@@ -195,11 +198,43 @@ def test_cold_times_are_of_many_sets_of_inputs_and_hot_ones_of_one(monkeypatch: 
     monkeypatch.setattr(timing, "graphed", list)
     for name in ("host_us", "peak_mb"):
         monkeypatch.setattr(timing, name, lambda call: None)
+
+
+@pytest.mark.usefixtures("timed_by_sets")
+def test_cold_times_are_of_many_sets_of_inputs_and_hot_ones_of_one() -> None:
     job = small_job("pool", AsOnGpu)
     read_and_written = cases.cases_of(job.group)[0].work(job.shape).bytes
     timed = [row for row in job.rows() if row["time"]]
     assert timed and all(row["time_hot"]["median_ms"] == 1 for row in timed)
     assert {row["time"]["median_ms"] for row in timed} == {timing.rotation_sets(read_and_written // 2, 400_000)} != {1}
+    assert {row["layers"] for row in timed} == {1}, "as the op's bytes are"
+
+
+@pytest.mark.usefixtures("timed_by_sets")
+def test_what_is_compiled_is_timed_and_its_kernels_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By then its code is gone, and what would be counted is its compiling."""
+    modes: list[str | None] = []
+
+    def compiled(group: str, mode: str | None) -> Any:
+        modes.append(mode)
+        return variants.REFERENCE[group]
+
+    monkeypatch.setattr("bench.job.compiled", compiled)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+    job = small_job("inject", AsOnGpu, compile_until=1e9)
+    timed = [row["variant"] for row in job.rows() if row["time"]]
+    assert modes == [None, "max-autotune-no-cudagraphs"]
+    plain = [name for name in timed if not name.endswith(", CUDA graph")]
+    assert {"torch.compile", "torch.compile max-autotune"} < {*plain}
+    assert [row["variant"] for row, _ in job.counts] == [name for name in plain if "torch.compile" not in name]
+
+
+@pytest.mark.parametrize(("hurry_after", "how"), [(1e12, {"seconds": 0.05}), (-1.0, {"seconds": 0.0, "least": 2})])
+def test_a_late_run_takes_two_samples(hurry_after: float, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(timing, "measure", lambda calls, device, **given: asked.append(given) or {})
+    small_job("pool", hurry_after=hurry_after).rows()
+    assert asked == [how]
 
 
 def test_what_cannot_be_captured_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,8 +254,9 @@ def test_what_cannot_be_captured_is_shown(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_is_out_of_bounds_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four units in the last place, which a baseline might be off by."""
     right = ops.gated_injection
-    monkeypatch.setattr(ops, "gated_injection", lambda *a, **k: tuple(x * (1 + 1e-5) for x in right(*a, **k)))
+    monkeypatch.setattr(ops, "gated_injection", lambda *a, **k: tuple(x * (1 + 5e-7) for x in right(*a, **k)))
     rows = small_job("injection").rows()
     (ours,) = (row for row in rows if row["kind"] == "ours")
     assert ours["within"] is False and ours["time"] is None and ours["gb_s"] is None and ours["speedup"] is None
