@@ -107,6 +107,15 @@ def test_the_budget_is_held_for_every_tensor() -> None:
     assert not errors.judge(plain[:1], truth, plain).within
 
 
+@pytest.mark.parametrize(("ulps", "as_ours", "as_a_baseline"), [(1, True, True), (6, False, True), (12, False, False)])
+def test_a_baseline_may_be_off_by_eight_units_in_the_last_place(ulps: int, as_ours: bool, as_a_baseline: bool) -> None:
+    truth = [torch.linspace(1, 2, 1000, dtype=torch.float64)]
+    plain = [truth[0].float()]
+    off = [plain[0] + ulps * torch.finfo(torch.float32).eps * plain[0]]
+    assert errors.judge(off, truth, plain).within is as_ours
+    assert errors.judge(off, truth, plain, baseline_dtype=torch.float32).within is as_a_baseline
+
+
 def test_one_large_error_is_not_averaged_away() -> None:
     truth = [torch.linspace(-1, 1, 10**6, dtype=torch.float64)]
     plain = [truth[0].float()]
