@@ -284,6 +284,29 @@ def test_a_loss_is_a_loss() -> None:
     assert rows[0]["speedup"] == 0.5 and rows[0]["against"] == "fast" and rows[0]["speedup_reference"] == 2.0
 
 
+HEADLINE = {
+    "kind": "ours", "group": "lcf", "op": "adapter.fuse", "variant": "adapter.fuse", "tokens": 512, "layers": 28,
+    "bottleneck": 128, "batch": 1, "dtype": "float32", "speedup_reference": 1.2, "within": True,
+}  # fmt: skip
+
+
+def test_the_targets_of_a_cpu_are_of_its_headline_rows() -> None:
+    settings = default_settings(CPU, quick=True)
+    for reached, met in ((1.2, True), (1.19, False), (None, False)):
+        (found,) = runner._targets([HEADLINE | {"speedup_reference": reached}], settings)
+        assert (found["op"], found["target"], found["reached"], found["met"]) == ("adapter.fuse", 1.2, reached, met)
+    other = {"kind": "reference", "group": "pool", "tokens": 128, "layers": 9, "bottleneck": 64, "batch": 2}
+    others = [HEADLINE | {name: value} for name, value in {**other, "dtype": "float16"}.items()]
+    assert runner._targets(others, settings) == []
+    assert runner._targets([HEADLINE], default_settings(torch.device("cuda"), quick=True)) == []
+
+
+def test_a_baseline_that_is_out_of_bounds_is_no_failure_of_ours() -> None:
+    rows = [HEADLINE | {"within": False}, HEADLINE | {"kind": "baseline", "variant": "SDPA", "within": False}]
+    found = runner._found(default_settings(CPU, quick=True), runner.Found(rows={0: rows}), [], [])
+    assert found["failures"] == ["adapter.fuse, 512 tokens"]
+
+
 def test_rates_are_those_of_the_median_time() -> None:
     row: dict[str, Any] = {"bytes": 3_000_000_000, "flops": 4_000_000_000_000}
     add_time(row, timing.Timing(2.0, 1.0, 4.0, 5), "cold", 1000.0)
