@@ -134,6 +134,7 @@ def test_full_context_reads_what_the_sharers_read(receiver: Agent) -> None:
     (same,) = NoneChannel(receiver).answer([told], max_new_tokens=8, do_sample=False)
     assert answer.ids.tolist() == same.ids.tolist()
     assert answer.sent == len("One two three.\n\nFour five!")
+    assert FullContextChannel(receiver).crossed(Request("Who?", "", {"a": ("Ünï", "x")})) == 8, "bytes, not characters"
 
 
 def test_text_is_what_the_sharer_writes(receiver: Agent) -> None:
