@@ -241,7 +241,12 @@ def test_what_is_compiled_is_timed_and_its_kernels_are_not_counted(monkeypatch: 
 @pytest.mark.parametrize(("hurry_after", "how"), [(1e12, {"seconds": 0.05}), (-1.0, {"seconds": 0.0, "least": 2})])
 def test_a_late_run_takes_two_samples(hurry_after: float, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(timing, "measure", lambda calls, device, **given: asked.append(given) or {})
+
+    def measure(calls: Any, device: torch.device, **given: Any) -> dict[str, timing.Timing]:
+        asked.append(given)
+        return {}
+
+    monkeypatch.setattr(timing, "measure", measure)
     small_job("pool", hurry_after=hurry_after).rows()
     assert asked == [how]
 
