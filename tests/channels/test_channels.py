@@ -369,6 +369,10 @@ def test_generates_options_reach_it(receiver: Agent) -> None:
     sampled = channel.answer(REQUESTS[:1], max_new_tokens=8, do_sample=True, num_return_sequences=3, top_k=0)
     assert len(sampled) == 3
     assert len({tuple(one.ids.tolist()) for one in sampled}) > 1
+    whole = FullContextChannel(receiver)
+    told = whole.answer(REQUESTS[:2], max_new_tokens=1, do_sample=True, num_return_sequences=2)
+    one, other = (whole.crossed(request) for request in REQUESTS[:2])
+    assert [answer.sent for answer in told] == [one, one, other, other] and one != other
     beams = channel.answer(REQUESTS[:2], max_new_tokens=4, num_beams=3, do_sample=False)
     assert len(beams) == 2
     assert beams[0].text == channel.answer(REQUESTS[:1], max_new_tokens=4, num_beams=3, do_sample=False)[0].text
