@@ -328,6 +328,9 @@ def test_scores_that_are_refused() -> None:
     for margin in (0, 1, 2.8):
         with pytest.raises(EvaluationError, match=r"2\.8 points"):
             equivalence([1, 0], [1, 0], margin=margin)
+    for alpha in (0, 0.5):
+        with pytest.raises(EvaluationError, match="alpha"):
+            equivalence([1, 0], [1, 0], alpha=alpha)
     for p_values in ([0.1, 1.2], [float("nan")], [-0.1]):
         with pytest.raises(EvaluationError):
             holm(p_values)
