@@ -1,4 +1,4 @@
-"""The main job: its formulas, its gate on errors, its files, and one small run from end to end."""
+"""The main job: its gate on errors, its files, and one small run from end to end."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from bench_jobs import BY_NAME, CPU, LCF, LCFX, ROW, AsOnGpu, small_job, two_models
+from bench_jobs import BY_NAME, CPU, ROW, AsOnGpu, small_job, two_models
 
 from bench import c2c, cases, errors, models, report, runner, table, timing, variants
 from bench import interpreted as interpreted_check
 from bench.__main__ import main
-from bench.rows import add_speedups
+from bench.rows import add_speedups, add_time
 from bench.settings import default_settings
 from helpers import Geometry, make_cache
-from lcf_fast import CacheGeometry, LCFConfig, architectures, ops, reference
-from lcf_fast.config import c2c_parameters_per_layer
+from lcf_fast import CacheGeometry, architectures, ops, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,59 +37,7 @@ def _no_gradients() -> Iterator[None]:
         yield
 
 
-# --- formulas
-
-
-def per_token(case: str, config: LCFConfig) -> cases.Work:
-    """What one more token costs, over 28 layers in two-byte elements: weights drop out."""
-    work = next(one.work for one in cases.CASES if one.name == case)
-    more, less = (work(cases.Shape(config, n, n, layers=28, itemsize=2)) for n in (1001, 1000))
-    return cases.Work(more.bytes - less.bytes, more.flops - less.flops)
-
-
-def test_lcf_a_token() -> None:
-    """Design, section 3: 243.7 KB and 38.65 MFLOP over 28 layers."""
-    work = per_token("fuse_layers", LCF)
-    assert work.bytes == 243_712
-    assert work.flops == 38_649_856
-
-
-def test_lcf_reads_its_weights_once() -> None:
-    """Spec, section 3: 38.8 MB in two bytes a parameter; the hard gates are read on the host."""
-    work = cases.fuse_layers(cases.Shape(LCF, 0, 0, layers=28, itemsize=2))
-    assert work.bytes == 2 * LCF.parameter_count()
-    assert work.flops == 0
-
-
-def test_pooling_reads_the_cache_once() -> None:
-    """Design, section 3: 2,000 tokens of Qwen3-0.6B are 229 MB."""
-    work = per_token("summarize_layers", LCFX)
-    assert work.bytes == 28 * 2 * 1024 * 2
-    assert round(2000 * work.bytes / 1e6) == 229
-
-
-def test_inject_reads_no_sharer() -> None:
-    work = per_token("adapter.inject", LCFX)
-    assert work.bytes == 28 * 4 * 1024 * 2
-    assert work.flops == 28 * 2 * (2048 * 128 + 16 * 128**2 + 1024 * 128 + 2 * 8 * 128)
-    weights = cases.inject(cases.Shape(LCFX, 0, 0, layers=28, itemsize=2)).bytes
-    queries, columns, bias, message = 2 * 1024, 2048 * 128, 128, 4 * 128
-    assert weights == 28 * (2 * (LCFX.parameters_per_layer - queries - columns - bias) + message)
-
-
-def test_every_part_of_lcfx_is_counted_once() -> None:
-    shape = cases.Shape(LCFX, 7, 11, layers=3, itemsize=4)
-    whole, parts = cases.summarize_and_inject(shape), (cases.summarize_layers(shape), cases.inject(shape))
-    assert whole.bytes == sum(part.bytes for part in parts)
-    assert whole.flops == sum(part.flops for part in parts)
-
-
-def test_c2c_has_the_papers_size() -> None:
-    with torch.device("meta"):
-        fuser = c2c.make_fuser(cases.QWEN25, cases.QWEN3, 1, device=torch.device("meta"), dtype=torch.float32)
-    assert fuser.parameter_count() == 17_066_002 == c2c_parameters_per_layer(cases.QWEN25, cases.QWEN3)
-    work = cases.c2c_fuser(cases.Shape(LCF, 1, 0, layers=28, itemsize=2))
-    assert round(work.flops / 1e6) == 956
+# --- another method
 
 
 def test_c2c_edits_the_receiver_alike_both_ways() -> None:
@@ -155,6 +105,15 @@ def test_the_budget_is_held_for_every_tensor() -> None:
         assert not judgement.within
         json.dumps(judgement.to_dict(), allow_nan=False)
     assert not errors.judge(plain[:1], truth, plain).within
+
+
+@pytest.mark.parametrize(("ulps", "as_ours", "as_a_baseline"), [(1, True, True), (6, False, True), (12, False, False)])
+def test_a_baseline_may_be_off_by_eight_units_in_the_last_place(ulps: int, as_ours: bool, as_a_baseline: bool) -> None:
+    truth = [torch.linspace(1, 2, 1000, dtype=torch.float64)]
+    plain = [truth[0].float()]
+    off = [plain[0] + ulps * torch.finfo(torch.float32).eps * plain[0]]
+    assert errors.judge(off, truth, plain).within is as_ours
+    assert errors.judge(off, truth, plain, baseline_dtype=torch.float32).within is as_a_baseline
 
 
 def test_one_large_error_is_not_averaged_away() -> None:
@@ -236,6 +195,62 @@ def test_rows_of_a_gpu_are_cold_and_hot_and_graphed(group: str, monkeypatch: pyt
     json.dumps(rows, allow_nan=False)
 
 
+@pytest.fixture
+def timed_by_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's path, on which a variant takes as many milliseconds as it has sets of inputs."""
+
+    def measure(calls: dict[str, list[Any]], **_: Any) -> dict[str, timing.Timing]:
+        return {name: timing.Timing.of([float(len(some))]) for name, some in calls.items()}
+
+    monkeypatch.setattr(timing, "measure", measure)
+    monkeypatch.setattr(timing, "l2_bytes", lambda device: 400_000)
+    monkeypatch.setattr(timing, "graphed", list)
+    for name in ("host_us", "peak_mb"):
+        monkeypatch.setattr(timing, name, lambda call: None)
+
+
+@pytest.mark.usefixtures("timed_by_sets")
+def test_cold_times_are_of_many_sets_of_inputs_and_hot_ones_of_one() -> None:
+    job = small_job("pool", AsOnGpu)
+    read_and_written = cases.cases_of(job.group)[0].work(job.shape).bytes
+    timed = [row for row in job.rows() if row["time"]]
+    assert timed and all(row["time_hot"]["median_ms"] == 1 for row in timed)
+    assert {row["time"]["median_ms"] for row in timed} == {timing.rotation_sets(read_and_written // 2, 400_000)} != {1}
+    assert {row["layers"] for row in timed} == {1}, "as the op's bytes are"
+
+
+@pytest.mark.usefixtures("timed_by_sets")
+def test_what_is_compiled_is_timed_and_its_kernels_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By then its code is gone, and what would be counted is its compiling."""
+    modes: list[str | None] = []
+
+    def compiled(group: str, mode: str | None) -> Any:
+        modes.append(mode)
+        return variants.REFERENCE[group]
+
+    monkeypatch.setattr("bench.job.compiled", compiled)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+    job = small_job("inject", AsOnGpu, compile_until=1e9)
+    timed = [row["variant"] for row in job.rows() if row["time"]]
+    assert modes == [None, "max-autotune-no-cudagraphs"]
+    plain = [name for name in timed if not name.endswith(", CUDA graph")]
+    assert {"torch.compile", "torch.compile max-autotune"} < {*plain}
+    assert [row["variant"] for row, _ in job.counts] == [name for name in plain if "torch.compile" not in name]
+
+
+@pytest.mark.parametrize(("hurry_after", "how"), [(1e12, {"seconds": 0.05}), (-1.0, {"seconds": 0.0, "least": 2})])
+def test_a_late_run_takes_two_samples(hurry_after: float, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def measure(calls: Any, device: torch.device, **given: Any) -> dict[str, timing.Timing]:
+        asked.append(given)
+        return {}
+
+    monkeypatch.setattr(timing, "measure", measure)
+    small_job("pool", hurry_after=hurry_after).rows()
+    assert asked == [how]
+
+
 def test_what_cannot_be_captured_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(calls: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
@@ -253,8 +268,9 @@ def test_what_cannot_be_captured_is_shown(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_is_out_of_bounds_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four units in the last place, which a baseline might be off by."""
     right = ops.gated_injection
-    monkeypatch.setattr(ops, "gated_injection", lambda *a, **k: tuple(x * (1 + 1e-5) for x in right(*a, **k)))
+    monkeypatch.setattr(ops, "gated_injection", lambda *a, **k: tuple(x * (1 + 5e-7) for x in right(*a, **k)))
     rows = small_job("injection").rows()
     (ours,) = (row for row in rows if row["kind"] == "ours")
     assert ours["within"] is False and ours["time"] is None and ours["gb_s"] is None and ours["speedup"] is None
@@ -271,6 +287,36 @@ def test_a_loss_is_a_loss() -> None:
     rows.append(row("other", "C2C", 1.0))
     add_speedups(rows)
     assert rows[0]["speedup"] == 0.5 and rows[0]["against"] == "fast" and rows[0]["speedup_reference"] == 2.0
+
+
+HEADLINE = {
+    "kind": "ours", "group": "lcf", "op": "adapter.fuse", "variant": "adapter.fuse", "tokens": 512, "layers": 28,
+    "bottleneck": 128, "batch": 1, "dtype": "float32", "speedup_reference": 1.2, "within": True,
+}  # fmt: skip
+
+
+def test_the_targets_of_a_cpu_are_of_its_headline_rows() -> None:
+    settings = default_settings(CPU, quick=True)
+    for reached, met in ((1.2, True), (1.19, False), (None, False)):
+        (found,) = runner._targets([HEADLINE | {"speedup_reference": reached}], settings)
+        assert (found["op"], found["target"], found["reached"], found["met"]) == ("adapter.fuse", 1.2, reached, met)
+    other = {"kind": "reference", "group": "pool", "tokens": 128, "layers": 9, "bottleneck": 64, "batch": 2}
+    others = [HEADLINE | {name: value} for name, value in {**other, "dtype": "float16"}.items()]
+    assert runner._targets(others, settings) == []
+    assert runner._targets([HEADLINE], default_settings(torch.device("cuda"), quick=True)) == []
+
+
+def test_a_baseline_that_is_out_of_bounds_is_no_failure_of_ours() -> None:
+    rows = [HEADLINE | {"within": False}, HEADLINE | {"kind": "baseline", "variant": "SDPA", "within": False}]
+    found = runner._found(default_settings(CPU, quick=True), runner.Found(rows={0: rows}), [], [])
+    assert found["failures"] == ["adapter.fuse, 512 tokens"]
+
+
+def test_rates_are_those_of_the_median_time() -> None:
+    row: dict[str, Any] = {"bytes": 3_000_000_000, "flops": 4_000_000_000_000}
+    add_time(row, timing.Timing(2.0, 1.0, 4.0, 5), "cold", 1000.0)
+    assert (row["gb_s"], row["copy_share"], row["tflop_s"]) == pytest.approx((1500.0, 1.5, 2000.0))
+    assert row["time"] == {"median_ms": 2.0, "low_ms": 1.0, "high_ms": 4.0, "samples": 5, "regime": "cold"}
 
 
 def test_sdpa_pools_the_same() -> None:
@@ -290,6 +336,79 @@ def test_variants_take_turns() -> None:
     assert set(found) == {"a", "b"} and found["a"].samples == timing.LEAST_ROUNDS
     switches = sum(one != other for one, other in zip(seen, seen[1:]))
     assert switches >= timing.LEAST_ROUNDS
+
+
+def test_each_round_begins_with_another_variant_and_every_set_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[str, int]] = []
+
+    def sample(calls: Iterator[Any], count: int, device: torch.device) -> float:
+        names = [next(calls)() for _ in range(count)]
+        taken.append((names[0], count))
+        return float(len(taken))
+
+    monkeypatch.setattr(timing, "_sample", sample)
+    found = timing.measure({name: [lambda name=name: name] * 7 for name in "ab"}, CPU, 0.0, least=3)  # type: ignore[misc]
+    assert taken[:4] == [("a", 7), ("a", 1), ("b", 7), ("b", 1)], "each set once, then how long one call takes"
+    assert "".join(name for name, _ in taken[4:]) == "abbaabba"[: len(taken) - 4]
+    assert found["a"].samples == found["b"].samples == 3
+
+
+def test_a_sample_is_the_time_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def call() -> None:
+        now[0] += 0.002
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end: Any) -> float:
+            return 1e3 * float(end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for device in (CPU, torch.device("cuda")):
+        assert timing._sample(cycle([call]), 5, device) == pytest.approx(2.0)
+    assert timing.host_us(call) == pytest.approx(2000.0)
+
+
+def test_a_timing_is_the_median_between_quartiles() -> None:
+    found = timing.Timing.of([5.0, 1.0, 2.0, 9.0])
+    assert (found.median_ms, found.low_ms, found.high_ms, found.samples) == (3.5, 1.75, 6.0, 4)
+    assert timing.Timing.of([3.0]) == timing.Timing(3.0, 3.0, 3.0, 1)
+
+
+def test_what_a_device_can_do_counts_reads_and_writes_and_both_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = timing.Timing(4.0, 2.0, 8.0, 5)
+    monkeypatch.setattr(timing, "measure", lambda calls, *_: dict.fromkeys(calls, known))
+    assert timing.copy_bandwidth(CPU) == pytest.approx(2 * (128 << 20) / 2e-3 / 1e9)
+    assert timing.matmul_rate(CPU, torch.float32) == pytest.approx(2 * 1024**3 / 2e-3 / 1e12)
+
+
+def test_memory_and_kernels_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU would tell them: what was there before does not count, nor do copies and fills by the driver."""
+    from torch.autograd import DeviceType
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1_000_000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3_500_000)
+    assert timing.peak_mb(list) == 2.5
+    kernels = ["fuse", "fuse", "Memcpy DtoD", "Memset (Device)"]
+    events = [SimpleNamespace(name=name, device_type=DeviceType.CUDA) for name in kernels]
+    host = SimpleNamespace(name="aten::add", device_type=DeviceType.CPU)
+    seen = SimpleNamespace(events=lambda: [host, *events])
+    monkeypatch.setattr("torch.profiler.profile", lambda **_: nullcontext(seen))
+    assert timing.kernels_launched(list) == 2
+    events.clear()
+    assert timing.kernels_launched(list) is None
 
 
 def test_operands_keep_shared_tensors_shared() -> None:

@@ -74,6 +74,8 @@ def test_of_long_rows_the_last_positions_are_judged(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ops, "fuse_layers", wrong)
     for at, within in ((19, False), (14, False), (13, True)):
         assert small_job("lcf_pruned", batch=2, seconds=0.0).rows()[0]["within"] is within, at
+    judged = {group: small_job(group)._last() for group in ("lcf", "inject", "train", "slots_append", "summarize")}
+    assert judged == {"lcf": 12, "inject": 12, "train": None, "slots_append": None, "summarize": None}
 
 
 def test_a_brief_point_has_one_case_of_ours_and_eager(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,8 @@ def swept_loss(given: Files) -> None:
 
 
 def swept_gap(given: Files) -> None:
-    given[1]["rows"] = given[1]["rows"][2:]
+    for row in given[1]["rows"][:2]:
+        row["group"] = "inject"
 
 
 FUSE, FEW_TOKENS = "LCF, 2,048 tokens", "LCF, 1 to 128 tokens"
@@ -197,6 +198,31 @@ def test_each_bound_is_held(change: Callable[[Files], None], missed: set[str]) -
     given = deepcopy(files())
     change(given)
     assert {name for (_, name), outcome in outcomes(given).items() if outcome.met is False} == missed
+
+
+def test_the_bound_itself_is_enough() -> None:
+    given = files()
+    for change in (channel(0, "lcf", "communication_share", 0.02), channel(1, "lcf_x", "text_50", 5.0)):
+        change(given)
+    row_of(given, FEW[0])["host_us"] = row_of(given, FEW[3])["host_us"] = 60.0
+    found = outcomes(given)
+    assert [o.measured for o in found.values() if o.measured == o.target.bound and o.target.bound] == [60.0, 0.02, 5.0]
+    assert all(outcome.met for outcome in found.values())
+
+
+def test_other_widths_dtypes_and_batches_are_not_read() -> None:
+    given = files()
+    for other in ({"bottleneck": 64}, {"dtype": "float32"}):
+        given[0]["rows"][:0] = [made(LCF, 9.0, LCF.variant + GRAPH, **other)]
+    lcf = {"communication_share": 0.9, "speedups": {}}
+    given[2]["cells"][:0] = [{**given[2]["cells"][0], "batch": 8, "channels": {"lcf": lcf}}]
+    assert all(outcome.met for outcome in outcomes(given).values())
+
+
+def test_what_was_not_measured_is_no_success(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(files()[0]), encoding="utf-8")
+    assert targets.main([str(file)]) == 1
 
 
 def test_every_target_is_missed_by_some_change_above() -> None:

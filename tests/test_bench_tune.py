@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import trials, tune
+from bench import timing, trials, tune
 from bench.trials import TASKS, Bench, Size, Task, Trial, candidates, near
 from lcf_fast import CacheGeometry, use_backend
 from lcf_fast.kernels import fusion_plan, policy, pooling_policy, slot_policy, tuned
@@ -200,6 +200,7 @@ def test_a_faster_row_goes_to_the_file_and_is_then_taken(
 ) -> None:
     small = replace(small, grid={"block_tokens": (16, 32)})
     own = policy.tile_options(64, 4, policy.INTERPRETER)[0]
+    monkeypatch.setattr(tune, "FINALISTS", 1)
     timed_as(monkeypatch, RATIOS)
     tuned_by(small, bench, tmp_path)
     assert "0.900 of its time" in capsys.readouterr().out
@@ -287,6 +288,21 @@ def test_times_are_taken_with_the_row_that_they_are_of(small: Task, bench: Bench
                 calls[0]()
     assert own > 0 and ratio > 0
     assert seen == [trial.row, other]
+
+
+def test_a_row_counts_by_the_geometric_mean_over_its_sizes(
+    small: Task, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([(2.0, 1.0), (1.0, 4.0)])
+
+    def measure(calls: dict[str, Any], *_: Any, **__: Any) -> dict[str, timing.Timing]:
+        return {name: timing.Timing.of([ms]) for name, ms in zip(calls, next(times))}
+
+    monkeypatch.setattr(timing, "measure", measure)
+    with torch.no_grad(), use_backend("triton"):
+        trial = Trial(replace(small, sizes=(Size(tokens=20, context=20), Size(tokens=4, context=20))), bench)
+        own, ratios = trial.heat([replace(trial.row, block_tokens=16)])
+    assert own == [2.0, 1.0] and ratios == [pytest.approx(2**0.5)]
 
 
 def test_the_workers_launch_every_candidate_once_between_them(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from tiny_agents import agent
 
 from lcf_fast.channels import NoneChannel, Request
@@ -50,3 +51,16 @@ def test_what_ends_an_answer_stays_the_models() -> None:
     given = {**channel.receiver.greedy(), "eos_token_id": None, "suppress_tokens": ids[:1]}
     (other,) = channel.answer(REQUESTS[:1], max_new_tokens=8, **given)
     assert len(other.ids) == 8 and other.ids[0] != ids[0]
+
+
+def test_an_answer_ends_with_the_first_token_that_ends_it() -> None:
+    """What fills up the rest may be that token again."""
+    me = agent("me", "qwen3", 1)
+    me.model.generation_config.eos_token_id = [4, 9]
+    written = torch.tensor([[5, 4, 4, 4], [5, 6, 7, 8], [9, 5, 4, 4]])
+    assert [row.tolist() for row in me.until_the_end(written)] == [[5, 4], [5, 6, 7, 8], [9]]
+    assert [row.tolist() for row in me.until_the_end(written, {"eos_token_id": 7})] == [
+        [5, 4, 4, 4],
+        [5, 6, 7],
+        [9, 5, 4, 4],
+    ]

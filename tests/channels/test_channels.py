@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ from lcf_fast.channels import (
     Sharer,
     TextChannel,
 )
-from lcf_fast.channels.controls import CONTROLS, Noise, controlled_cache
+from lcf_fast.channels.controls import CONTROLS, Noise, controlled_cache, controlled_message
 from lcf_fast.errors import BackendError, DTypeError, GeometryError, LCFError, MessageError, ShapeError, SpanError
 from lcf_fast.sharer import SharerSide
 
@@ -134,6 +134,7 @@ def test_full_context_reads_what_the_sharers_read(receiver: Agent) -> None:
     (same,) = NoneChannel(receiver).answer([told], max_new_tokens=8, do_sample=False)
     assert answer.ids.tolist() == same.ids.tolist()
     assert answer.sent == len("One two three.\n\nFour five!")
+    assert FullContextChannel(receiver).crossed(Request("Who?", "", {"a": ("Ünï", "x")})) == 8, "bytes, not characters"
 
 
 def test_text_is_what_the_sharer_writes(receiver: Agent) -> None:
@@ -299,12 +300,12 @@ def test_lcf_x_sends_what_to_bytes_makes(receiver: Agent) -> None:
     channel = channels_of(receiver, "lcf_x")
     assert isinstance(channel, LCFXChannel)
     short, long = (Request("Who?", "", {"a": ("One two.",) * n}) for n in (1, 20))
-    (a, b), (c, _) = (channel.next_logits([one])[1:3] for one in (short, long)), (0, 0)
     sizes = [channel.next_logits([one])[1][0] for one in (short, long)]
-    assert a is not None and b is not None and c == 0
     assert abs(sizes[0] - sizes[1]) < 64, "a message grows with what was read"
     latent = 2 * 64 * 2  # layers x width x bfloat16
     assert latent < sizes[0] < latent + 1024 + 64
+    wide = LCFXChannel(receiver, channel.adapter, list(channel.sharers.values()), dtype="float32")
+    assert abs(wide.next_logits([short])[1][0] - sizes[0] - latent) < 64, "not in the dtype that was asked for"
 
 
 def test_several_sharers_add_up_and_requests_choose(receiver: Agent) -> None:
@@ -368,6 +369,10 @@ def test_generates_options_reach_it(receiver: Agent) -> None:
     sampled = channel.answer(REQUESTS[:1], max_new_tokens=8, do_sample=True, num_return_sequences=3, top_k=0)
     assert len(sampled) == 3
     assert len({tuple(one.ids.tolist()) for one in sampled}) > 1
+    whole = FullContextChannel(receiver)
+    told = whole.answer(REQUESTS[:2], max_new_tokens=1, do_sample=True, num_return_sequences=2)
+    one, other = (whole.crossed(request) for request in REQUESTS[:2])
+    assert [answer.sent for answer in told] == [one, one, other, other] and one != other
     beams = channel.answer(REQUESTS[:2], max_new_tokens=4, num_beams=3, do_sample=False)
     assert len(beams) == 2
     assert beams[0].text == channel.answer(REQUESTS[:1], max_new_tokens=4, num_beams=3, do_sample=False)[0].text
@@ -445,6 +450,20 @@ def test_random_numbers_have_the_moments_of_what_they_replace() -> None:
     for made, mean, deviation in ((key, 3.0, 2.0), (value, -5.0, 1.0)):
         assert float((made.mean(2) - mean).abs().max()) < 0.6
         assert float((made.std(2) - deviation).abs().max()) < 0.5
+    # Of one token each channel's mean is its content; a head's over its channels is not.
+    short = torch.tensor([[0.0, 10, 20, 30], [1000.0, 1010, 1020, 1030]])[None, :, None]
+    ((key, _),) = controlled_cache([(short, short)], torch.ones(1, 1), "random", Noise(REQUESTS[:1], "a", 0))
+    assert float((key - short).abs().max()) > 5 and float((key - short).abs().max()) < 100
+
+    @dataclass
+    class Told:
+        latent: Tensor
+
+    layers = torch.stack([3 + 2 * torch.randn(1, 400), 0.5 * torch.randn(1, 400) - 50])
+    drawn = controlled_message(Told(layers), "random", Noise(REQUESTS[:1], "a", 0), 0).latent  # type: ignore[arg-type]
+    assert drawn is not None and not torch.equal(drawn, layers)
+    assert drawn.mean(2).flatten().tolist() == pytest.approx([3.0, -50.0], abs=0.4)
+    assert drawn.std(2).flatten().tolist() == pytest.approx([2.0, 0.5], rel=0.2)
 
 
 @pytest.mark.parametrize("name", ["lcf", "lcf_x"])

@@ -66,3 +66,14 @@ def test_a_note_that_the_receiver_takes_more_tokens_for_is_cut_to_what_fits() ->
     assert channel.answer([request], max_new_tokens=NEW, do_sample=False)
     with pytest.raises(ShapeError, match="max_position_embeddings"):
         limited(alone + NEW - 1, "metaspace").answer([request], max_new_tokens=NEW)
+
+
+def test_every_sharers_note_needs_room() -> None:
+    me = agent("me", "qwen3", 1)
+    channel = TextChannel(me, [agent(name, "qwen2", 2) for name in "ab"], most_tokens=50)
+    request = Request("Who?", "", {"a": ("One.",), "b": ("Two.",)})
+    assert me.limit is not None
+    room = me.limit - len(me.prompts([channel._chat(request, ["x", "x"])])[0]) - 2 * 50
+    channel.check([request], room)
+    with pytest.raises(ShapeError, match="to come"):
+        channel.check([request], room + 1)

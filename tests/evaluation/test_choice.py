@@ -81,6 +81,8 @@ def test_predictions_of_rows_with_different_choices() -> None:
     assert predicted_choices(logits, [(4, 3), (2, 1), (1,), (2,)]) == [0, 1, 0, 0]
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         assert predicted_choices(logits.to(dtype), ids) == [3, 0, 2, 1]
+    close = torch.tensor([[25.0, 25.000002]])
+    assert predicted_choices(close, [(0, 1)]) == [1], "a step of float32 decides"
     assert predicted_choices(logits - torch.inf, ids) == [0, 0, 0, 0]
     assert predicted_choices(torch.empty(0, 9), []) == []
 

@@ -21,6 +21,7 @@ ROWS = [
     *cell("b", "c2c", range(0, 100), 200),
     *cell("b", "lcf", range(1, 103), 200),
     *cell("c", "none", range(0, 5), 9),
+    *cell("c", "c2c", range(0, 5), 9, MISMATCHED),
     *cell("b", "none", range(0, 50), 200),
 ]
 
@@ -48,9 +49,19 @@ def test_chosen_sets_and_the_correction_of_several_pairs() -> None:
     assert [c.items for c in found] == [200] * 3
     assert [c.p_adjusted for c in found] == holm([c.test.p_value for c in found])
     assert found[1].p_adjusted > found[1].test.p_value
+    assert all(c.sentence.endswith(f"one-sided exact McNemar, p = {c.p_adjusted:.2g}") for c in found)
+    assert compare(ROWS, pairs)[2].sets == ("b",), "of c there is no matching message"
     alike = [*cell("s", "x", range(0, 150), 300), *cell("s", "y", range(0, 150), 300)]
     assert "equivalent within 2.8 points" in compare(alike, [("x", "y")])[0].sentence
     assert compare(ROWS, []) == []
+
+
+def test_seed_and_margin_are_those_given() -> None:
+    ours, theirs = ([i in those for i in range(200)] for those in (range(1, 103), range(0, 100)))
+    (found,) = compare(ROWS, [("lcf", "c2c")], sets=["b"], margin=0.1, seed=1)
+    assert found.difference == paired_interval(ours, theirs, seed=1) != paired_interval(ours, theirs)
+    assert found.equivalence == equivalence(ours, theirs, margin=0.1)
+    assert "equivalent within 10.0 points" in found.sentence
 
 
 def test_comparisons_that_are_refused() -> None:

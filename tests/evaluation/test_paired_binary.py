@@ -85,6 +85,8 @@ def test_an_interval_ends_where_the_score_does(counts: tuple[int, int, int]) -> 
     assert float(score(*counts, high)) == pytest.approx(scipy_stats.norm.ppf(0.05), abs=1e-4)
     assert float(score(*counts, (gained - lost) / items)) == 0
     assert score_interval(lost, gained, items, 0.9) == pytest.approx((-high, -low))
+    found = equivalence(*answers(items, gained, lost)).difference
+    assert (found.value, found.low, found.high) == ((gained - lost) / items, low, high), "of 1 - 2 alpha"
 
 
 def test_the_ends_of_all_and_nothing() -> None:

@@ -91,6 +91,20 @@ def test_answers_are_greedy_whatever_the_model_comes_with(tmp_path: Path) -> Non
     assert said[0] == said[1]
 
 
+def test_a_cells_first_batch_is_asked_once_before_it_is_timed(tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+
+    class Watched(NoneChannel):
+        def prepare(self, requests: Sequence[Request], *given: Any) -> Any:
+            asked.append([request.question for request in requests])
+            return super().prepare(requests, *given)
+
+    receiver = agent("me", "qwen3", 1)
+    watched = Entrant("none", lambda control: Watched(receiver), ("matched",), {})
+    ask([watched], [facts(3)], tmp_path, batch_size=2, max_new_tokens=1)
+    assert len(asked) == 3 and asked[0] == asked[1] and len(asked[2]) == 1
+
+
 def test_a_finished_cell_is_not_run_again(entrants: list[Entrant], tmp_path: Path) -> None:
     made: list[str] = []
 

@@ -211,6 +211,9 @@ def test_scores_that_are_all_alike_are_not_certain(items: int, right: int) -> No
     assert (share.low, share.high) == pytest.approx((0.25 - 0.25 * unseen, 0.25 + 0.75 * unseen))
     alike = paired_interval([right] * items, [right] * items)
     assert (alike.low, alike.high) == pytest.approx((-unseen, unseen))
+    rounded = paired_interval([0.3, 0.4] * items, [0.2, 0.3] * items)  # 0.1 each, but for rounding
+    unseen = 1 - 0.025 ** (1 / (2 * items))
+    assert (rounded.low, rounded.high) == pytest.approx((0.1 - 1.1 * unseen, 0.1 + 0.9 * unseen))
 
 
 @pytest.mark.parametrize("count", [5_899, 12_032])
@@ -325,6 +328,9 @@ def test_scores_that_are_refused() -> None:
     for margin in (0, 1, 2.8):
         with pytest.raises(EvaluationError, match=r"2\.8 points"):
             equivalence([1, 0], [1, 0], margin=margin)
+    for alpha in (0, 0.5):
+        with pytest.raises(EvaluationError, match="alpha"):
+            equivalence([1, 0], [1, 0], alpha=alpha)
     for p_values in ([0.1, 1.2], [float("nan")], [-0.1]):
         with pytest.raises(EvaluationError):
             holm(p_values)

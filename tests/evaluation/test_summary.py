@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from lcf_fast.errors import BackendError
 from lcf_fast.evaluation.failures import EvaluationError
 from lcf_fast.evaluation.plots import check_plot, write_png
-from lcf_fast.evaluation.predictions import MATCHED, MISMATCHED, ZERO, Prediction
+from lcf_fast.evaluation.predictions import MATCHED, MISMATCHED, SELF, ZERO, Prediction
 from lcf_fast.evaluation.report import markdown
 from lcf_fast.evaluation.statistics import accuracy, holm, mcnemar
 from lcf_fast.evaluation.summary import Summary, summarize, summary_json
@@ -116,6 +117,32 @@ def test_routing_and_weighted_accuracy(found: Summary) -> None:
     assert only is not None and (only.sent, only.timings) == (None, {})
 
 
+def test_a_cell_of_unlike_rows_has_their_medians() -> None:
+    seconds, sizes = (0.1, 0.9, 0.2, 0.3, 0.4), (5, 1, 100, 7, 9)
+    rows = [
+        Prediction(f"q{i}", "s", "lcf", MATCHED, "A", correct=i < 3, timings={"first_token": time}, sent=sent)
+        for i, (time, sent) in enumerate(zip(seconds, sizes))
+    ]
+    matched = summarize(rows).sets[0].channels[0].cell(MATCHED)
+    assert matched is not None and (matched.sent, matched.timings) == (7, {"first_token": 0.3})
+
+
+def test_the_receiver_as_its_own_sharer_is_part_of_the_verdict() -> None:
+    own = cell("arc-c", "lcf", SELF, 50)
+    (arc,) = summarize([*run(), *own]).sets
+    lcf = next(channel.verdict for channel in arc.channels if channel.channel == "lcf")
+    assert lcf is not None and lcf.over_own is not None and lcf.over_own.value == pytest.approx(0.1)
+
+
+def test_what_is_routed_is_joined_by_id_and_asked_of_all() -> None:
+    cheap, dear = cell("s", "none", MATCHED, 3, items=5), cell("s", "lcf", MATCHED, 3, sent=10, items=5)
+    (found,) = summarize([*cheap, *reversed(dear)]).sets
+    assert [(p.cost, p.accuracy) for p in found.routing] == [(0, 0.6)], "both know the same three"
+    others = [replace(row, id=f"other{row.id}") for row in dear]
+    with pytest.raises(EvaluationError, match="the same questions"):
+        summarize([*cheap, *others])
+
+
 def extractive(channel: str, control: str, f1: float) -> list[Prediction]:
     shares = [min(1.0, f1 * i / 20) for i in range(40)]
     return [
@@ -139,6 +166,7 @@ def test_extractive_sets_have_f1_and_exact_matches() -> None:
     shares = [min(1.0, 0.8 * i / 20) for i in range(40)]
     assert matched.score.value == pytest.approx(sum(shares) / 40)
     assert matched.exact == sum(share == 1 for share in shares) / 40
+    assert hotpot.routing[-1].accuracy == matched.exact < matched.score.value, "a word in common is not right"
     assert channel.verdict is not None and channel.verdict.test == "Wilcoxon" and channel.verdict.crossed
     assert summary.weighted == {}
     text = markdown(summary)

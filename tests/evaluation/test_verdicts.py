@@ -8,7 +8,7 @@ import pytest
 from lcf_fast.errors import ShapeError
 from lcf_fast.evaluation.failures import EvaluationError
 from lcf_fast.evaluation.statistics import mcnemar, wilcoxon
-from lcf_fast.evaluation.verdicts import NO_CONTENT, Scores, verdict, verdicts
+from lcf_fast.evaluation.verdicts import NO_CONTENT, Scores, small_p, verdict, verdicts
 
 
 def right(*ranges: tuple[int, int], items: int = 200) -> list[bool]:
@@ -85,6 +85,10 @@ def test_channels_judged_together_are_corrected() -> None:
     assert "p = 0.0029, Holm" in three["a"].sentence
     assert verdicts({"a": barely, "b": nothing}, alpha=0.01)["a"].crossed
     assert verdicts({}) == {}
+
+
+def test_a_p_value_is_said_as_it_is_unless_it_is_tiny() -> None:
+    assert [small_p(p) for p in (0.05, 0.00042, 1e-12, 9e-13)] == ["= 0.05", "= 0.00042", "= 1e-12", "< 1e-12"]
 
 
 def test_gains_are_corrected_too() -> None:
