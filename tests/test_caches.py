@@ -246,7 +246,7 @@ def test_uninitialised_caches_are_refused() -> None:
 def test_layers_with_more_than_keys_and_values_are_refused() -> None:
     utils = pytest.importorskip("transformers.cache_utils")
     key = torch.randn(1, 2, 3, 16)
-    quantized = type("Quantized", (utils.QuantizedLayer,), {"_quantize": None, "_dequantize": None})
+    quantized: Any = type("Quantized", (utils.QuantizedLayer,), {"_quantize": None, "_dequantize": None})
     # Not every transformers 5 has all of them.
     names = ("DynamicIndexedLayer", "LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer", "DummyLayer")
     others = [getattr(utils, name)() for name in names if hasattr(utils, name)]
