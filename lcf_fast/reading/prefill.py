@@ -75,7 +75,8 @@ def read_behind(model: Any, placed: Sequence[Pair], there: Tensor, ids: Tensor, 
 
 def dynamic_cache(layers: Iterable[Pair]) -> Any:
     """A DynamicCache of transformers that holds copies of these ``(key, value)``, one a layer: to go on from."""
-    from transformers import DynamicCache
+    # Not from transformers, a lazy module, which the compiler of torch 2.11 does not trace.
+    from transformers.cache_utils import DynamicCache
 
     cache = DynamicCache()
     for layer, (key, value) in enumerate(layers):
