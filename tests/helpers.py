@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
-#: How a cache lies in memory. Only the last axis always has stride 1.
+#: How a tensor lies in memory. Only the last axis always has stride 1.
 Layout = Literal["contiguous", "token_major", "padded", "offset", "expanded"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+#: How a cache does: keys and values alike, or ``unlike``, keys ``padded`` and values ``token_major``.
+CacheLayout = Literal[Layout, "unlike"]
+CACHE_LAYOUTS: tuple[CacheLayout, ...] = get_args(CacheLayout)
 #: Data that `randn` never makes.
 Adversary = Literal["zeros", "all_equal", "huge_element", "large_offset", "tiny"]
 ADVERSARIES: tuple[Adversary, ...] = get_args(Adversary)
@@ -168,19 +171,20 @@ def make_cache(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    layout: Layout = "contiguous",
+    layout: CacheLayout = "contiguous",
     adversary: Adversary | None = None,
     generator: torch.Generator | None = None,
 ) -> list[Pair]:
     """One ``(key, value)`` a layer, each ``(B, H, N, D)``; drawn on the CPU, so the same on every device."""
+    of_keys, of_values = ("padded", "token_major") if layout == "unlike" else (layout, layout)
 
-    def draw() -> Tensor:
+    def draw(of: Layout) -> Tensor:
         values = torch.randn(batch, geometry.kv_heads, length, geometry.head_dim, generator=generator)
         if adversary is not None:
             values = adversarial(values, adversary)
-        return with_layout(values.to(device, dtype), layout)
+        return with_layout(values.to(device, dtype), of)
 
-    return [(draw(), draw()) for _ in range(geometry.layers)]
+    return [(draw(of_keys), draw(of_values)) for _ in range(geometry.layers)]
 
 
 def make_weights(

@@ -29,9 +29,10 @@ from torch import Tensor
 
 from helpers import (
     ADVERSARIES,
+    CACHE_LAYOUTS,
     GATES,
-    LAYOUTS,
     Adversary,
+    CacheLayout,
     Geometry,
     Layout,
     Pair,
@@ -256,9 +257,9 @@ def test_weights_of_another_dtype_are_cast(generator: torch.Generator, dtype: to
     check_fuse(sharer, receiver, {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()})
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", CACHE_LAYOUTS)
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
-def test_layouts(generator: torch.Generator, layout: Layout, dtype: torch.dtype) -> None:
+def test_layouts(generator: torch.Generator, layout: CacheLayout, dtype: torch.dtype) -> None:
     sharer = make_cache(SHARER, 2, 11, dtype=dtype, layout=layout, generator=generator)
     receiver = make_cache(RECEIVER, 2, 11, dtype=dtype, layout=layout, generator=generator)
     weights = make_weights(SHARER, RECEIVER, 16, dtype=dtype, cross_context=True, generator=generator)

@@ -9,8 +9,8 @@ import torch
 
 from helpers import (
     ADVERSARIES,
+    CACHE_LAYOUTS,
     GATES,
-    LAYOUTS,
     Geometry,
     assert_within_budget,
     guarded,
@@ -81,18 +81,20 @@ def test_guard_sees_a_write_beyond_the_tensor(where: int) -> None:
         check()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", CACHE_LAYOUTS)
 def test_layouts_change_the_strides_and_not_the_values(layout: str) -> None:
     geometry = Geometry(1, 3, 8)
-    ((plain, _),) = make_cache(geometry, 2, 5, generator=torch.Generator().manual_seed(1))
-    ((key, _),) = make_cache(geometry, 2, 5, layout=layout, generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
-    assert key.stride(-1) == 1
-    if layout == "expanded":
-        assert key.stride(0) == 0
-        assert torch.equal(key[1], plain[0])
-        return
-    assert torch.equal(key, plain)
-    assert (key.stride(), key.storage_offset()) != (plain.stride(), 0) or layout == "contiguous"
+    (plain,) = make_cache(geometry, 2, 5, generator=torch.Generator().manual_seed(1))
+    (pair,) = make_cache(geometry, 2, 5, layout=layout, generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+    for got, same in zip(pair, plain):
+        assert got.stride(-1) == 1
+        if layout == "expanded":
+            assert got.stride(0) == 0
+            assert torch.equal(got[1], same[0])
+            continue
+        assert torch.equal(got, same)
+        assert (got.stride(), got.storage_offset()) != (same.stride(), 0) or layout == "contiguous"
+    assert (pair[0].stride() != pair[1].stride()) == (layout == "unlike")
 
 
 @pytest.mark.parametrize("kind", ADVERSARIES)

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from helpers import (
     ADVERSARIES,
-    LAYOUTS,
+    CACHE_LAYOUTS,
     Adversary,
+    CacheLayout,
     Geometry,
-    Layout,
     Pair,
     assert_within_budget,
+    beyond_int32,
     make_cache,
     make_weights,
     with_layout,
@@ -110,7 +111,7 @@ def assert_near(got: Tensor, exact: Tensor, plain: Tensor, budget: float) -> Non
 
 def setup(
     sharer: Geometry, receiver: Geometry, width: int, tokens: int, device: torch.device, generator: torch.Generator,
-    *, batch: int = 1, dtype: torch.dtype = torch.float32, layout: Layout = "contiguous", **keywords: Any,
+    *, batch: int = 1, dtype: torch.dtype = torch.float32, layout: CacheLayout = "contiguous", **keywords: Any,
 ) -> tuple[list[Pair], list[Pair], Weights]:  # fmt: skip
     weights = make_weights(sharer, receiver, width, dtype=dtype, device=device, generator=generator, **keywords)
     of = {"dtype": dtype, "device": device, "generator": generator, "layout": layout}
@@ -174,11 +175,28 @@ def test_index(device: torch.device, generator: torch.Generator) -> None:
     check(other, own, weights, sharer_index=index, positions=(2, 69), noise=NOISE)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: Layout, device: torch.device, generator: torch.Generator) -> None:
-    other, own, weights = setup(SMALL, SMALL, 64, 20, device, generator, batch=2, layout=layout)
+@pytest.mark.parametrize("layout", CACHE_LAYOUTS)
+def test_layouts(layout: CacheLayout, device: torch.device, generator: torch.Generator) -> None:
+    one = Geometry(1, 2, 64)
+    other, own, weights = setup(one, one, 64, 20, device, generator, batch=2, layout=layout)
     # Where all rows are one row, its gradient is a sum that autograd makes by itself.
-    check(other, own, weights, caches=layout != "expanded")
+    check(other, own, weights, caches=layout != "expanded", positions=(3, 20))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "heads", "tokens"])
+def test_offsets_beyond_2_to_the_31(axis: int, device: torch.device, generator: torch.Generator) -> None:
+    """Each axis of both caches in turn, whose last row alone is edited where it is the tokens'."""
+    shape = [1, 1, 2, 64]
+    shape[axis] = 3
+    batch, heads, tokens, dim = shape
+    one = Geometry(1, heads, dim)
+    _, own, weights = setup(one, one, 64, tokens, device, generator, batch=batch, dtype=torch.float16)
+    far = beyond_int32((batch, heads, tokens, dim), axis, device)
+    far.copy_(torch.randn(shape, generator=generator))
+    plain, keywords = own[0][1], {"caches": False, "positions": (tokens - 1, tokens)}
+    check([(far, plain)], [(plain, far)], weights, **keywords)  # type: ignore[arg-type]
+    index = torch.full((batch, tokens), tokens - 1, device=device)
+    check([(plain, far)], [(far, plain)], weights, sharer_index=index, **keywords)  # type: ignore[arg-type]
 
 
 def test_layers_of_different_strides_go_in_pieces(device: torch.device, generator: torch.Generator) -> None:
