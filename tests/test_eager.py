@@ -48,6 +48,16 @@ TOKENS = (0, 1, 15, 16, 17, 63, 300)
 CPU = torch.device("cpu")
 
 
+def test_the_check_in_float64_is_near_its_rounding() -> None:
+    """That the budget of narrower dtypes can fail, `test_helpers` shows."""
+    x = torch.randn(40, dtype=F64)
+    check(lambda x: [x.exp()], [x.exp() * (1 + 1e-14)], x)
+    with pytest.raises(AssertionError):
+        check(lambda x: [x.exp()], [x.exp() * (1 + 1e-10)], x)
+    with pytest.raises(AssertionError):
+        check(lambda x: [x.exp(), x], [x.exp()], x)
+
+
 # --- projection to injection --------------------------------------------------------------------------------------
 
 

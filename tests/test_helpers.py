@@ -12,7 +12,9 @@ from helpers import (
     CACHE_LAYOUTS,
     GATES,
     Geometry,
+    assert_same_rows,
     assert_within_budget,
+    beyond_int32,
     guarded,
     make_cache,
     make_weights,
@@ -42,12 +44,21 @@ def test_budget_passes_what_is_as_good_as_torch() -> None:
     assert_within_budget(torch.zeros(3), torch.zeros(3, dtype=torch.float64), torch.zeros(3))
 
 
-@pytest.mark.parametrize("fault", ["one_element", "bias", "nan", "dtype", "shape"])
+@pytest.mark.parametrize(
+    "fault", ["one_element", "many_elements", "bias", "nan", "dtype", "shape", "infinite_truth", "single_truth"]
+)
 def test_budget_catches(fault: str) -> None:
     truth, plain = budget_case()
     got = plain.clone()
     if fault == "one_element":
         got[3, 4] += 0.25
+    elif fault == "many_elements":  # two fifths: what neither the largest nor the median sees
+        got.view(-1)[::5] += 0.05
+        got.view(-1)[1::5] += 0.05
+    elif fault == "infinite_truth":
+        truth[0, 0] = torch.inf
+    elif fault == "single_truth":
+        truth = truth.float()
     elif fault == "bias":
         got *= 1.02
     elif fault == "nan":
@@ -68,6 +79,13 @@ def test_budget_is_not_blinded_by_one_huge_element() -> None:
     got[1:] *= 1.05
     with pytest.raises(AssertionError, match="median"):
         assert_within_budget(got, truth, plain)
+
+
+def test_rows_in_other_places_are_held_to_their_bits_or_nearly() -> None:
+    rows = torch.randn(4, 64)
+    assert_same_rows(rows.clone(), rows)
+    with pytest.raises(AssertionError):
+        assert_same_rows(rows + 1e-4, rows)
 
 
 @pytest.mark.parametrize("where", [-1, 6])
@@ -98,10 +116,34 @@ def test_layouts_change_the_strides_and_not_the_values(layout: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ADVERSARIES)
-def test_adversaries_are_finite(kind: str) -> None:
-    ((key, value),) = make_cache(Geometry(1, 2, 16), 2, 7, adversary=kind, dtype=torch.float16)  # type: ignore[arg-type]
-    assert torch.isfinite(key).all()
-    assert torch.isfinite(value).all()
+def test_adversaries_are_finite_and_what_randn_is_not(kind: str) -> None:
+    for tensor in make_cache(Geometry(1, 2, 16), 2, 7, adversary=kind, dtype=torch.float16)[0]:  # type: ignore[arg-type]
+        assert torch.isfinite(tensor).all()
+        low, high = float(tensor.min()), float(tensor.max())
+        assert {
+            "zeros": low == high == 0,
+            "all_equal": low == high != 0,
+            "huge_element": high == 300 and float(tensor.abs().median()) < 1,
+            "large_offset": low > 30,
+            "tiny": 0 < high < 0.002,
+        }[kind]
+
+
+def test_what_lies_beside_a_cache_is_nan() -> None:
+    ((key, value),) = make_cache(Geometry(1, 1, 8), 1, 5, layout="padded")
+    assert torch.isnan(key.as_strided((5, 8), (8, 1), 40)).all()
+    ((key, value),) = make_cache(Geometry(1, 1, 8), 1, 5, layout="offset")
+    assert torch.isnan(value.as_strided((1,), (1,), 0)).all() and value.storage_offset() == 1
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_last_row_lies_beyond_32_bits(axis: int) -> None:
+    shape = [1, 1, 1, 8]
+    shape[axis] = 3
+    far = beyond_int32(tuple(shape), axis)  # type: ignore[arg-type]
+    assert 2 * far.stride(axis) == 2**31
+    far.fill_(1.0)
+    assert bool((far == 1).all())
 
 
 @pytest.mark.parametrize("gates", GATES)
@@ -123,3 +165,4 @@ def test_weights_have_the_public_names_and_shapes(gates: str) -> None:
         "global_query": (5, 2, 8),
     }
     assert torch.equal(weights["gate_logit"][0] > 0, torch.tensor(GATES[gates][0]))
+    assert (weights["head_gate_bias"].abs() == 60).all()

@@ -422,3 +422,19 @@ def test_a_tile_beyond_2_to_the_31(device: torch.device, generator: torch.Genera
         ops.fuse_layers_([(other, other)], [(own, plain.clone())], weights)
     torch.testing.assert_close(alone, edited, rtol=0.01, atol=0.01)
     assert torch.equal(own, edited)
+
+
+def test_a_gathered_row_beyond_2_to_the_31(device: torch.device, generator: torch.Generator) -> None:
+    """A tile's own rows would fit 32 bits; those that an index takes from anywhere do not."""
+    one = Geometry(1, 1, 64)
+    weights = make_weights(one, one, 64, dtype=torch.float16, device=device, generator=generator)
+    far = beyond_int32((1, 2, 3, 64), 2, device).as_strided((1, 1, 66, 64), (64, 64, 2**31 // 65 + 1, 1))
+    far.copy_(torch.randn(far.shape, generator=generator))
+    own = make_cache(one, 1, 3, dtype=torch.float16, device=device, generator=generator)
+    index = torch.tensor([[65, 0, 64]], device=device)
+    check_fuse([(far, far)], own, weights, sharer_index=index)
+    with use_backend("triton"):
+        latent = ops.joint_projection(
+            far, far, *own[0], {name: tensor[0] for name, tensor in weights.items()}, sharer_index=index
+        )
+    assert torch.isfinite(latent).all()

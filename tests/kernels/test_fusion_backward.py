@@ -199,6 +199,16 @@ def test_offsets_beyond_2_to_the_31(axis: int, device: torch.device, generator: 
     check([(plain, far)], [(far, plain)], weights, sharer_index=index, **keywords)  # type: ignore[arg-type]
 
 
+def test_a_gathered_row_beyond_2_to_the_31(device: torch.device, generator: torch.Generator) -> None:
+    """A tile's own rows would fit 32 bits; those that an index takes from anywhere do not."""
+    one = Geometry(1, 1, 64)
+    _, own, weights = setup(one, one, 64, 3, device, generator, dtype=torch.float16)
+    far = beyond_int32((1, 2, 3, 64), 2, device).as_strided((1, 1, 66, 64), (64, 64, 2**31 // 65 + 1, 1))
+    far.copy_(torch.randn(far.shape, generator=generator))
+    index = torch.tensor([[65, 0, 64]], device=device)
+    check([(far, far)], own, weights, sharer_index=index, caches=False)
+
+
 def test_layers_of_different_strides_go_in_pieces(device: torch.device, generator: torch.Generator) -> None:
     other, own, weights = setup(Geometry(3, 1, 64), Geometry(3, 1, 64), 64, 20, device, generator, batch=2)
     own = [own[0], tuple(with_layout(t, "token_major") for t in own[1]), *own[2:]]  # type: ignore[list-item]
