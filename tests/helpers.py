@@ -136,6 +136,7 @@ def with_layout(tensor: Tensor, layout: Layout) -> Tensor:
     if layout == "contiguous":
         return tensor.contiguous()
     if layout == "token_major":
+        assert heads > 1, "of one head that is how it lies anyway"
         return tensor.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "padded":
         buffer = tensor.new_full((batch, heads, length + 5, dim), torch.nan)
@@ -176,7 +177,8 @@ def make_cache(
     generator: torch.Generator | None = None,
 ) -> list[Pair]:
     """One ``(key, value)`` a layer, each ``(B, H, N, D)``; drawn on the CPU, so the same on every device."""
-    of_keys, of_values = ("padded", "token_major") if layout == "unlike" else (layout, layout)
+    of_keys: Layout = "padded" if layout == "unlike" else layout
+    of_values: Layout = "token_major" if layout == "unlike" else layout
 
     def draw(of: Layout) -> Tensor:
         values = torch.randn(batch, geometry.kv_heads, length, geometry.head_dim, generator=generator)

@@ -52,6 +52,11 @@ def test_what_assembly_says() -> None:
     )  # fmt: skip
 
 
+def test_what_the_search_for_hazards_finds_is_told() -> None:
+    text = "/*0010*/ HGMMA.64x64x16.F32.BF16 R24, R56, gdesc[UR8], R24, gsb0 ;\n/*0020*/ FADD R57, R4, R5 ;\n"
+    assert len(nvidia_resources(168, text, 0, "sm_90").hazards) == 1
+
+
 @triton.jit
 def crowded_kernel(x, y, steps, SIZE: tl.constexpr):
     """Numbers that are all needed in each step, and 16-bit ones at odd addresses."""

@@ -161,11 +161,11 @@ def test_fuse_reads_caches_where_they_lie(
 
 
 def test_layers_of_different_strides_fuse_in_groups(device: torch.device, generator: torch.Generator) -> None:
-    weights = make_weights(SMALL, SMALL, 64, device=device, generator=generator)
-    a = make_cache(SMALL, 2, 20, device=device, generator=generator)
-    b = make_cache(SMALL, 2, 20, layout="token_major", device=device, generator=generator)
-    other = make_cache(SMALL, 2, 20, device=device, generator=generator)
-    check_fuse(other, [a[0], b[1]], weights)
+    three = Geometry(3, 2, 64)  # of one head the layouts would be the same
+    weights = make_weights(three, three, 64, device=device, generator=generator)
+    own, other = (make_cache(three, 1, 9, device=device, generator=generator) for _ in "ab")
+    strided = make_cache(three, 1, 9, layout="token_major", device=device, generator=generator)
+    check_fuse([*other[:2], strided[2]], [own[0], strided[1], own[2]], weights)
 
 
 @pytest.mark.parametrize("adversary", ADVERSARIES)
@@ -315,7 +315,7 @@ def test_in_place_touches_nothing_beside_the_cache(device: torch.device, generat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_projection_and_injection_alone(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     """The single-layer ops: gathered rows, a latent that is zero where there is none, a mask, a closed gate."""
-    sharer, receiver = Geometry(1, 1, 80), Geometry(1, 3, 64)
+    sharer, receiver = Geometry(1, 2, 80), Geometry(1, 3, 64)
     stacked = make_weights(sharer, receiver, 64, gates="value_only", dtype=dtype, device=device, generator=generator)
     weights = {name: tensor[0] for name, tensor in stacked.items()}
     weights["gate_logit"][0] = 0.0  # as in a new adapter: closed

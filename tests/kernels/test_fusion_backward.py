@@ -209,9 +209,37 @@ def test_a_gathered_row_beyond_2_to_the_31(device: torch.device, generator: torc
     check([(far, far)], own, weights, sharer_index=index, caches=False)
 
 
+def test_rows_that_the_sharer_has_not_have_no_gradient(
+    device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Indices that nobody looks at, as on a GPU: as those that say so. Of all layers, and of the projection alone."""
+    monkeypatch.setattr("lcf_fast.checks.reads_values", lambda _: False)
+    one = Geometry(1, 1, 64)
+    _, own, weights = setup(one, one, 64, 9, device, generator)
+    other = make_cache(one, 1, 6, layout="padded", device=device, generator=generator)
+    leaves = leaves_of(other, own, weights, None, caches=True)
+    index = torch.tensor([[0, 6, 5, -1, 7, 3, -2, 6, 1]], device=device)
+
+    def alone(sharer: list[Pair], receiver: list[Pair], weights: Weights, **keywords: Any) -> list[Pair]:
+        stacked = {name: tensor[0] for name, tensor in weights.items()}
+        latent = ops.joint_projection(*sharer[0], *receiver[0], stacked, sharer_index=keywords["sharer_index"])
+        return [(latent, latent)]
+
+    for run in (ops.fuse_layers, alone):
+        with use_backend("triton"):
+            got, same = (
+                gradients(run, leaves, 1, sharer_index=rows)  # type: ignore[arg-type]
+                for rows in (index, index.where((index >= 0) & (index < 6), -1))
+            )
+        assert all(torch.equal(got[name], same[name]) for name in got)
+
+
 def test_layers_of_different_strides_go_in_pieces(device: torch.device, generator: torch.Generator) -> None:
-    other, own, weights = setup(Geometry(3, 1, 64), Geometry(3, 1, 64), 64, 20, device, generator, batch=2)
-    own = [own[0], tuple(with_layout(t, "token_major") for t in own[1]), *own[2:]]  # type: ignore[list-item]
+    three = Geometry(3, 2, 64)
+    other, own, weights = setup(three, three, 64, 20, device, generator)
+    own[2], other[1] = (
+        (with_layout(key, "token_major"), with_layout(value, "token_major")) for key, value in (own[2], other[1])
+    )
     check(other, own, weights, noise=NOISE)
 
 
@@ -332,6 +360,8 @@ def test_injection(gates: str, dtype: torch.dtype, device: torch.device, generat
     _, own, stacked = setup(one, one, 64, 40, device, generator, batch=2, dtype=dtype, gates=gates)
     names = ("up_weight", "up_bias", "head_gate_weight", "head_gate_bias", "gate_logit")
     latent = torch.randn(2, 40, 64, generator=generator).to(device)
+    if gates == "key_only":
+        stacked["gate_logit"][0, 1] = 0.0  # as in a new adapter: closed
     tensors = [*own[0], latent, *(stacked[name][0] for name in names)]
     mask = (torch.rand(2, 40, generator=generator) > 0.3).to(device)
     grads = [torch.randn(own[0][0].shape, generator=generator).to(device, dtype) for _ in range(2)]

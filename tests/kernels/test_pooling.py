@@ -353,6 +353,18 @@ def test_nothing_to_pool_for_no_rows(device: torch.device) -> None:
     assert summary.shape == (1, 2, 0, 2, 64)
 
 
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_nan_in_a_span_is_seen(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+    """Wherever it lies in a chunk's parts; of the last item nothing is lost."""
+    key, value = one_layer(4, 1, 40, 16, generator, dtype=dtype, device=device)
+    for item, at in enumerate((3, 18, 35)):
+        key[item, 0, at] = torch.nan
+    query = [q.to(device, dtype) for q in queries(1, 16, generator)]
+    for pooled in pooling.attention_pool(key, value, *query, table([[0, 5, 20, 40]] * 4, device)):
+        assert torch.isnan(pooled[:3]).all() and torch.isfinite(pooled[3]).all()
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_beyond_two_to_the_31_elements(axis: int, device: torch.device, generator: torch.Generator) -> None:
     """The third row of one axis begins 2**31 elements on: index times stride overflows 32 bits, each alone does not."""
