@@ -166,6 +166,7 @@ def test_layers_of_different_strides_fuse_in_groups(device: torch.device, genera
     own, other = (make_cache(three, 1, 9, device=device, generator=generator) for _ in "ab")
     strided = make_cache(three, 1, 9, layout="token_major", device=device, generator=generator)
     check_fuse([*other[:2], strided[2]], [own[0], strided[1], own[2]], weights)
+    check_fuse([*other[:2], strided[2]], own, weights)
 
 
 @pytest.mark.parametrize("adversary", ADVERSARIES)
