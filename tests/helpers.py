@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
-#: How a cache lies in memory. Only the last axis always has stride 1.
+#: How a tensor lies in memory. Only the last axis always has stride 1.
 Layout = Literal["contiguous", "token_major", "padded", "offset", "expanded"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+#: How a cache does: keys and values alike, or ``unlike``, keys ``padded`` and values ``token_major``.
+CacheLayout = Literal[Layout, "unlike"]
+CACHE_LAYOUTS: tuple[CacheLayout, ...] = get_args(CacheLayout)
 #: Data that `randn` never makes.
 Adversary = Literal["zeros", "all_equal", "huge_element", "large_offset", "tiny"]
 ADVERSARIES: tuple[Adversary, ...] = get_args(Adversary)
@@ -133,6 +136,7 @@ def with_layout(tensor: Tensor, layout: Layout) -> Tensor:
     if layout == "contiguous":
         return tensor.contiguous()
     if layout == "token_major":
+        assert heads > 1, "of one head that is how it lies anyway"
         return tensor.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "padded":
         buffer = tensor.new_full((batch, heads, length + 5, dim), torch.nan)
@@ -168,19 +172,21 @@ def make_cache(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    layout: Layout = "contiguous",
+    layout: CacheLayout = "contiguous",
     adversary: Adversary | None = None,
     generator: torch.Generator | None = None,
 ) -> list[Pair]:
     """One ``(key, value)`` a layer, each ``(B, H, N, D)``; drawn on the CPU, so the same on every device."""
+    of_keys: Layout = "padded" if layout == "unlike" else layout
+    of_values: Layout = "token_major" if layout == "unlike" else layout
 
-    def draw() -> Tensor:
+    def draw(of: Layout) -> Tensor:
         values = torch.randn(batch, geometry.kv_heads, length, geometry.head_dim, generator=generator)
         if adversary is not None:
             values = adversarial(values, adversary)
-        return with_layout(values.to(device, dtype), layout)
+        return with_layout(values.to(device, dtype), of)
 
-    return [(draw(), draw()) for _ in range(geometry.layers)]
+    return [(draw(of_keys), draw(of_values)) for _ in range(geometry.layers)]
 
 
 def make_weights(

@@ -9,9 +9,22 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import triton
 from torch import Tensor
 
 from bench.host import Launches, make_calls, on_a_gpu
+from lcf_fast.kernels import launching
+
+
+@triton.jit
+def bound_kernel(x, number, last):
+    pass
+
+
+@triton.jit
+def launched_kernel(x, number, last):
+    pass
 
 
 def visible_calls(run: Callable[[], object]) -> int:
@@ -51,7 +64,31 @@ def check_variants(call: Any, launches: Launches) -> None:
     assert launches.variants == wide
 
 
+def check_alike(launches: Launches) -> None:
+    """`launching` takes for alike what Triton's binder does: integers, tensors, options."""
+    words = torch.zeros(17, dtype=torch.float16)
+    given = [(words, number, 4) for number in (0, 1, 2, 16, 17, 2**31 - 16, 2**31, 2**31 + 1, 2**40, 3)]
+    given += [(words[1:], 3, 4), (words, 3, 4), (words.float(), 3, 4), (words, 3, 8), (words[1:], 3, 8), (words, 3, 4)]
+    for x, number, warps in given:
+        before = launches.variants
+        bound_kernel[(1,)](x, number, 8, num_warps=warps)
+        bound = launches.variants
+        launching.launch(launched_kernel, 1, (), (x,), (number, 8), {}, {"num_warps": warps})
+        assert launches.variants - bound == bound - before, (x.dtype, x.data_ptr() % 16, number, warps)
+
+
+def check_odd_addresses(call: Any, launches: Launches) -> None:
+    """A sharer that lies as the one before, but at odd addresses, is not read by 16 bytes."""
+    before = launches.variants
+    heard, own = call.args
+    odd = [tuple(torch.zeros(side.numel() + 1).to(side)[1:].view(side.shape) for side in pair) for pair in heard]
+    call.func(odd, own)
+    assert launches.variants > before
+
+
 def main() -> None:
+    with on_a_gpu() as launches:
+        check_alike(launches)
     counts: dict[str, dict[int, int]] = {}
     for layers in (4, 28):
         with on_a_gpu() as launches:
@@ -66,6 +103,8 @@ def main() -> None:
                 assert found[0] == found[1] == found[2], name
                 if name.endswith("pairs"):  # the other kind takes the same kernels
                     check_variants(call, launches)
+                if name == "fuse, pairs":
+                    check_odd_addresses(call, launches)
                 counts.setdefault(name, {})[layers] = visible_calls(call)
     for name, by_layers in counts.items():
         print(f"{name}: {by_layers[28]}, {(by_layers[28] - by_layers[4]) / 24:.2f}")

@@ -29,9 +29,10 @@ from torch import Tensor
 
 from helpers import (
     ADVERSARIES,
+    CACHE_LAYOUTS,
     GATES,
-    LAYOUTS,
     Adversary,
+    CacheLayout,
     Geometry,
     Layout,
     Pair,
@@ -45,6 +46,16 @@ from lcf_fast.eager_tiles import Tile, cut_tiles, group_layers, uncovered
 
 TOKENS = (0, 1, 15, 16, 17, 63, 300)
 CPU = torch.device("cpu")
+
+
+def test_the_check_in_float64_is_near_its_rounding() -> None:
+    """That the budget of narrower dtypes can fail, `test_helpers` shows."""
+    x = torch.randn(40, dtype=F64)
+    check(lambda x: [x.exp()], [x.exp() * (1 + 1e-14)], x)
+    with pytest.raises(AssertionError):
+        check(lambda x: [x.exp()], [x.exp() * (1 + 1e-10)], x)
+    with pytest.raises(AssertionError):
+        check(lambda x: [x.exp(), x], [x.exp()], x)
 
 
 # --- projection to injection --------------------------------------------------------------------------------------
@@ -256,9 +267,9 @@ def test_weights_of_another_dtype_are_cast(generator: torch.Generator, dtype: to
     check_fuse(sharer, receiver, {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()})
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", CACHE_LAYOUTS)
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
-def test_layouts(generator: torch.Generator, layout: Layout, dtype: torch.dtype) -> None:
+def test_layouts(generator: torch.Generator, layout: CacheLayout, dtype: torch.dtype) -> None:
     sharer = make_cache(SHARER, 2, 11, dtype=dtype, layout=layout, generator=generator)
     receiver = make_cache(RECEIVER, 2, 11, dtype=dtype, layout=layout, generator=generator)
     weights = make_weights(SHARER, RECEIVER, 16, dtype=dtype, cross_context=True, generator=generator)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bench import host
+
 pytest.importorskip("transformers")
 WORKER = Path(__file__).with_name("host_worker.py")
 ROOT = WORKER.parents[1]
@@ -35,6 +37,21 @@ def test_calls_do_not_grow_with_layers() -> None:
         assert float(a_layer) < 0.2, f"{name}: {a_layer} calls a kept layer"
 
 
+def test_milliseconds_a_call_of_the_threads_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    spent = 0.0
+
+    def costs(seconds: float) -> host.Call:
+        def call() -> None:
+            nonlocal spent
+            spent += seconds
+
+        return call
+
+    monkeypatch.setattr("time.thread_time", lambda: spent)
+    found = host.measure({"one": costs(5e-6), "other": costs(2e-3)}, 0.0)
+    assert {name: round(timing.median_ms, 6) for name, timing in found.items()} == {"one": 0.005, "other": 2.0}
+
+
 def test_the_command_prints_a_line_a_call() -> None:
     command = [sys.executable, "-m", "bench.host", "--seconds", "0.05", "--layers", "3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -42,5 +59,7 @@ def test_the_command_prints_a_line_a_call() -> None:
     assert [line.split(",")[0].strip() for line in done.stdout.splitlines()[1:]] == [
         "fuse", "fuse_", "inject", "inject_", "summarize", "slots",
     ] * 2  # fmt: skip
+    medians = [float(median) for median in re.findall(r" ([\d.]+)  \(", done.stdout)]
+    assert len(medians) == 12 and min(medians) > 5, "microseconds"
     assert len(re.findall(r"\[\d+, \d+\]$", done.stdout, re.MULTILINE)) == 10, "two launches"
     assert len(re.findall(r"\[\d+, \d+, \d+\]$", done.stdout, re.MULTILINE)) == 2, "chunks, merge, fold"

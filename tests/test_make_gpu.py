@@ -185,6 +185,19 @@ def test_a_second_run_adds_to_the_summary(runner: ModuleType, tmp_path: Path) ->
     assert steps({"commit": "b"}, "gpu") == ["gpu"]
 
 
+@pytest.mark.parametrize(
+    ("statuses", "code"), [(("passed", "absent"), 0), (("passed", "timeout"), 1), (("failed", "passed"), 1)]
+)
+def test_the_exit_status(
+    runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statuses: tuple[str, ...], code: int
+) -> None:
+    results = [runner.Result(f"step {i}", status, 1.0, "") for i, status in enumerate(statuses)]
+    for name, value in (("missing", ""), ("describe", {}), ("targets", ""), ("run_all", results)):
+        monkeypatch.setattr(runner, name, lambda *_, value=value: value)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
+    assert runner.main() == code
+
+
 # --- the commands
 
 
@@ -207,6 +220,18 @@ def test_benchmarks_are_asked_for_what_they_know_and_write_where_they_are_read(
     monkeypatch.setattr(latency_command, "_run", seen.append)
     assert cli.main(step.command[3:]) == 0
     assert seen[0].out / latency.RESULTS == tmp_path / runner.RESULTS["latency"] and seen[0].batch == [1]
+
+
+def test_no_step_passes_for_nothing(runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests run on the GPU, not in the interpreter, and what a sanitizer finds is a failure."""
+    monkeypatch.setattr(runner, "sanitizer_of", lambda: "compute-sanitizer")
+    for name in ("gpu", "numerics"):
+        assert step_of(runner, name, tmp_path).env == {"LCF_FAST_TEST_DEVICE": "cuda"}
+    for name in ("memcheck", "racecheck"):
+        step = step_of(runner, name, tmp_path)
+        options = dict(zip(step.command[1:], step.command[2:]))
+        assert (options["--tool"], step.absent) == (name, "") and int(options["--error-exitcode"]) > 0
+        assert step.env == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
 @pytest.mark.parametrize("name", ["bench", "sweep", "latency"])

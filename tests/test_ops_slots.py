@@ -12,10 +12,10 @@ from torch.library import opcheck
 
 from helpers import (
     ADVERSARIES,
-    LAYOUTS,
+    CACHE_LAYOUTS,
     Adversary,
+    CacheLayout,
     Geometry,
-    Layout,
     assert_within_budget,
     make_cache,
     make_slot_weights,
@@ -72,8 +72,8 @@ def test_adversarial_numbers(adversary: Adversary, generator: torch.Generator) -
     check_whole(sharer, weights_of(4, generator), None)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: Layout, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("layout", CACHE_LAYOUTS)
+def test_layouts(layout: CacheLayout, generator: torch.Generator) -> None:
     sharer = make_cache(SHARER, 3, 33, layout=layout, generator=generator)
     check_whole(sharer, weights_of(5, generator), ragged(3, 33, generator))
 

@@ -12,7 +12,16 @@ from tiny_training import tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import ADVERSARIES, LAYOUTS, Adversary, Layout, Pair, assert_within_budget, make_cache, to_double
+from helpers import (
+    ADVERSARIES,
+    CACHE_LAYOUTS,
+    Adversary,
+    CacheLayout,
+    Pair,
+    assert_within_budget,
+    make_cache,
+    to_double,
+)
 from lcf_fast import CacheGeometry
 from lcf_fast.c2c import C2CConfig, C2CFuser, C2CProjector, FaithfulFuser, faithful_fuse
 from lcf_fast.c2c.faithful import Captured
@@ -242,8 +251,8 @@ def test_within_the_error_of_the_released_operations(
             assert_within_budget(pair[i], wanted[i], same[i])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout(make_fuser: MakeFuser, layout: Layout) -> None:
+@pytest.mark.parametrize("layout", CACHE_LAYOUTS)
+def test_any_layout(make_fuser: MakeFuser, layout: CacheLayout) -> None:
     fuser = make_fuser()
     sharer, receiver = caches(layout=layout)
     plain = [[(k.contiguous(), v.contiguous()) for k, v in cache] for cache in (sharer, receiver)]

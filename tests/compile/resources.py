@@ -67,21 +67,42 @@ def compile_case(case: Case, chip: str) -> Resources:
     compiled = triton.compile(source, target=TARGETS[chip], options=options)
     shared = compiled.metadata.shared
     if chip == "gfx942":
-        text = compiled.asm["amdgcn"]
-        registers = sum(int(n) for n in re.findall(r"\.(?:vgpr|agpr)_count:\s+(\d+)", text))
-        spilled = [m.start() for m in re.finditer(r"\bscratch_(?:load|store)", text)]
-        wide = len(re.findall(r"\b(?:global|buffer)_load_dwordx4", text))
-        narrow = len(re.findall(r"\b(?:global|buffer)_(?:load_(?:ushort|short_d16\w*)|store_short\w*)", text))
-        loops, hazards = _amd_loops(text), []
-    else:
-        registers, text = disassemble(compiled.asm["cubin"])
-        spilled = [m.start() for m in re.finditer(r"\b(?:LDL|STL)\b", text)]
-        wide = len(re.findall(r"\b(?:LDG|LDGSTS)\.E[\w.]*\.128", text))
-        narrow = len(re.findall(r"\b(?:LDG|STG)\.E[\w.]*\.[US]16", text))
-        loops, hazards = nvidia_loops(text), register_hazards(text)
-    inside = sum(any(first <= at <= last for first, last in loops) for at in spilled)
-    mma = tuple(sorted(set(re.findall(MMA[chip], text))))
-    return Resources(registers, len(spilled), inside, shared, mma, wide, narrow, tuple(hazards))
+        return amd_resources(compiled.asm["amdgcn"], shared)
+    return nvidia_resources(*disassemble(compiled.asm["cubin"]), shared, chip)
+
+
+def nvidia_resources(registers: int, sass: str, shared: int, chip: str) -> Resources:
+    """What SASS says, and what it does not."""
+    spilled = [m.start() for m in re.finditer(r"\b(?:LDL|STL)\b", sass)]
+    return Resources(
+        registers=registers,
+        spills=len(spilled),
+        loop_spills=_inside(spilled, nvidia_loops(sass)),
+        shared=shared,
+        mma=tuple(sorted(set(re.findall(MMA[chip], sass)))),
+        wide_loads=len(re.findall(r"\b(?:LDG|LDGSTS)\.E[\w.]*\.128", sass)),
+        narrow=len(re.findall(r"\b(?:LDG|STG)\.E[\w.]*\.[US]16", sass)),
+        hazards=tuple(register_hazards(sass)),
+    )
+
+
+def amd_resources(text: str, shared: int) -> Resources:
+    """What AMD's assembly says."""
+    spilled = [m.start() for m in re.finditer(r"\bscratch_(?:load|store)", text)]
+    return Resources(
+        registers=sum(int(n) for n in re.findall(r"\.(?:vgpr|agpr)_count:\s+(\d+)", text)),
+        spills=len(spilled),
+        loop_spills=_inside(spilled, _amd_loops(text)),
+        shared=shared,
+        mma=tuple(sorted(set(re.findall(MMA["gfx942"], text)))),
+        wide_loads=len(re.findall(r"\b(?:global|buffer)_load_dwordx4", text)),
+        narrow=len(re.findall(r"\b(?:global|buffer)_(?:load_(?:ushort|short_d16\w*)|store_short\w*)", text)),
+        hazards=(),
+    )
+
+
+def _inside(places: list[int], loops: list[tuple[int, int]]) -> int:
+    return sum(any(first <= at <= last for first, last in loops) for at in places)
 
 
 def nvidia_loops(sass: str) -> list[tuple[int, int]]:

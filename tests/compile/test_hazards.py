@@ -25,6 +25,10 @@ def line(text: str) -> str:
         "FADD R4, R30, R5",  # the sums, read
         "STS.128 [R2], R40",
         "MOV R55, R4",  # the last of the sums
+        "LDG.E.64 R23, desc[UR8][R2.64]",  # the first of them is its second
+        "IMAD.WIDE R23, R4, R5, R6",
+        "LDG.E.128 R21, desc[UR8][R2.64]",  # its fourth
+        "@!P1 FADD R4, -R30, R5",
     ],
 )
 def test_found(text: str) -> None:
@@ -42,3 +46,9 @@ def test_a_wait_may_leave_the_last_group() -> None:
     some = WAIT.replace("0x0", "0x1")
     assert register_hazards(PRODUCTS + later + some + line("FADD R57, R4, R5")) == []
     assert len(register_hazards(PRODUCTS + later + some + line("FADD R101, R4, R5"))) == 1
+    assert len(register_hazards(PRODUCTS + some + line("FADD R57, R4, R5"))) >= 1, "the only group is the last"
+
+
+def test_a_long_kernel_is_read_to_its_end() -> None:
+    text = (PRODUCTS + line("FADD R57, R4, R5")).replace("/*00", "/*1200")
+    assert len(register_hazards(text)) >= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from emulator import matrices
 from emulator.driver import Emulator
 from emulator.lanes import operation, to_bfloat
 from emulator.machine import run
-from emulator.memory import EmulationError, Findings, GlobalMemory
+from emulator.memory import EmulationError, Findings, GlobalMemory, SharedMemory
 from emulator.ptx import parse
 from emulator.translator import Translator
 
@@ -53,6 +55,7 @@ def probe(body: str, *, elements: int = 64, programs: int = 1, shared: int = 102
 
 TO_SHARED = "mov.b32 %r5, 7;\nst.shared.b32 [%r3], %r5;\n"
 COPY = "cp.async.ca.shared.global [ %r3 + 0 ], [ %rd3 + 0 ], 0x4, %r9;\ncp.async.commit_group;\n"
+LATER = COPY.replace("%r3 + 0", "%r3 + 256")
 FOUR = "mov.b32 %r9, 4;\n"
 
 
@@ -68,12 +71,14 @@ FOUR = "mov.b32 %r9, 4;\n"
         (FOUR + COPY + "cp.async.wait_group 0;\nld.shared.b32 %r6, [%r4];",
          "shared read of what another warp wrote before any barrier"),
         (FOUR + COPY + COPY + "cp.async.wait_group 0;", "shared write of what a copy is still to bring"),
+        (FOUR + COPY + LATER + "cp.async.wait_group 1;\nld.shared.b32 %r6, [%r3+256];",
+         "shared read of what a copy is still to bring"),
         ("cvt.u64.u32 %rd4, %r4;\nadd.s64 %rd5, %rd1, %rd4;\nst.global.b32 [%rd3], %r1;\nld.global.b32 %r6, [%rd5];",
          "global read of what another warp wrote before any barrier"),
         ("cvt.u64.u32 %rd4, %r4;\nadd.s64 %rd5, %rd1, %rd4;\nld.global.b32 %r6, [%rd5];\nst.global.b32 [%rd3], %r1;",
          "global write of what another warp read before any barrier"),
     ],
-    ids=range(9),
+    ids=range(10),
 )  # fmt: skip
 def test_a_race_is_found(body: str, kind: str) -> None:
     assert kind in probe(body)[1]
@@ -85,6 +90,7 @@ def test_a_race_is_found(body: str, kind: str) -> None:
         TO_SHARED + "bar.sync 0;\nld.shared.b32 %r6, [%r4];\nbar.sync 0;\nst.shared.b32 [%r3], %r6;",
         TO_SHARED + "ld.shared.b32 %r6, [%r3];",
         FOUR + COPY + "cp.async.wait_group 0;\nbar.sync 0;\nld.shared.b32 %r6, [%r4];",
+        FOUR + COPY + LATER + "cp.async.wait_group 1;\nld.shared.b32 %r6, [%r3];",
         "ld.global.b32 %r6, [%rd3];\nst.global.b32 [%rd3], %r6;",
     ],
 )
@@ -92,11 +98,70 @@ def test_what_is_in_order_is_not(body: str) -> None:
     assert probe(body)[1] == set()
 
 
+OTHER = "cvt.u64.u32 %rd4, %r4;\nadd.s64 %rd5, %rd1, %rd4;\n"
+
+
+def test_every_reader_is_remembered() -> None:
+    """The writer read last itself: what another warp, or another program, read before it is not forgotten."""
+    body = OTHER + "ld.global.b32 %r6, [%rd5];\nld.global.b32 %r6, [%rd3];\nst.global.b32 [%rd3], %r6;"
+    assert probe(body)[1] == {"global write of what another warp read before any barrier"}
+    body = "ld.global.b32 %r6, [%rd3];\nsetp.eq.b32 %p1, %r2, 1;\n@%p1 st.global.b32 [%rd3], %r2;"
+    assert probe(body, programs=2)[1] == {"global write of what another program reads"}
+    body = OTHER + "ld.global.b32 %r6, [%rd5];\nbar.sync 0;\nld.global.b32 %r6, [%rd3];\nst.global.b32 [%rd3], %r6;"
+    assert probe(body)[1] == set()
+
+
+def test_matrix_products_read_when_they_may() -> None:
+    """Shared memory as wgmma sees it: written, behind a barrier and a fence, and its own until it is waited for."""
+    findings = Findings()
+    shared = SharedMemory(1, 256, 4, findings)
+    words, warps = np.arange(32), np.arange(32) // 8
+
+    def found() -> set[str]:
+        kinds = {kind for _, _, kind in findings.counts}
+        findings.counts.clear()
+        return kinds
+
+    shared.watch_matrix(words, 1, "")
+    assert found() == {"wgmma reads what nobody wrote"}
+    shared.release_matrix(words, 0b1111, 1)
+    shared.watch_write(words[:, None], warps, 2, "")
+    shared.watch_matrix(words, 2, "")
+    assert found() == {"wgmma reads what was written before any barrier", "wgmma reads what no proxy fence followed"}
+    shared.fences += 1
+    shared.watch_matrix(words, 3, "")
+    assert found() == set()
+    shared.watch_write(words[:, None], warps, 4, "")
+    assert found() == {"shared write of what wgmma may still read"}
+    shared.release_matrix(words, 0b1111, 5)
+    shared.watch_write(words[:, None], warps, 5, "")
+    assert found() == {"shared write of what another warp read before any barrier"}
+    shared.watch_write(words[:, None], warps, 6, "", arrives=False)
+    shared.fences += 1
+    assert found() == set()
+    shared.watch_matrix(words, 7, "")
+    assert found() == {"wgmma reads what a copy is still to bring"}
+
+
+def test_a_wait_may_leave_the_last_product() -> None:
+    shared = SharedMemory(1, 256, 4, Findings())
+    groups = [[np.arange(0, 8)], [np.arange(8, 16)], []]
+    frame: Any = SimpleNamespace(matrices=groups, threads=128, shared=shared, epoch=1)
+    for group in groups[:2]:
+        shared.watch_matrix(group[0], 1, "")
+    matrices.finish(frame, 1)
+    assert shared.taken[0, :16].tolist() == [0] * 8 + [1] * 8
+    matrices.finish(frame, 0)
+    assert not shared.taken.any() and len(frame.matrices) == 1
+
+
 def test_programs_have_no_order() -> None:
-    """Each writes all words; or the first reads what the second writes."""
+    """Each writes all words; the first reads what the second writes; the second reads what the first wrote."""
     assert "global write of what another program writes" in probe("st.global.b32 [%rd3], %r2;", programs=2)[1]
     body = "setp.eq.b32 %p1, %r2, 0;\n@%p1 ld.global.b32 %r6, [%rd3];\n@!%p1 st.global.b32 [%rd3], %r2;"
     assert "global write of what another program reads" in probe(body, programs=2)[1]
+    body = "setp.eq.b32 %p1, %r2, 0;\n@%p1 st.global.b32 [%rd3], %r2;\n@!%p1 ld.global.b32 %r6, [%rd3];"
+    assert "global read of what another program writes" in probe(body, programs=2)[1]
     own = "shl.b32 %r7, %r2, 8;\ncvt.u64.u32 %rd4, %r7;\nadd.s64 %rd5, %rd3, %rd4;\nst.global.b32 [%rd5], %r2;"
     words, found = probe(own, elements=128, programs=2)
     assert found == set()
@@ -107,7 +172,10 @@ def test_programs_have_no_order() -> None:
     ("body", "message"),
     [
         ("ld.global.b32 %r6, [%rd3+256];", "out of every tensor's bounds"),
+        ("$L__A:\nld.global.b32 %r6, [%rd3];\nadd.s64 %rd3, %rd3, 4;\nbra.uni $L__A;", "out of every tensor's bounds"),
         ("ld.global.b32 %r6, [%rd3+2];", "not aligned"),
+        (FOUR + COPY.replace("%rd3 + 0", "%rd3 + 256"), "out of every tensor's bounds"),
+        ("ld.shared.b32 %r6, [%r3+2];", "a shared address not aligned"),
         ("st.shared.b32 [%r3+1024], %r1;", "out of 1024 bytes"),
         ("setp.lt.u32 %p1, %r1, 8;\n@%p1 bra $L__B;\nbar.sync 0;\n$L__B:", "a barrier that some threads miss"),
     ],
@@ -152,6 +220,39 @@ $L__B:
     words, found = probe(body, elements=192, programs=3)
     assert found == set()
     assert words.view(3, 64).tolist() == [[0] * 64, [5] * 64, [10] * 64]
+
+
+def test_programs_that_part_keep_their_shared_memory() -> None:
+    """What each stored, and what was on its way to it, before they parted."""
+    body = """
+	mov.b32 %r9, 4;
+	st.shared.b32 [%r3], %r2;
+	shl.b32 %r7, %r2, 8;
+	cvt.u64.u32 %rd4, %r7;
+	add.s64 %rd5, %rd3, %rd4;
+	cp.async.ca.shared.global [ %r3 + 256 ], [ %rd5 + 0 ], 0x4, %r9;
+	cp.async.commit_group;
+	setp.eq.u32 %p1, %r2, 1;
+	@%p1 bra $L__A;
+	mov.b32 %r9, 0;
+$L__A:
+	cp.async.wait_group 0;
+	ld.shared.b32 %r5, [%r3];
+	ld.shared.b32 %r6, [%r3+256];
+	shl.b32 %r5, %r5, 10;
+	add.s32 %r6, %r6, %r5;
+	st.global.b32 [%rd5], %r6;"""
+    words, found = probe(body, elements=128, programs=2)
+    assert found == set()
+    assert words.tolist() == [*range(64), *range(1024 + 64, 1024 + 128)]
+
+
+def test_one_finding_is_enough() -> None:
+    emulator = Emulator(90)
+    emulator.findings.add("a race", "kernel.py:1")
+    with pytest.raises(EmulationError, match="a race"):
+        emulator.check()
+    emulator.check()
 
 
 def test_arithmetic() -> None:

@@ -17,10 +17,10 @@ from fused import check_fuse, double
 from bench.trials import forced
 from helpers import (
     ADVERSARIES,
-    LAYOUTS,
+    CACHE_LAYOUTS,
     Adversary,
+    CacheLayout,
     Geometry,
-    Layout,
     assert_within_budget,
     beyond_int32,
     guarded,
@@ -149,20 +149,24 @@ def test_the_widest_injection_by_its_largest_tile(device: torch.device, generato
         assert_within_budget(got, exactly, plain)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_fuse_reads_caches_where_they_lie(layout: Layout, device: torch.device, generator: torch.Generator) -> None:
-    weights = make_weights(SMALL, SMALL, 64, device=device, generator=generator)
-    own = make_cache(SMALL, 2, 20, layout=layout, dtype=torch.float16, device=device, generator=generator)
-    other = make_cache(SMALL, 2, 20, layout=layout, dtype=torch.float16, device=device, generator=generator)
+@pytest.mark.parametrize("layout", CACHE_LAYOUTS)
+def test_fuse_reads_caches_where_they_lie(
+    layout: CacheLayout, device: torch.device, generator: torch.Generator
+) -> None:
+    one = Geometry(1, 2, 64)  # heads, items and tiles: each stride counts
+    weights = make_weights(one, one, 64, device=device, generator=generator)
+    own = make_cache(one, 2, 70, layout=layout, dtype=torch.float16, device=device, generator=generator)
+    other = make_cache(one, 2, 70, layout=layout, dtype=torch.float16, device=device, generator=generator)
     check_fuse(other, own, weights)
 
 
 def test_layers_of_different_strides_fuse_in_groups(device: torch.device, generator: torch.Generator) -> None:
-    weights = make_weights(SMALL, SMALL, 64, device=device, generator=generator)
-    a = make_cache(SMALL, 2, 20, device=device, generator=generator)
-    b = make_cache(SMALL, 2, 20, layout="token_major", device=device, generator=generator)
-    other = make_cache(SMALL, 2, 20, device=device, generator=generator)
-    check_fuse(other, [a[0], b[1]], weights)
+    three = Geometry(3, 2, 64)  # of one head the layouts would be the same
+    weights = make_weights(three, three, 64, device=device, generator=generator)
+    own, other = (make_cache(three, 1, 9, device=device, generator=generator) for _ in "ab")
+    strided = make_cache(three, 1, 9, layout="token_major", device=device, generator=generator)
+    check_fuse([*other[:2], strided[2]], [own[0], strided[1], own[2]], weights)
+    check_fuse([*other[:2], strided[2]], own, weights)
 
 
 @pytest.mark.parametrize("adversary", ADVERSARIES)
@@ -188,12 +192,14 @@ def test_closed_gates_cost_nothing(gates: str, device: torch.device, generator: 
 
 def test_index_masks_positions(device: torch.device, generator: torch.Generator) -> None:
     """Another tokenizer's rows, -1 among them, a ragged left-padded batch and a range: all at once."""
-    weights = make_weights(SMALL, SMALL, 64, gates="mixed", layers=2, device=device, generator=generator)
-    own = make_cache(SMALL, 2, 80, device=device, generator=generator)
-    other = make_cache(SMALL, 2, 33, device=device, generator=generator)
+    two = Geometry(2, 2, 64)
+    weights = make_weights(two, two, 64, gates="mixed", device=device, generator=generator)
+    own = make_cache(two, 2, 80, layout="unlike", device=device, generator=generator)
+    other = make_cache(two, 2, 33, layout="unlike", device=device, generator=generator)
     index = torch.randint(-1, 33, (2, 80), generator=generator).to(device)
     mask = torch.ones(2, 80, dtype=torch.long, device=device)
     mask[1, :30] = 0
+    mask[0, 64:] = 0  # a tile without an edit: copied
     fused = check_fuse(other, own, weights, sharer_index=index, edit_mask=mask, positions=(3, 71))
     edit = (index >= 0) & (mask != 0)
     edit[:, :3] = edit[:, 71:] = False
@@ -203,6 +209,24 @@ def test_index_masks_positions(device: torch.device, generator: torch.Generator)
             assert still.movedim(2, 1)[~edit].all(), "an unedited position changed"
             if got is not given:
                 assert not still.movedim(2, 1)[edit].flatten(1).all(1).any(), "an edited position did not change"
+
+
+def test_rows_that_the_sharer_has_not_are_none(
+    device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Indices that nobody looks at, as on a GPU: beyond the sharer's last row, where NaN lies."""
+    monkeypatch.setattr("lcf_fast.checks.reads_values", lambda _: False)
+    weights = make_weights(SMALL, SMALL, 64, device=device, generator=generator)
+    own = make_cache(SMALL, 1, 9, device=device, generator=generator)
+    other = make_cache(SMALL, 1, 6, layout="padded", device=device, generator=generator)
+    index = torch.tensor([[0, 6, 5, -1, 7, 3, -2, 6, 1]], device=device)
+    known = index.where((index >= 0) & (index < 6), -1)
+    one = {name: tensor[0] for name, tensor in weights.items()}
+    with use_backend("triton"):
+        for got, same in zip(*(ops.fuse_layers(other, own, weights, sharer_index=rows) for rows in (index, known))):
+            assert torch.equal(got[0], same[0]) and torch.equal(got[1], same[1])
+        latents = [ops.joint_projection(*other[0], *own[0], one, sharer_index=rows) for rows in (index, known)]
+    assert torch.equal(*latents)
 
 
 def test_unedited_positions_may_hold_anything(device: torch.device, generator: torch.Generator) -> None:
@@ -292,11 +316,12 @@ def test_in_place_touches_nothing_beside_the_cache(device: torch.device, generat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_projection_and_injection_alone(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     """The single-layer ops: gathered rows, a latent that is zero where there is none, a mask, a closed gate."""
-    sharer, receiver = Geometry(1, 1, 80), Geometry(1, 3, 64)
+    sharer, receiver = Geometry(1, 2, 80), Geometry(1, 3, 64)
     stacked = make_weights(sharer, receiver, 64, gates="value_only", dtype=dtype, device=device, generator=generator)
     weights = {name: tensor[0] for name, tensor in stacked.items()}
-    own = make_cache(receiver, 2, 70, dtype=dtype, device=device, generator=generator)[0]
-    other = make_cache(sharer, 2, 9, dtype=dtype, device=device, generator=generator)[0]
+    weights["gate_logit"][0] = 0.0  # as in a new adapter: closed
+    own = make_cache(receiver, 2, 70, dtype=dtype, layout="unlike", device=device, generator=generator)[0]
+    other = make_cache(sharer, 2, 9, dtype=dtype, layout="unlike", device=device, generator=generator)[0]
     index = torch.randint(-1, 9, (2, 70), generator=generator).to(device)
     wide, exact = double(weights), (*to_double([other])[0], *to_double([own])[0])
     with use_backend("triton"):
@@ -380,3 +405,37 @@ def test_offsets_beyond_2_to_the_31(axis: int, device: torch.device, generator: 
     with use_backend("triton"):
         ops.fuse_layers_([(other, other)], [(own, plain)], weights, sharer_index=index)
     assert torch.equal(own, fused[0][0])
+
+
+def test_a_tile_beyond_2_to_the_31(device: torch.device, generator: torch.Generator) -> None:
+    """The second tile begins 2**31 elements on; both caches, read, and the receiver's written in place, too."""
+    one = Geometry(1, 1, 64)
+    weights = make_weights(one, one, 64, dtype=torch.float16, device=device, generator=generator)
+    weights_of_one = {name: tensor[0] for name, tensor in weights.items()}
+    own, other = (beyond_int32((1, 1, 3, 64), 2, device).as_strided((1, 1, 65, 64), (64, 64, 2**25, 1)) for _ in "ab")
+    for tensor in (own, other):
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    plain = make_cache(one, 1, 65, dtype=torch.float16, device=device, generator=generator)[0][1]
+    ((edited, _),) = check_fuse([(other, other)], [(own, plain)], weights)
+    with use_backend("triton"):
+        latent = ops.joint_projection(other, other, own, plain, weights_of_one)
+        alone, _ = ops.gated_injection(own, plain, latent, weights_of_one)
+        ops.fuse_layers_([(other, other)], [(own, plain.clone())], weights)
+    torch.testing.assert_close(alone, edited, rtol=0.01, atol=0.01)
+    assert torch.equal(own, edited)
+
+
+def test_a_gathered_row_beyond_2_to_the_31(device: torch.device, generator: torch.Generator) -> None:
+    """A tile's own rows would fit 32 bits; those that an index takes from anywhere do not."""
+    one = Geometry(1, 1, 64)
+    weights = make_weights(one, one, 64, dtype=torch.float16, device=device, generator=generator)
+    far = beyond_int32((1, 2, 3, 64), 2, device).as_strided((1, 1, 66, 64), (64, 64, 2**31 // 65 + 1, 1))
+    far.copy_(torch.randn(far.shape, generator=generator))
+    own = make_cache(one, 1, 3, dtype=torch.float16, device=device, generator=generator)
+    index = torch.tensor([[65, 0, 64]], device=device)
+    check_fuse([(far, far)], own, weights, sharer_index=index)
+    with use_backend("triton"):
+        latent = ops.joint_projection(
+            far, far, *own[0], {name: tensor[0] for name, tensor in weights.items()}, sharer_index=index
+        )
+    assert torch.isfinite(latent).all()

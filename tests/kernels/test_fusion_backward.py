@@ -11,12 +11,13 @@ from torch import Tensor
 
 from helpers import (
     ADVERSARIES,
-    LAYOUTS,
+    CACHE_LAYOUTS,
     Adversary,
+    CacheLayout,
     Geometry,
-    Layout,
     Pair,
     assert_within_budget,
+    beyond_int32,
     make_cache,
     make_weights,
     with_layout,
@@ -110,7 +111,7 @@ def assert_near(got: Tensor, exact: Tensor, plain: Tensor, budget: float) -> Non
 
 def setup(
     sharer: Geometry, receiver: Geometry, width: int, tokens: int, device: torch.device, generator: torch.Generator,
-    *, batch: int = 1, dtype: torch.dtype = torch.float32, layout: Layout = "contiguous", **keywords: Any,
+    *, batch: int = 1, dtype: torch.dtype = torch.float32, layout: CacheLayout = "contiguous", **keywords: Any,
 ) -> tuple[list[Pair], list[Pair], Weights]:  # fmt: skip
     weights = make_weights(sharer, receiver, width, dtype=dtype, device=device, generator=generator, **keywords)
     of = {"dtype": dtype, "device": device, "generator": generator, "layout": layout}
@@ -174,16 +175,71 @@ def test_index(device: torch.device, generator: torch.Generator) -> None:
     check(other, own, weights, sharer_index=index, positions=(2, 69), noise=NOISE)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: Layout, device: torch.device, generator: torch.Generator) -> None:
-    other, own, weights = setup(SMALL, SMALL, 64, 20, device, generator, batch=2, layout=layout)
+@pytest.mark.parametrize("layout", CACHE_LAYOUTS)
+def test_layouts(layout: CacheLayout, device: torch.device, generator: torch.Generator) -> None:
+    one = Geometry(1, 2, 64)
+    other, own, weights = setup(one, one, 64, 20, device, generator, batch=2, layout=layout)
     # Where all rows are one row, its gradient is a sum that autograd makes by itself.
-    check(other, own, weights, caches=layout != "expanded")
+    check(other, own, weights, caches=layout != "expanded", positions=(3, 20))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "heads", "tokens"])
+def test_offsets_beyond_2_to_the_31(axis: int, device: torch.device, generator: torch.Generator) -> None:
+    """Each axis of both caches in turn, whose last row alone is edited where it is the tokens'."""
+    shape = [1, 1, 2, 64]
+    shape[axis] = 3
+    batch, heads, tokens, dim = shape
+    one = Geometry(1, heads, dim)
+    _, own, weights = setup(one, one, 64, tokens, device, generator, batch=batch, dtype=torch.float16)
+    far = beyond_int32((batch, heads, tokens, dim), axis, device)
+    far.copy_(torch.randn(shape, generator=generator))
+    plain, keywords = own[0][1], {"caches": False, "positions": (tokens - 1, tokens)}
+    check([(far, plain)], [(plain, far)], weights, **keywords)  # type: ignore[arg-type]
+    index = torch.full((batch, tokens), tokens - 1, device=device)
+    check([(plain, far)], [(far, plain)], weights, sharer_index=index, **keywords)  # type: ignore[arg-type]
+
+
+def test_a_gathered_row_beyond_2_to_the_31(device: torch.device, generator: torch.Generator) -> None:
+    """A tile's own rows would fit 32 bits; those that an index takes from anywhere do not."""
+    one = Geometry(1, 1, 64)
+    _, own, weights = setup(one, one, 64, 3, device, generator, dtype=torch.float16)
+    far = beyond_int32((1, 2, 3, 64), 2, device).as_strided((1, 1, 66, 64), (64, 64, 2**31 // 65 + 1, 1))
+    far.copy_(torch.randn(far.shape, generator=generator))
+    index = torch.tensor([[65, 0, 64]], device=device)
+    check([(far, far)], own, weights, sharer_index=index, caches=False)
+
+
+def test_rows_that_the_sharer_has_not_have_no_gradient(
+    device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Indices that nobody looks at, as on a GPU: as those that say so. Of all layers, and of the projection alone."""
+    monkeypatch.setattr("lcf_fast.checks.reads_values", lambda _: False)
+    one = Geometry(1, 1, 64)
+    _, own, weights = setup(one, one, 64, 9, device, generator)
+    other = make_cache(one, 1, 6, layout="padded", device=device, generator=generator)
+    leaves = leaves_of(other, own, weights, None, caches=True)
+    index = torch.tensor([[0, 6, 5, -1, 7, 3, -2, 6, 1]], device=device)
+
+    def alone(sharer: list[Pair], receiver: list[Pair], weights: Weights, **keywords: Any) -> list[Pair]:
+        stacked = {name: tensor[0] for name, tensor in weights.items()}
+        latent = ops.joint_projection(*sharer[0], *receiver[0], stacked, sharer_index=keywords["sharer_index"])
+        return [(latent, latent)]
+
+    for run in (ops.fuse_layers, alone):
+        with use_backend("triton"):
+            got, same = (
+                gradients(run, leaves, 1, sharer_index=rows)  # type: ignore[arg-type]
+                for rows in (index, index.where((index >= 0) & (index < 6), -1))
+            )
+        assert all(torch.equal(got[name], same[name]) for name in got)
 
 
 def test_layers_of_different_strides_go_in_pieces(device: torch.device, generator: torch.Generator) -> None:
-    other, own, weights = setup(Geometry(3, 1, 64), Geometry(3, 1, 64), 64, 20, device, generator, batch=2)
-    own = [own[0], tuple(with_layout(t, "token_major") for t in own[1]), *own[2:]]  # type: ignore[list-item]
+    three = Geometry(3, 2, 64)
+    other, own, weights = setup(three, three, 64, 20, device, generator)
+    own[2], other[1] = (
+        (with_layout(key, "token_major"), with_layout(value, "token_major")) for key, value in (own[2], other[1])
+    )
     check(other, own, weights, noise=NOISE)
 
 
@@ -304,6 +360,8 @@ def test_injection(gates: str, dtype: torch.dtype, device: torch.device, generat
     _, own, stacked = setup(one, one, 64, 40, device, generator, batch=2, dtype=dtype, gates=gates)
     names = ("up_weight", "up_bias", "head_gate_weight", "head_gate_bias", "gate_logit")
     latent = torch.randn(2, 40, 64, generator=generator).to(device)
+    if gates == "key_only":
+        stacked["gate_logit"][0, 1] = 0.0  # as in a new adapter: closed
     tensors = [*own[0], latent, *(stacked[name][0] for name in names)]
     mask = (torch.rand(2, 40, generator=generator) > 0.3).to(device)
     grads = [torch.randn(own[0][0].shape, generator=generator).to(device, dtype) for _ in range(2)]

@@ -13,11 +13,12 @@ from fused import check_fuse, double, gates_of
 
 from helpers import (
     ADVERSARIES,
-    LAYOUTS,
+    CACHE_LAYOUTS,
     Adversary,
+    CacheLayout,
     Geometry,
-    Layout,
     assert_within_budget,
+    beyond_int32,
     guarded,
     make_cache,
     make_weights,
@@ -106,14 +107,14 @@ def test_adversarial(
     check_fuse(other, own, weights)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", CACHE_LAYOUTS)
 def test_caches_are_read_where_they_lie(
-    layout: Layout, splits: Splits, device: torch.device, generator: torch.Generator
+    layout: CacheLayout, splits: Splits, device: torch.device, generator: torch.Generator
 ) -> None:
     one = Geometry(1, 2, 64)
     weights = make_weights(one, one, 64, device=device, generator=generator)
-    own = make_cache(one, 2, 6, layout=layout, dtype=torch.float16, device=device, generator=generator)
-    other = make_cache(one, 2, 6, layout=layout, dtype=torch.float16, device=device, generator=generator)
+    own = make_cache(one, 2, 20, layout=layout, dtype=torch.float16, device=device, generator=generator)
+    other = make_cache(one, 2, 20, layout=layout, dtype=torch.float16, device=device, generator=generator)
     splits()
     check_fuse(other, own, weights)
 
@@ -134,8 +135,8 @@ def test_closed_gates_cost_nothing(
 def test_masks_index_and_a_range(parts: int, splits: Splits, device: torch.device, generator: torch.Generator) -> None:
     """Another tokenizer's rows, a ragged batch, and a range; the last tiles edit nothing, and are copied."""
     weights = make_weights(SMALL, SMALL, 64, gates="mixed", layers=2, device=device, generator=generator)
-    own = make_cache(SMALL, 2, 50, device=device, generator=generator)
-    other = make_cache(SMALL, 2, 11, device=device, generator=generator)
+    own = make_cache(SMALL, 2, 50, layout="unlike", device=device, generator=generator)
+    other = make_cache(SMALL, 2, 11, layout="unlike", device=device, generator=generator)
     index = torch.randint(-1, 11, (2, 50), generator=generator).to(device)
     mask = torch.ones(2, 50, dtype=torch.long, device=device)
     mask[1, :17] = 0
@@ -246,6 +247,16 @@ def test_in_place_touches_nothing_beside_the_cache(
     plain = reference.fuse_layers(other, before, weights)
     for got, exact, same in zip((key, value), truth[0], plain[0]):
         assert_within_budget(got, exact, same, 2.0)
+
+
+def test_a_tile_beyond_2_to_the_31(splits: Splits, device: torch.device, generator: torch.Generator) -> None:
+    """The third tile begins 2**31 elements on, in both caches."""
+    weights = make_weights(ONE, ONE, 64, dtype=torch.float16, device=device, generator=generator)
+    own, other = (beyond_int32((1, 1, 3, 64), 2, device).as_strided((1, 1, 33, 64), (64, 64, 2**26, 1)) for _ in "ab")
+    for tensor in (own, other):
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    splits()
+    check_fuse([(other, other)], [(own, own)], weights)
 
 
 def test_training_is_never_split(monkeypatch: pytest.MonkeyPatch) -> None:

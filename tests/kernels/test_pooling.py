@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 
 import pytest
@@ -18,6 +17,7 @@ from helpers import (
     Pair,
     adversarial,
     assert_within_budget,
+    beyond_int32,
     guarded,
     make_cache,
     with_layout,
@@ -353,20 +353,34 @@ def test_nothing_to_pool_for_no_rows(device: torch.device) -> None:
     assert summary.shape == (1, 2, 0, 2, 64)
 
 
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_nan_in_a_span_is_seen(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+    """Wherever it lies in a chunk's parts; of the last item nothing is lost."""
+    key, value = one_layer(4, 1, 40, 16, generator, dtype=dtype, device=device)
+    for item, at in enumerate((3, 18, 35)):
+        key[item, 0, at] = torch.nan
+    query = [q.to(device, dtype) for q in queries(1, 16, generator)]
+    for pooled in pooling.attention_pool(key, value, *query, table([[0, 5, 20, 40]] * 4, device)):
+        assert torch.isnan(pooled[:3]).all() and torch.isfinite(pooled[3]).all()
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_beyond_two_to_the_31_elements(axis: int, device: torch.device, generator: torch.Generator) -> None:
     """The third row of one axis begins 2**31 elements on: index times stride overflows 32 bits, each alone does not."""
-    shape, strides = [1, 1, 3, 64], [192, 192, 64, 1]
-    shape[axis], strides[axis] = 3, 2**30
-    elements = 2**31 + 192
-    if device.type == "cpu":  # memory that is promised, not taken
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        buffer = torch.frombuffer(mmap.mmap(-1, 2 * elements, flags=flags), dtype=torch.float16)
-    else:
-        buffer = torch.empty(elements, dtype=torch.float16, device=device)
-    far = buffer.as_strided(shape, strides)
+    shape = [1, 1, 3, 64]
+    shape[axis] = 3
+    far = beyond_int32(tuple(shape), axis, device)  # type: ignore[arg-type]
     far.copy_(torch.randn(shape, generator=generator))
     check(far, far, queries(shape[1], 64, generator), table([[0, 1, 3]] * shape[0], device))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_chunk_beyond_two_to_the_31_elements(device: torch.device, generator: torch.Generator) -> None:
+    """The third chunk begins 2**31 elements on, where a chunk's own offsets still fit 32 bits."""
+    far = beyond_int32((1, 1, 3, 64), 2, device).as_strided((1, 1, 33, 64), (64, 64, 2**26, 1))
+    far.copy_(torch.randn(far.shape, generator=generator))
+    check(far, far, queries(1, 64, generator), table([[0, 20, 33]], device))
 
 
 def test_adversary_in_one_span_stays_there(device: torch.device, generator: torch.Generator) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import ADVERSARIES, Adversary, Geometry, Pair, assert_within_budget, make_cache
+from helpers import ADVERSARIES, Adversary, Geometry, Pair, assert_within_budget, beyond_int32, make_cache, with_layout
 from lcf_fast import eager_pooling, library_pooling, reference, use_backend
 from lcf_fast.backends import Backend
 from lcf_fast.kernels import pooling, pooling_backward
@@ -95,7 +95,7 @@ def test_ragged_padded_layers(
 ) -> None:
     """Two layers that lie differently, two heads, padding that holds NaN, a batch of other spans."""
     cache, queries = inputs(2, 2, 2, 40, generator, device=device, dtype=dtype)
-    cache[1] = (cache[1][0].transpose(1, 2).contiguous().transpose(1, 2), cache[1][1])
+    cache[1] = (with_layout(cache[1][0], "token_major"), with_layout(cache[1][1], "offset"))
     offsets = torch.tensor([[0, 7, 30, 40], [12, 40, 40, 40]], device=device)
     mask = torch.ones(2, 40, dtype=torch.int64, device=device)
     mask[1, :15], mask[0, 9:11] = 0, 0
@@ -112,6 +112,20 @@ def test_ragged_padded_layers(
     assert torch.equal(poisoned[1], plain[1])
     assert all((tensor[1, :, :15] == 0).all() for pair in poisoned[2] for tensor in pair)
     assert all((tensor[1, :, :15] == 0).all() for tensor in expected[2:])
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "heads", "tokens"])
+def test_offsets_beyond_2_to_the_31(
+    axis: int, back_end: Backend, device: torch.device, generator: torch.Generator
+) -> None:
+    shape = [1, 1, 3, 16]
+    shape[axis] = 3
+    far = beyond_int32(tuple(shape), axis, device)  # type: ignore[arg-type]
+    far.copy_(torch.randn(shape, generator=generator))
+    plain, queries = inputs(1, shape[1], shape[0], 3, generator, device=device, dtype=torch.float16)
+    offsets = torch.tensor([[0, 1, 3]] * shape[0], device=device)
+    for pair in ((far, plain[0][1]), (plain[0][0], far)):
+        check(back_end, [pair], queries, offsets, None, generator)
 
 
 @pytest.mark.parametrize("adversary", ADVERSARIES)
