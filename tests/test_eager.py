@@ -177,6 +177,8 @@ def test_an_index_that_only_shifts_reads_the_same_rows(generator: torch.Generato
         index[0, :3] = -1  # left padding: still a range
         index[1, 4] = -1
         check_fuse(sharer, receiver, weights, sharer_index=index)
+        tile = Tile(slice(0, 2), slice(0, 9), index >= 0)
+        assert eager._sharer_rows(tile, index, 20) == slice(start, start + 9)  # nothing is gathered
 
 
 def test_a_range_may_not_run_over_an_end_of_the_sharer(generator: torch.Generator) -> None:

@@ -495,9 +495,20 @@ def test_bad_configurations(fields: dict[str, Any], error: type[LCFError], argum
     assert raised.value.argument == argument
 
 
-@pytest.mark.parametrize("keep", [(), (1, 1), (5,), (-1,)])
-def test_bad_layers(keep: tuple[int, ...]) -> None:
-    with pytest.raises((GeometryError, IndexRangeError)) as raised:
+@pytest.mark.parametrize(
+    ("keep", "error"),
+    [
+        ((), GeometryError),
+        ((1, 1), GeometryError),
+        ((5,), IndexRangeError),
+        ((-1,), IndexRangeError),
+        ((0, 1.5), DTypeError),
+        ((True,), DTypeError),
+        (1, DTypeError),
+    ],
+)
+def test_bad_layers(keep: Any, error: type[LCFError]) -> None:
+    with pytest.raises(error) as raised:
         C2CFuser(small(), keep_layers=keep)
     assert raised.value.argument == "keep_layers"
 
