@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .checks import FLOATS, check_has_memory
+from .checks import check_dtype, check_has_memory
 from .config import CacheGeometry, LCFConfig, check_routing
-from .errors import CheckpointError, DTypeError, GeometryError, LCFError
+from .errors import CheckpointError, GeometryError, LCFError
 from .files import sweep, write_whole
 from .fingerprint import Origin, is_digest
 from .placement import PLACEMENTS, check_placement
@@ -129,7 +129,7 @@ def load(
 
     folder = Path(directory)
     path = folder / CONFIG_FILE
-    _check_dtype(dtype)
+    check_dtype(dtype)
     description, config = _read_config(path)
     if issubclass(kind, LatentSlots) != (config.slots > 0):
         serves = "LatentSlots" if config.slots else "LatentCacheFlow"
@@ -232,7 +232,7 @@ def load_side(
 
     folder = Path(directory)
     path = folder / CONFIG_FILE
-    _check_dtype(dtype)
+    check_dtype(dtype)
     description = _description(path, SIDE_FORMAT, {"sharer": dict, "receiver": dict, "bottleneck": int, "origin": dict})
     with _named(path):
         try:
@@ -289,11 +289,6 @@ def _origin(path: Path, entry: Any) -> Origin:
     if not all(map(is_digest, parts)):
         raise CheckpointError(f"{path}: origin", expected="the digests of both halves", got=repr(entry)[:80])
     return Origin(*parts)
-
-
-def _check_dtype(dtype: Any) -> None:
-    if dtype is not None and dtype not in FLOATS:
-        raise DTypeError("dtype", expected="a float dtype of torch, or None", got=repr(dtype)[:80])
 
 
 def _check_model(name: str, model: Any, geometry: CacheGeometry, folder: Path) -> None:

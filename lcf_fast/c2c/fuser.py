@@ -245,7 +245,7 @@ class C2CFuser(nn.Module):
 
         Raises:
             CheckpointError: missing, damaged, of a class or form that is not C2C's. GeometryError: not for these
-                models. Both before any weight is used.
+                models. DTypeError: ``dtype``. All before any weight is used.
         """
         from .checkpoint import load
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from helpers import Pair, make_cache
 from lcf_fast import CacheGeometry
 from lcf_fast.c2c import C2CConfig, C2CFuser
-from lcf_fast.errors import CheckpointError, GeometryError
+from lcf_fast.errors import CheckpointError, DTypeError, GeometryError
 
 MakeFuser = Callable[..., C2CFuser]
 SHARER, RECEIVER = CacheGeometry(3, 2, 4), CacheGeometry(5, 3, 6)
@@ -156,6 +156,9 @@ def test_dtype_and_device(make_fuser: MakeFuser, tmp_path: Path) -> None:
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     loaded = C2CFuser.from_pretrained(tmp_path, device="meta")
     assert {p.device.type for p in loaded.parameters()} == {"meta"}
+    for dtype in (torch.int8, "bfloat16"):
+        with pytest.raises(DTypeError, match=r"^dtype: "):
+            C2CFuser.from_pretrained(tmp_path, dtype=dtype)  # type: ignore[arg-type]
 
 
 def test_the_weights_are_not_the_file(make_fuser: MakeFuser, tmp_path: Path) -> None:
