@@ -99,9 +99,12 @@ def test_accepted_sharers_are_saved_with_the_adapter(tmp_path: Path) -> None:
     read = LatentCacheFlow.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert read.origin == adapter.origin  # casting does not make another adapter of it
     read.to(torch.float32).inject(receiver, loaded)
-    summary = side.summarize(make_cache(OTHER, 2, 9)).to_bytes(contents=["summary"])
-    with pytest.raises((MessageError, ShapeError)):  # only the adapter's own W_down reads a summary
-        adapter.inject(receiver, Message.from_bytes(summary))
+    twin = SharerSide.for_receiver(adapter, SHARER)  # of the same shapes
+    adapter.accept_sharer(twin)
+    for other in (side, twin):  # only the adapter's own W_down reads a summary
+        summary = other.summarize(make_cache(other.sharer_geometry, 2, 9)).to_bytes(contents=["summary"])
+        with pytest.raises(MessageError, match=r"origin\.sharer"):
+            adapter.inject(receiver, Message.from_bytes(summary))
     with pytest.raises(MessageError, match="SharerSide for the adapter"):
         make_adapter(True, gate_init=0.5).requires_grad_(True).accept_sharer(_foreign_side())
     for bad in ("abc", 3, None):

@@ -250,8 +250,12 @@ def test_a_sliding_cache_grows_while_nothing_slides_out() -> None:
         adapter.append(receiver, own, message)
 
 
-def test_a_static_cache_is_refused(models: tuple[Any, Any], adapter: LatentSlots) -> None:
+def test_a_static_cache_is_refused(
+    models: tuple[Any, Any], adapter: LatentSlots, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import StaticCache
+
+    monkeypatch.setattr(adapter, "place", None)  # before anything is computed
 
     sharer, receiver = models
     own = StaticCache(config=receiver.config, max_cache_len=32)
