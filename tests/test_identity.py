@@ -102,6 +102,7 @@ def test_accepted_sharers_are_saved_with_the_adapter(tmp_path: Path) -> None:
     read.to(torch.float32).inject(receiver, loaded)
     twin = SharerSide.for_receiver(adapter, SHARER)  # of the same shapes
     adapter.accept_sharer(twin)
+    assert not copy.deepcopy(adapter).prune([1, 3]).accepted_sharers  # theirs are for all layers
     for other in (side, twin):  # only the adapter's own W_down reads a summary
         summary = other.summarize(make_cache(other.sharer_geometry, 2, 9)).to_bytes(contents=["summary"])
         with pytest.raises(MessageError, match=r"origin\.sharer"):
