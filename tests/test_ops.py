@@ -345,6 +345,35 @@ def test_what_nobody_has_looked_at_counts_as_none_out_of_range(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_a_masked_message_are_the_references(backend: Backend, inputs: Inputs) -> None:
+    """Of the op itself, as a compiled graph calls it."""
+    mask = torch.arange(12, device=inputs.latent.device).expand(2, -1) % 3 > 0
+    index = torch.where(mask, 0, -1).int()
+    message = inputs.latent[:2, :2].clone().requires_grad_()
+    weights = [inputs.weights[name].clone().requires_grad_(name != "gate_logit") for name in library.WEIGHTS]
+    live = [is_open for pair in LIVE for is_open in pair]
+    with use_backend(backend):
+        edited = library_layers.fuse_layers(
+            [], flatten(inputs.receiver), weights, live, index, message, 1, 11, 1e-6, *library_layers.NO_NOISE
+        )
+        loss_of(edited).backward()
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (message, *weights)]
+    fused = reference.fuse_layers(
+        None,
+        to_double(inputs.receiver),
+        dict(zip(library.WEIGHTS, leaves[1:])),
+        message=leaves[0],
+        edit_mask=mask,
+        positions=(1, 11),
+    )
+    loss_of([fused[0][0], fused[1][1]]).backward()
+    for tensor, leaf in zip((message, *weights), leaves):
+        if tensor.grad is not None and leaf.grad is not None:
+            torch.testing.assert_close(tensor.grad.double(), leaf.grad, rtol=1e-4, atol=1e-4)
+    assert message.grad is not None and leaves[0].grad is not None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_masks_and_offsets_of_any_strides(backend: Backend, inputs: Inputs) -> None:
     device = inputs.latent.device
     index = torch.tensor([[3, -1, 0, 7], [11, 2, 2, -1]], device=device).repeat(1, 3)
@@ -388,9 +417,12 @@ def test_backend_choice(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -> None
     assert resolve(cpu, torch.float32, 64) == "triton"
     with use_backend("eager"):
         assert resolve(cpu, torch.float32) == "eager"
-    for dtype, width in ((torch.float64, 64), (torch.float32, 96)):
+        with use_backend("triton"):
+            assert resolve(cpu, torch.float32) == "triton"
+        assert resolve(cpu, torch.float32) == "eager"
+    for dtype, width, hidden in ((torch.float64, 64, 16), (torch.float32, 96, 16), (torch.float32, 64, 0)):
         with pytest.raises(errors.BackendError):
-            resolve(cpu, dtype, width)
+            resolve(cpu, dtype, width, hidden)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(errors.BackendError, match="TRITON_INTERPRET"):
         resolve(cpu, torch.float32)
