@@ -311,8 +311,6 @@ def _fill(module: nn.Module, path: Path, entry: dict[str, Any], kept: tuple[int,
     tensors = _weights(path, entry)
     _check_tensors(path, module, tensors, kept, reads)
     module.load_state_dict(tensors, assign=True)
-    for parameter in module.parameters():
-        parameter.requires_grad_(True)
 
 
 def _read(path: Path) -> bytes:

@@ -328,7 +328,6 @@ def _fill(
     # Copies: a parameter that stays a view of the file would change, or crash, with it.
     copies = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in tensors.items()}
     module.load_state_dict(copies, assign=True)
-    module.requires_grad_(True)
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:

@@ -75,6 +75,15 @@ def test_a_released_folder(make_fuser: MakeFuser, fields: dict[str, Any], tmp_pa
     assert same(loaded.requires_grad_(False).fuse(sharer, receiver), fuser.fuse(sharer, receiver))
 
 
+def test_a_side_of_one_head_may_leave_its_number_out(make_fuser: MakeFuser, tmp_path: Path) -> None:
+    fuser = make_fuser(sharer=CacheGeometry(3, 1, 4), receiver=CacheGeometry(5, 1, 6))
+    fuser.save_pretrained(tmp_path)
+    heads = ("source_num_heads", "target_num_heads")
+    for path in tmp_path.glob("projector_?.json"):
+        rewrite(path, lambda d: d | {"init_args": {k: v for k, v in d["init_args"].items() if k not in heads}})
+    assert C2CFuser.from_pretrained(tmp_path).config == fuser.config
+
+
 def test_part_of_the_layers_and_shared_projectors(make_fuser: MakeFuser, tmp_path: Path) -> None:
     fuser = make_fuser(keep=(0, 2, 4))
     as_released(tmp_path, fuser)

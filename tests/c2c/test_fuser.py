@@ -187,6 +187,18 @@ def test_masks_positions_and_index(make_fuser: MakeFuser, indexed: bool, positio
     assert_as_loops(original, fuser, sharer, receiver, row_of)
 
 
+def test_a_row_beyond_the_sharers_that_nobody_looked_at_is_none(
+    make_fuser: MakeFuser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where looking would wait."""
+    fuser, (sharer, receiver) = make_fuser(), caches(2, 5, 7)
+    index = torch.tensor([[3, 3, -1, 6, 0], [1, 5, 2, -1, 4]])
+    expected = fuser.fuse(sharer, receiver, sharer_index=index)
+    monkeypatch.setattr("lcf_fast.checks.reads_values", lambda tensor: False)
+    got = fuser.fuse(sharer, receiver, sharer_index=index.masked_fill(index < 0, 7))
+    assert all(torch.equal(a, b) for x, y in zip(got, expected) for a, b in zip(x, y))
+
+
 def test_rows_do_not_depend_on_each_other(make_fuser: MakeFuser) -> None:
     """A permuted batch is a permuted result, one row alone is that row, padding changes nothing, to rounding."""
     fuser = make_fuser(dtype=torch.float64)
