@@ -15,8 +15,8 @@ from . import ops
 from .caches import Pair, cache_layers, check_pairs, rebuild_cache
 from .capture import Captures
 from .checks import check_has_memory, plain_parameters
-from .config import CacheGeometry, LCFConfig
-from .errors import DTypeError, GeometryError, IndexRangeError, LCFError, ShapeError
+from .config import CacheGeometry, LCFConfig, kept_layers
+from .errors import DTypeError, GeometryError, LCFError, ShapeError
 from .fingerprint import Origin, receiver_digest, sharer_digest
 from .inputs import check_device, hide_padding, known_length, real_tokens
 from .message import Message
@@ -117,7 +117,7 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
             raise GeometryError("config.slots", expected=expected, got=str(config.slots))
         self.config = config
         everything = tuple(range(config.receiver.layers))
-        kept = everything if keep_layers is None else _kept_layers(keep_layers, everything)
+        kept = everything if keep_layers is None else kept_layers(keep_layers, everything)
         for name, shape in parameter_shapes(config, len(kept)).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         reads = tuple(config.sharer_layers[t] for t in kept)
@@ -488,7 +488,7 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
         Raises:
             IndexRangeError: a layer that the adapter does not hold. GeometryError: none, or one named twice.
         """
-        kept = _kept_layers(keep_layers, self._kept)
+        kept = kept_layers(keep_layers, self._kept)
         rows = [self._kept.index(t) for t in kept]
         index = torch.tensor(rows, device=self.receiver_layers.device)
         for name, old in list(self._parameters.items()):
@@ -549,20 +549,3 @@ class LatentCacheFlow(Summarizes, Captures, nn.Module):
 
 def _open(logit: Tensor) -> Live:
     return tuple((key > 0, value > 0) for key, value in logit.detach().tolist())
-
-
-def _kept_layers(keep_layers: Iterable[int], held: tuple[int, ...]) -> tuple[int, ...]:
-    if isinstance(keep_layers, Tensor):
-        keep_layers = keep_layers.tolist()
-    if not isinstance(keep_layers, Iterable):
-        raise DTypeError("keep_layers", expected="ints", got=type(keep_layers).__name__)
-    layers = tuple(keep_layers)
-    for t in layers:
-        if isinstance(t, bool) or not isinstance(t, int):
-            raise DTypeError("keep_layers", expected="ints", got=f"{t!r} ({type(t).__name__})")
-        if t not in held:
-            raise IndexRangeError("keep_layers", expected=f"receiver layers among {held}", got=str(t))
-    if not layers or len(set(layers)) < len(layers):
-        got = f"{layers}" if layers else "none"
-        raise GeometryError("keep_layers", expected="at least one receiver layer, each once", got=got)
-    return tuple(sorted(layers))

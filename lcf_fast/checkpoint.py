@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .checks import FLOATS, check_has_memory
+from .checks import check_dtype, check_has_memory
 from .config import CacheGeometry, LCFConfig, check_routing
-from .errors import CheckpointError, DTypeError, GeometryError, LCFError
+from .errors import CheckpointError, GeometryError, LCFError
 from .files import sweep, write_whole
 from .fingerprint import Origin, is_digest
 from .placement import PLACEMENTS, check_placement
@@ -129,7 +129,7 @@ def load(
 
     folder = Path(directory)
     path = folder / CONFIG_FILE
-    _check_dtype(dtype)
+    check_dtype(dtype)
     description, config = _read_config(path)
     if issubclass(kind, LatentSlots) != (config.slots > 0):
         serves = "LatentSlots" if config.slots else "LatentCacheFlow"
@@ -232,7 +232,7 @@ def load_side(
 
     folder = Path(directory)
     path = folder / CONFIG_FILE
-    _check_dtype(dtype)
+    check_dtype(dtype)
     description = _description(path, SIDE_FORMAT, {"sharer": dict, "receiver": dict, "bottleneck": int, "origin": dict})
     with _named(path):
         try:
@@ -291,11 +291,6 @@ def _origin(path: Path, entry: Any) -> Origin:
     return Origin(*parts)
 
 
-def _check_dtype(dtype: Any) -> None:
-    if dtype is not None and dtype not in FLOATS:
-        raise DTypeError("dtype", expected="a float dtype of torch, or None", got=repr(dtype)[:80])
-
-
 def _check_model(name: str, model: Any, geometry: CacheGeometry, folder: Path) -> None:
     if model is not None and (wanted := CacheGeometry.of(model)) != geometry:
         raise GeometryError(name, expected=f"an adapter for {wanted}", got=f"{folder}, for {geometry}")
@@ -316,8 +311,6 @@ def _fill(module: nn.Module, path: Path, entry: dict[str, Any], kept: tuple[int,
     tensors = _weights(path, entry)
     _check_tensors(path, module, tensors, kept, reads)
     module.load_state_dict(tensors, assign=True)
-    for parameter in module.parameters():
-        parameter.requires_grad_(True)
 
 
 def _read(path: Path) -> bytes:

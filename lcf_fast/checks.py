@@ -40,6 +40,12 @@ def check_tensor(name: str, value: object) -> Tensor:
     return value
 
 
+def check_dtype(dtype: object) -> None:
+    """What parameters are to be cast to; None: nothing else."""
+    if dtype is not None and dtype not in FLOATS:
+        raise DTypeError("dtype", expected="a float dtype of torch, or None", got=repr(dtype)[:80])
+
+
 def check_has_memory(name: str, tensor: Tensor) -> None:
     """The ops compute: a meta tensor, which has no memory, would end in an error of torch's own."""
     if tensor.device.type == "meta":

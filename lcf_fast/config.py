@@ -168,6 +168,24 @@ def check_layer_list(name: str, layers: Any) -> tuple[int, ...]:
     return tuple(layers)
 
 
+def kept_layers(keep_layers: Any, held: tuple[int, ...]) -> tuple[int, ...]:
+    """``keep_layers``, a tensor of them too, ascending: receiver layers among ``held``, each once, at least one."""
+    if hasattr(keep_layers, "tolist"):
+        keep_layers = keep_layers.tolist()
+    if not isinstance(keep_layers, Iterable):
+        raise DTypeError("keep_layers", expected="ints", got=type(keep_layers).__name__)
+    layers = tuple(keep_layers)
+    for t in layers:
+        if isinstance(t, bool) or not isinstance(t, int):
+            raise DTypeError("keep_layers", expected="ints", got=f"{t!r} ({type(t).__name__})")
+        if t not in held:
+            raise IndexRangeError("keep_layers", expected=f"receiver layers among {held}", got=str(t))
+    if not layers or len(set(layers)) < len(layers):
+        got = f"{layers}" if layers else "none"
+        raise GeometryError("keep_layers", expected="at least one receiver layer, each once", got=got)
+    return tuple(sorted(layers))
+
+
 @dataclass(frozen=True)
 class LCFConfig:
     """Everything that fixes an adapter's parameters and arithmetic (spec, sections 2 to 4).

@@ -142,9 +142,6 @@ def _pool(
                         scores = torch.bmm(query, x.reshape(-1, tokens, dim).mT).view(*shape[:3], -1, tokens)
                         entry = span[tile.items, :, tile.tokens].flatten(1)
                         weight = _token_weights(scores if tracks == 1 else scores.tile(tracks), entry, spans)
-                        if tracks > 1 and tile.keep is not None:
-                            # A NaN may be in what one track leaves out and another has: there it weighs nothing.
-                            weight.masked_fill_(entry[:, None] == spans, 0.0)
                         weight = weight.unflatten(-1, (tracks, tokens)).sum(-2)
                     pooled[layers, half, tile.items, part] = _weighted_sum(x, weight, product)
     return pooled.masked_fill_(~inside.any(1)[:, None, None], torch.nan)

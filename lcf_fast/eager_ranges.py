@@ -104,8 +104,8 @@ def pool_range(
     fills = key.device.type != "cpu" or bool(outside.any())
     begins_before, ends_after = offsets[..., :-1] < 0, offsets[..., 1:] > length
     through = (begins_before & ends_after).any(2)
-    is_left = begins_before & (offsets[..., 1:] > 0)
-    is_right = ends_after & ~begins_before & (offsets[..., :-1] < length)
+    # Those that lie wholly outside have no token.
+    is_left, is_right = begins_before, ends_after & ~begins_before
     is_inner = ~(is_left | is_right)
     # A part's tokens lie together: LEFT, INNER, RIGHT, in this order.
     left_end = torch.where(is_left, offsets[..., 1:], 0).amax(2).clamp(0, length)
@@ -149,7 +149,7 @@ def pool_range(
                     target = states[layer, b, :, track, :, half]
                     target[:, LEFT] = product[b, :, :first].sum(1)
                     target[:, INNER] = product[b, :, first:last].sum(1)
-                    target[:, RIGHT] = product[b, :, max(first, last) :].sum(1)
+                    target[:, RIGHT] = product[b, :, last:].sum(1)
     return states, stats
 
 

@@ -95,10 +95,7 @@ def slot_weights(sharer: Sequence[Pair], slot_query: Tensor, attention_mask: Ten
     """What each token weighs in each slot: ``(L, R, Hs, k, N)`` in float32 (or float64), 0 at padding."""
     parts = []
     for key, _, query in _stacks(sharer, slot_query):
-        found = _rows(_weights(_cleared(key, attention_mask), query, attention_mask), attention_mask)
-        if attention_mask is not None:
-            found = found * attention_mask.reshape(-1, 1, 1, key.shape[3])
-        parts.append(found)
+        parts.append(_rows(_weights(_cleared(key, attention_mask), query, attention_mask), attention_mask))
     return torch.cat(parts)
 
 

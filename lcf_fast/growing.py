@@ -313,9 +313,7 @@ def _with_open_ends(
             continue
         if back:
             offsets[row, : there[0] + 1] = -1
-            is_span[row, : there[0]] = False
         if on:
             offsets[row, there[-1] + 1 :] = length + 1
-            is_span[row, there[-1] + 1 :] = False
     visible = inside if mask is None else inside & (mask if mask.dim() == 2 else mask[:, 0])
     return Spans(offsets[:, None], is_span[:, None]), visible

@@ -237,7 +237,7 @@ def _check_injection(
     mask = None
     if edit_mask is not None:
         check.check_mask("edit_mask", edit_mask, batch, tokens)
-        mask = (edit_mask.to(key.device, non_blocking=True) != 0).contiguous()
+        mask = edit_mask.to(key.device, non_blocking=True) != 0
     backend = served_by(key.device, key.dtype, latent.shape[2])
     return backend, [weights[name] for name in library.INJECTION_WEIGHTS], mask
 

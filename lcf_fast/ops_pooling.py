@@ -80,7 +80,7 @@ def _on_device(
     offsets = check.as_int32(span_offsets, device).contiguous()
     if attention_mask is None:
         return offsets, None
-    return offsets, (attention_mask.to(device, non_blocking=True) != 0).contiguous()
+    return offsets, attention_mask.to(device, non_blocking=True) != 0
 
 
 def summarize_layers(

@@ -117,7 +117,7 @@ def combine(
             got = str(latent.shape[1])
             raise ShapeError(f"{name}[{i}].latent", expected=f"batch size {batch} or 1", got=got)
     bias = adapter.get_parameter("down_bias")[:, None]
-    dtype = torch.promote_types(torch.float32, latents[0].dtype)
+    dtype = torch.float64 if any(latent.dtype == torch.float64 for latent in latents) else torch.float32
     bias = bias.to(dtype)
     total = bias.expand(-1, batch, -1)
     factors = _factors(weights, len(latents), rows if batch == 1 else batch, bias)

@@ -234,7 +234,8 @@ def make_weights(
     if saturated:
         weights["head_gate_bias"] = 60.0 * torch.sign(weights["head_gate_bias"])
     signs = [GATES[gates][layer % len(GATES[gates])] for layer in range(kept)]
-    weights["gate_logit"] = torch.tensor([[0.5 if is_open else -0.5 for is_open in pair] for pair in signs])
+    closed = (0.0, -0.5)  # zero is closed, too
+    weights["gate_logit"] = torch.tensor([[0.5 if is_open else low for is_open, low in zip(p, closed)] for p in signs])
     if cross_context:
         weights["span_query"] = draw(sharer.kv_heads, sharer.head_dim, scale=1.0)
         weights["global_query"] = draw(sharer.kv_heads, sharer.head_dim, scale=1.0)

@@ -246,6 +246,15 @@ def test_gates_on_a_device_are_read_once(monkeypatch: pytest.MonkeyPatch) -> Non
     for _ in range(3):
         assert adapter._live()[0] == (False, False)
     assert reads == 2
+    adapter.gate_logit.data = -adapter.gate_logit.data  # as casting and moving do
+    assert adapter._live()[0] == (True, True)
+
+
+def test_gates_on_a_cpu_are_read_each_time() -> None:
+    adapter = make_adapter()
+    assert adapter._live()[0] == (True, True)
+    adapter.gate_logit.data.neg_()  # which nothing counts
+    assert adapter._live()[0] == (False, False)
 
 
 @pytest.mark.parametrize("cross_context", [False, True])
@@ -256,8 +265,11 @@ def test_the_configured_epsilon_is_used(cross_context: bool) -> None:
         message = adapter.summarize(sharer)
         expected = expected_of(adapter, receiver, message=message.tensors["latent"].double())
         assert_close(adapter.inject(receiver, message), expected)
+        assert_close(adapter.inject_(receiver, message), expected)
     else:
-        assert_close(adapter.fuse(sharer, receiver), expected_of(adapter, receiver, sharer=sharer))
+        expected = expected_of(adapter, receiver, sharer=sharer)
+        assert_close(adapter.fuse(sharer, receiver), expected)
+        assert_close(adapter.fuse_(sharer, receiver), expected)
 
 
 @pytest.mark.parametrize(("batch", "length"), [(0, 7), (2, 0)])

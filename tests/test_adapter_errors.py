@@ -184,11 +184,12 @@ def test_in_place_names_the_layers_of_the_whole_model() -> None:
             crossing.inject_(bad, message)
         for caught in (fused.value, injected.value):
             assert (caught.argument, caught.got[: len(got)]) == (argument, got)
-    own = LatentCacheFlow(LCFConfig(RECEIVER, RECEIVER, bottleneck=64), keep_layers=[1, 3])
+    crossed = LCFConfig(RECEIVER, RECEIVER, bottleneck=64, layer_map=[4, 3, 2, 1, 0])  # so the first row reads layer 3
+    own = LatentCacheFlow(crossed, keep_layers=[1, 3])
     with pytest.raises(GeometryError) as refused:
         own.fuse_(receiver, receiver)
-    assert refused.value.argument == "sharer_cache layer 1 key"
-    assert refused.value.got == "that of receiver_cache layer 1 key"
+    assert refused.value.argument == "sharer_cache layer 3 key"
+    assert refused.value.got == "that of receiver_cache layer 3 key"
 
 
 def _message(adapter: LatentCacheFlow, **changes: Any) -> Message:

@@ -224,6 +224,8 @@ def test_a_window_that_slid_is_refused() -> None:
             with pytest.raises(GeometryError, match=r"holds \d of 8 positions") as caught:
                 cache_layers(prefill(model, make_ids(), kind), name="receiver_cache")
             assert caught.value.argument == "receiver_cache.layers[0]"
+        with pytest.raises(GeometryError, match="holds 5 of 6 positions"):  # one that slid out is enough
+            cache_layers(prefill(model, make_ids(length=7)))
 
 
 def test_uninitialised_caches_are_refused() -> None:

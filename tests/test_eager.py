@@ -42,7 +42,7 @@ from helpers import (
     make_weights,
 )
 from lcf_fast import eager, reference
-from lcf_fast.eager_tiles import Tile, cut_tiles, group_layers, uncovered
+from lcf_fast.eager_tiles import Tile, Workspace, cut_tiles, group_layers, uncovered
 
 TOKENS = (0, 1, 15, 16, 17, 63, 300)
 CPU = torch.device("cpu")
@@ -188,6 +188,8 @@ def test_an_index_that_only_shifts_reads_the_same_rows(generator: torch.Generato
         index[0, :3] = -1  # left padding: still a range
         index[1, 4] = -1
         check_fuse(sharer, receiver, weights, sharer_index=index)
+        tile = Tile(slice(0, 2), slice(0, 9), index >= 0)
+        assert eager._sharer_rows(tile, index, 20) == slice(start, start + 9)  # nothing is gathered
 
 
 def test_a_range_may_not_run_over_an_end_of_the_sharer(generator: torch.Generator) -> None:
@@ -448,3 +450,14 @@ def test_layers_are_grouped_by_their_gates() -> None:
     assert covered == [0, 1, 2, 4, 5]
     few = [Tile(slice(0, 1), slice(0, 4), None)]
     assert list(group_layers([both] * 28, few, CPU)) == [slice(0, 28)]
+    # The largest tile bounds the buffers.
+    assert list(group_layers([both] * 28, few + tile, CPU)) == list(group_layers([both] * 28, tile, CPU))
+
+
+def test_a_buffer_is_used_again_where_it_fits() -> None:
+    space = Workspace(CPU)
+    buffer = space("x", (4, 5), F32)
+    assert space("x", (2, 7), F32).data_ptr() == buffer.data_ptr()
+    assert space("y", (4, 5), F32).data_ptr() != buffer.data_ptr()
+    assert space("x", (2, 5), F64).dtype == F64
+    assert space("x", (5, 5), F64).shape == (5, 5)

@@ -19,6 +19,7 @@ from helpers import make_cache, to_double
 from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig, Message
 from lcf_fast.checkpoint import load_any
 from lcf_fast.errors import DTypeError, GeometryError, MessageError, ShapeError
+from lcf_fast.fingerprint import digest_of
 from lcf_fast.sharer import SharerSide
 from lcf_fast.slots_sharer import SlotsSharerSide
 
@@ -99,9 +100,13 @@ def test_accepted_sharers_are_saved_with_the_adapter(tmp_path: Path) -> None:
     read = LatentCacheFlow.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert read.origin == adapter.origin  # casting does not make another adapter of it
     read.to(torch.float32).inject(receiver, loaded)
-    summary = side.summarize(make_cache(OTHER, 2, 9)).to_bytes(contents=["summary"])
-    with pytest.raises((MessageError, ShapeError)):  # only the adapter's own W_down reads a summary
-        adapter.inject(receiver, Message.from_bytes(summary))
+    twin = SharerSide.for_receiver(adapter, SHARER)  # of the same shapes
+    adapter.accept_sharer(twin)
+    assert not copy.deepcopy(adapter).prune([1, 3]).accepted_sharers  # theirs are for all layers
+    for other in (side, twin):  # only the adapter's own W_down reads a summary
+        summary = other.summarize(make_cache(other.sharer_geometry, 2, 9)).to_bytes(contents=["summary"])
+        with pytest.raises(MessageError, match=r"origin\.sharer"):
+            adapter.inject(receiver, Message.from_bytes(summary))
     with pytest.raises(MessageError, match="SharerSide for the adapter"):
         make_adapter(True, gate_init=0.5).requires_grad_(True).accept_sharer(_foreign_side())
     for bad in ("abc", 3, None):
@@ -206,6 +211,22 @@ def test_geometry_of_the_message_is_checked() -> None:
         adapter.inject(receiver, wrong)
 
 
+def test_a_digest_is_of_settings_names_dtypes_shapes_and_bits() -> None:
+    one = torch.arange(6.0)
+    tensors: list[dict[str, torch.Tensor]] = [
+        {"a": one},
+        {"b": one},
+        {"a": one.view(2, 3)},
+        {"a": one.view(torch.int32)},
+        {"a": one.masked_fill(one == 0, -0.0)},
+        {"a": one[:3], "b": one[3:]},
+        {"a": one[:4], "b": one[4:]},
+    ]
+    digests = [digest_of({}, named) for named in tensors] + [digest_of({"eps": 1}, tensors[0])]
+    assert len({*digests}) == len(digests)
+    assert digest_of({}, {"a": one.view(2, 3).mT.contiguous().mT}) == digests[2]  # wherever they lie
+
+
 def _steps(weight: torch.Tensor) -> None:
     with torch.no_grad():
         weight.add_(1.0)
@@ -218,8 +239,9 @@ def test_a_side_follows_its_adapter(is_uncounted: bool, tmp_path: Path) -> None:
         adapter, cache = make_adapter(True), make_cache(SHARER, 1, 4)
         side = SharerSide.of(adapter)
         before = side.summarize(cache)
-        assert side.origin == adapter.origin
+        assert (old := side.origin) == adapter.origin
         _steps(adapter.get_parameter("down_bias"))
+        assert adapter.origin.adapter != old.adapter
         own = adapter.summarize(cache).tensors["latent"]
         side.save_pretrained(tmp_path)
         copies = [side, copy.deepcopy(side), pickle.loads(pickle.dumps(side)), SharerSide.from_pretrained(tmp_path)]

@@ -169,6 +169,14 @@ BAD: dict[str, tuple[type[errors.LCFError], str, Callable[[Inputs], Any]]] = {
     "an epsilon below zero": (
         errors.GeometryError, "norm_eps",
         lambda x: ops.joint_projection(*x.sharer[0], *x.receiver[0], x.one, norm_eps=-1e-6)),
+    "an epsilon without end": (
+        errors.GeometryError, "norm_eps",
+        lambda x: ops.fuse_layers(x.sharer, x.receiver, x.weights, norm_eps=float("inf"))),
+    "a message, and weights that know no sharer": (
+        errors.ShapeError, "weights['down_weight']",
+        lambda x: ops.fuse_layers(
+            None, x.receiver, changed(x.weights, down_weight=x.weights["down_weight"][:, :, 64:]),
+            message=torch.zeros(2, 2, 64))),
     "noise by its seed": (
         errors.DTypeError, "noise",
         lambda x: ops.fuse_layers(x.sharer, x.receiver, x.weights, noise=3)),  # type: ignore[arg-type]

@@ -133,6 +133,19 @@ def test_what_was_found_apart_once_is_looked_at_again_where_it_has_moved() -> No
         assert first_shared(moved) == (0, 1)
 
 
+def test_what_was_found_apart_once_is_looked_at_again_where_it_has_grown() -> None:
+    """At the same addresses, as views of a StaticCache that fills."""
+    buffer = whole(2, 2, 9, 4)
+    short, grown = ([buffer[:, :, :size], buffer[:, :, 4 : 4 + size]] for size in (4, 5))
+    assert first_shared(Layers.of(short)) is None
+    assert first_shared(Layers.of(grown)) == (0, 1)
+    first, second = ([Layers.of([view]) for view in views] for views in zip(short, grown))
+    assert first_met(first[0], second[0]) is None
+    assert first_met(first[1], second[0]) == (0, 0)
+    assert first_met(second[0], first[0]) is None
+    assert first_met(second[0], first[1]) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("size", "stride", "expected"),
     [

@@ -119,6 +119,7 @@ def test_ragged_rows_and_padding() -> None:
     mask = torch.ones(2, 30, dtype=torch.int64)
     mask[1, :4] = 0  # left padding in the first piece
     mask[1, 13:22] = 0  # the middle of the second, and all of the third
+    mask[1, 23] = 0  # within a span that was left open
     poisoned = [(key.clone(), value.clone()) for key, value in cache]
     for key, value in poisoned:
         key[1, :, mask[1] == 0], value[1, :, mask[1] == 0] = torch.nan, torch.inf
@@ -126,7 +127,7 @@ def test_ragged_rows_and_padding() -> None:
     growing.extend(cut(poisoned, 0, 10), [[0, 6, 10], [4, 7, 10]], open=True, attention_mask=mask[:, :10])
     growing.extend(cut(poisoned, 10, 15), [[0, 2, 5], [0, 3]], open=[False, True])
     growing.extend(cut(poisoned, 15, 20), [[0, 5], [0, 0]])
-    growing.extend(cut(poisoned, 20, 30), [[0, 4, 10], [2, 5, 10]])
+    growing.extend(cut(poisoned, 20, 30), [[0, 4, 10], [2, 5, 10]], attention_mask=mask[:, 20:])
     offsets = torch.tensor([[0, 6, 12, 15, 20, 24, 30], [4, 7, 25, 30, 30, 30, 30]])
     hold(growing.finish(), adapter, cache, offsets, mask)
     assert growing.partial.spans == (6, 3)
@@ -383,6 +384,8 @@ def test_several_sharers_add_up() -> None:
     """c = b + Σ w_i W_i s_i, as the reference projects it; in any order; switched off is off."""
     adapter, (cache, receiver) = make_adapter(True), make_caches()
     side = SharerSide.for_receiver(adapter, OTHER)
+    bound = (2 * OTHER.channels + 2 * RECEIVER.channels) ** -0.5  # as an adapter draws it
+    assert 0.9 * bound < float(side.down_weight.detach().abs().max()) <= bound
     with torch.no_grad():
         side.span_query.normal_()
     other = sharer_cache(2, 9, OTHER)
@@ -409,6 +412,8 @@ def test_several_sharers_add_up() -> None:
     broken = Message(torch.full_like(first.tensors["latent"], torch.nan), first.receiver_layers, 1)
     off = adapter.combine([first, broken], [1.0, 0.0])
     torch.testing.assert_close(off.latent, first.latent)
+    for messages in ([first.to(torch.float64), second], [second, first.to(torch.float64)]):
+        assert adapter.combine(messages).tensors["latent"].dtype == torch.float64
     one_row = Message(first.tensors["latent"][:, :1], first.receiver_layers, 1)
     assert adapter.combine([one_row, second]).tensors["latent"].shape[1] == 2
 

@@ -250,8 +250,19 @@ def test_a_sliding_cache_grows_while_nothing_slides_out() -> None:
         adapter.append(receiver, own, message)
 
 
-def test_a_static_cache_is_refused(models: tuple[Any, Any], adapter: LatentSlots) -> None:
+def test_slots_take_the_dtype_of_the_cache(models: tuple[Any, Any], adapter: LatentSlots) -> None:
+    sharer, receiver = models
+    own = [(key.bfloat16(), value.bfloat16()) for key, value in heard(receiver, [9])[0]]
+    grown = adapter.append(receiver, own, adapter.summarize(heard(sharer, [9])[0]))
+    assert {tensor.dtype for pair in grown for tensor in pair} == {torch.bfloat16}
+
+
+def test_a_static_cache_is_refused(
+    models: tuple[Any, Any], adapter: LatentSlots, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import StaticCache
+
+    monkeypatch.setattr(adapter, "place", None)  # before anything is computed
 
     sharer, receiver = models
     own = StaticCache(config=receiver.config, max_cache_len=32)

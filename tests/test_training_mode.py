@@ -74,26 +74,26 @@ def test_soft_gates_are_gumbel_sigmoids() -> None:
 def test_training_mode_is_the_reference_with_noise(
     cross_context: bool, back_end: Backend, device: torch.device
 ) -> None:
-    adapter = trained(cross_context).to(device)
+    adapter = make_adapter(cross_context, dropout=0.25, norm_eps=0.5).train().to(device)
     adapter.gate_temperature = 0.7
     sharer, receiver = make_caches(device)
     torch.manual_seed(3)
     with use_backend(back_end):
         got = edit(adapter, sharer, receiver)
     torch.manual_seed(3)
-    noise = TrainingNoise(int(torch.randint(1 << 31, (), dtype=torch.int64)), 0.7, 0.1)
+    noise = TrainingNoise(int(torch.randint(1 << 31, (), dtype=torch.int64)), 0.7, 0.25)
     weights = {name: p.double() for name, p in adapter.named_parameters()}
     own = [(k.double(), v.double()) for k, v in receiver]
     other = [(k.double(), v.double()) for k, v in sharer]
     if cross_context:
         message = adapter.double().summarize(other, SPANS).latent
-        expected = reference.fuse_layers(None, own, weights, message=message, noise=noise)
+        expected = reference.fuse_layers(None, own, weights, message=message, norm_eps=0.5, noise=noise)
     else:
         chosen = [other[s] for s in adapter.sharer_layers.tolist()]
-        expected = reference.fuse_layers(chosen, own, weights, noise=noise)
+        expected = reference.fuse_layers(chosen, own, weights, norm_eps=0.5, noise=noise)
     assert_close(got, expected, 1e-5)
-    quiet = reference.fuse_layers(None, own, weights, message=message) if cross_context else reference.fuse_layers(
-        chosen, own, weights)  # fmt: skip
+    quiet = reference.fuse_layers(None, own, weights, message=message, norm_eps=0.5) if cross_context else (
+        reference.fuse_layers(chosen, own, weights, norm_eps=0.5))  # fmt: skip
     assert float((expected[0][0] - quiet[0][0]).abs().max()) > 1e-2, "the noise does nothing"
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_dtype
 from ..config import CacheGeometry, layer_map
 from ..errors import CheckpointError, GeometryError, LCFError
 from ..files import whole_file, write_whole
@@ -129,6 +130,7 @@ def load(
     dtype: torch.dtype | None,
 ) -> C2CFuser:
     """Read a fuser; see `C2CFuser.from_pretrained`."""
+    check_dtype(dtype)
     folder = Path(directory)
     routes = _routes(folder / MAP_FILE, receiver_name, sharer_name)
     saved = _geometry_file(folder / GEOMETRY_FILE)
@@ -326,7 +328,6 @@ def _fill(
     # Copies: a parameter that stays a view of the file would change, or crash, with it.
     copies = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in tensors.items()}
     module.load_state_dict(copies, assign=True)
-    module.requires_grad_(True)
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..caches import Pair, cache_layers, check_pairs, rebuild_cache
 from ..checks import check_index, check_positions
-from ..config import CacheGeometry
-from ..errors import DTypeError, GeometryError, IndexRangeError, ShapeError
+from ..config import CacheGeometry, kept_layers
+from ..errors import DTypeError, GeometryError, ShapeError
 from ..inputs import check_device, hide_padding, known_length, real_tokens
 from .config import C2CConfig
 from .projector import C2CProjector, open_gates
@@ -69,11 +69,8 @@ class C2CFuser(nn.Module):
         super().__init__()
         if not isinstance(config, C2CConfig):
             raise DTypeError("config", expected="a C2CConfig", got=type(config).__name__)
-        kept = tuple(range(config.receiver.layers)) if keep_layers is None else tuple(sorted(keep_layers))
-        if not kept or len(set(kept)) < len(kept):
-            raise GeometryError("keep_layers", expected="at least one receiver layer, each once", got=str(kept))
-        if not all(0 <= t < config.receiver.layers for t in kept):
-            raise IndexRangeError("keep_layers", expected=f"layers in [0, {config.receiver.layers})", got=str(kept))
+        every = tuple(range(config.receiver.layers))
+        kept = every if keep_layers is None else kept_layers(keep_layers, every)
         self.config = config
         #: Receiver layers that have a projector, ascending, and the sharer layer that each reads.
         self.kept, self.reads = kept, tuple(config.sharer_layers[t] for t in kept)
@@ -248,7 +245,7 @@ class C2CFuser(nn.Module):
 
         Raises:
             CheckpointError: missing, damaged, of a class or form that is not C2C's. GeometryError: not for these
-                models. Both before any weight is used.
+                models. DTypeError: ``dtype``. All before any weight is used.
         """
         from .checkpoint import load
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from helpers import Pair, make_cache
 from lcf_fast import CacheGeometry
 from lcf_fast.c2c import C2CConfig, C2CFuser
-from lcf_fast.errors import CheckpointError, GeometryError
+from lcf_fast.errors import CheckpointError, DTypeError, GeometryError
 
 MakeFuser = Callable[..., C2CFuser]
 SHARER, RECEIVER = CacheGeometry(3, 2, 4), CacheGeometry(5, 3, 6)
@@ -73,6 +73,15 @@ def test_a_released_folder(make_fuser: MakeFuser, fields: dict[str, Any], tmp_pa
     assert all(p.requires_grad for p in loaded.parameters())
     sharer, receiver = caches()
     assert same(loaded.requires_grad_(False).fuse(sharer, receiver), fuser.fuse(sharer, receiver))
+
+
+def test_a_side_of_one_head_may_leave_its_number_out(make_fuser: MakeFuser, tmp_path: Path) -> None:
+    fuser = make_fuser(sharer=CacheGeometry(3, 1, 4), receiver=CacheGeometry(5, 1, 6))
+    fuser.save_pretrained(tmp_path)
+    heads = ("source_num_heads", "target_num_heads")
+    for path in tmp_path.glob("projector_?.json"):
+        rewrite(path, lambda d: d | {"init_args": {k: v for k, v in d["init_args"].items() if k not in heads}})
+    assert C2CFuser.from_pretrained(tmp_path).config == fuser.config
 
 
 def test_part_of_the_layers_and_shared_projectors(make_fuser: MakeFuser, tmp_path: Path) -> None:
@@ -156,6 +165,9 @@ def test_dtype_and_device(make_fuser: MakeFuser, tmp_path: Path) -> None:
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     loaded = C2CFuser.from_pretrained(tmp_path, device="meta")
     assert {p.device.type for p in loaded.parameters()} == {"meta"}
+    for dtype in (torch.int8, "bfloat16"):
+        with pytest.raises(DTypeError, match=r"^dtype: "):
+            C2CFuser.from_pretrained(tmp_path, dtype=dtype)  # type: ignore[arg-type]
 
 
 def test_the_weights_are_not_the_file(make_fuser: MakeFuser, tmp_path: Path) -> None:

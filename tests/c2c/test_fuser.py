@@ -196,6 +196,18 @@ def test_masks_positions_and_index(make_fuser: MakeFuser, indexed: bool, positio
     assert_as_loops(original, fuser, sharer, receiver, row_of)
 
 
+def test_a_row_beyond_the_sharers_that_nobody_looked_at_is_none(
+    make_fuser: MakeFuser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where looking would wait."""
+    fuser, (sharer, receiver) = make_fuser(), caches(2, 5, 7)
+    index = torch.tensor([[3, 3, -1, 6, 0], [1, 5, 2, -1, 4]])
+    expected = fuser.fuse(sharer, receiver, sharer_index=index)
+    monkeypatch.setattr("lcf_fast.checks.reads_values", lambda tensor: False)
+    got = fuser.fuse(sharer, receiver, sharer_index=index.masked_fill(index < 0, 7))
+    assert all(torch.equal(a, b) for x, y in zip(got, expected) for a, b in zip(x, y))
+
+
 def test_rows_do_not_depend_on_each_other(make_fuser: MakeFuser) -> None:
     """A permuted batch is a permuted result, one row alone is that row, padding changes nothing, to rounding."""
     fuser = make_fuser(dtype=torch.float64)
@@ -504,9 +516,20 @@ def test_bad_configurations(fields: dict[str, Any], error: type[LCFError], argum
     assert raised.value.argument == argument
 
 
-@pytest.mark.parametrize("keep", [(), (1, 1), (5,), (-1,)])
-def test_bad_layers(keep: tuple[int, ...]) -> None:
-    with pytest.raises((GeometryError, IndexRangeError)) as raised:
+@pytest.mark.parametrize(
+    ("keep", "error"),
+    [
+        ((), GeometryError),
+        ((1, 1), GeometryError),
+        ((5,), IndexRangeError),
+        ((-1,), IndexRangeError),
+        ((0, 1.5), DTypeError),
+        ((True,), DTypeError),
+        (1, DTypeError),
+    ],
+)
+def test_bad_layers(keep: Any, error: type[LCFError]) -> None:
+    with pytest.raises(error) as raised:
         C2CFuser(small(), keep_layers=keep)
     assert raised.value.argument == "keep_layers"
 

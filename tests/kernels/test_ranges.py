@@ -218,6 +218,14 @@ def test_a_track_is_worth_what_a_span_is(generator: torch.Generator, device: tor
             torch.testing.assert_close(a, b)
 
 
+def test_sums_over_a_long_span_of_even_weights(generator: torch.Generator) -> None:
+    """On the eager path they run token by token: in float32 that is ten times as far off."""
+    cache, queries = inputs(Geometry(1, 2, 16), 1, 20_000, generator)
+    queries = queries[0] * 0.1, queries[1] * 0.1
+    offsets = torch.tensor([[0, 20_000]])
+    hold(pool_in_pieces(eager_ranges, cache, queries, offsets, None, [0, 20_000]), cache, queries, offsets)
+
+
 def test_a_hundred_thousand_tokens(
     device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

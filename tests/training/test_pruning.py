@@ -96,6 +96,12 @@ def test_dead_harmful_and_vital_layers_come_out_as_such(cross_context: bool, hig
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["layers"][DEAD]["verdict"] == "dead"
 
 
+def test_a_layer_that_makes_no_difference_is_not_harmful() -> None:
+    report = rank_layers(six_layers(), lambda adapter: 1.0)
+    assert report.of("harmful") == ()
+    assert report.keep() == tuple(layer for layer in range(6) if layer != DEAD)
+
+
 def test_layers_are_named_by_the_receiver_in_a_pruned_adapter_too() -> None:
     report = rank_layers(six_layers(keep_layers=[HARMFUL, DEAD, 3, VITAL]).eval(), Worth(), higher_is_better=True)
     assert report.ranked() == (VITAL, 3)
