@@ -397,7 +397,10 @@ def test_the_models_own_attention_is_set_back() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "attention", "changes"),
-    [("Llama", "sdpa", {}), ("Gemma2", "eager", {"attn_logit_softcapping": 1.0, "sliding_window": 128})],
+    [
+        ("Llama", "sdpa", {}),
+        ("Gemma2", "eager", {"attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 2, "sliding_window": 128}),
+    ],
 )
 def test_calibration_measures_the_models_own_attention(
     kind: str, attention: str, changes: dict[str, Any], tmp_path: Path
@@ -490,7 +493,7 @@ def test_scores_are_the_mass_and_the_prior() -> None:
     mixed = [0.8 * m + 0.2 * p for m, p in zip([0.0, 1.0, 0.5, 0.0], prior)]
     assert layer_scores(mass, 0.8) == pytest.approx(mixed)
     assert layer_scores([0.3, 0.3], 1.0) == [0.0, 0.0]
-    assert top_layers(mixed, 0.5) == (1, 2)
+    assert top_layers(mixed, 0.5) == (1, 2) and top_layers([0.0] * 4, 0.5) == (0, 1)
     assert [len(top_layers([0.0] * 28, ratio)) for ratio in (0.01, 0.3, 0.5, 0.7, 1.0)] == [1, 8, 14, 20, 28]
     assert [channel_of(model(kind)).alpha for kind in ("Qwen2", "Qwen3", "Llama")] == [0.8, 0.8, 1.0]
 

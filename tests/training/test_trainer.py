@@ -130,6 +130,12 @@ def test_two_runs_are_bitwise_one_and_the_callers_generator_is_left_alone(tmp_pa
     assert results[0][1] == results[1][1]
 
 
+def test_every_micro_batch_has_noise_of_its_own() -> None:
+    numbers = range(12)  # of one digit and of two
+    seeds = {trainer_module.noise_seed(seed, step, index) for seed in numbers for step in numbers for index in numbers}
+    assert len(seeds) == len(numbers) ** 3
+
+
 def test_the_optimizer_gets_the_planned_rate_temperature_and_a_clipped_gradient(tmp_path: Path) -> None:
     settings = tiny_settings(steps=5, clip_norm=0.05, gate_temperature_end=0.1)
     trainer = tiny_trainer(tmp_path, settings)
