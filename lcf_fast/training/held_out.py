@@ -39,15 +39,17 @@ class HeldOutLoss:
 
 @torch.no_grad()
 def held_out_loss(step: TrainingStep, prefiller: Prefiller, batches: Iterable[Batch]) -> HeldOutLoss:
-    """Over all of ``batches``; leaves the adapter in the mode that it was in."""
+    """Over all of ``batches``; leaves the adapter in the mode that it was in, after an error as well."""
     training = step.adapter.training
     step.adapter.eval()
     edited = alone = torch.zeros((), dtype=torch.float64, device="cpu")
     examples = tokens = 0
-    for batch in batches:
-        caches = prefiller(batch)
-        edited = edited + step.loss(batch, step.edit(batch, caches)).double().cpu()
-        alone = alone + step.loss(batch, caches.receiver).double().cpu()
-        examples, tokens = examples + len(batch.ids), tokens + int(batch.response_mask.sum())
-    step.adapter.train(training)
+    try:
+        for batch in batches:
+            caches = prefiller(batch)
+            edited = edited + step.loss(batch, step.edit(batch, caches)).double().cpu()
+            alone = alone + step.loss(batch, caches.receiver).double().cpu()
+            examples, tokens = examples + len(batch.ids), tokens + int(batch.response_mask.sum())
+    finally:
+        step.adapter.train(training)
     return HeldOutLoss(examples, tokens, edited.item() / max(tokens, 1), alone.item() / max(tokens, 1))

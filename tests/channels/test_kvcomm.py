@@ -86,24 +86,31 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 @torch.no_grad()
-def by_hand(made: Any, context: list[int], prompt: list[int], whole: set[int], *, original: bool = False) -> Tensor:
-    """``(V,)`` float32 logits of a Qwen3 or Llama model after ``prompt``; layers outside ``whole`` see a sink alone."""
-    heard: list[tuple[Tensor, Tensor]] = []
-    if context:
-        through(made, context, 0, [None] * LAYERS, lambda layer, n: causal(n, 0), heard)
-    size = len(context)
-    if not context:
-        given: list[Any] = [None] * LAYERS
-    else:
-        given = [pair if layer in whole else (pair[0][:, :1], pair[1][:, :1]) for layer, pair in enumerate(heard)]
+def by_hand(
+    made: Any, context: list[int], prompt: list[int], whole: set[int], *, second: Any = (), original: bool = False
+) -> Tensor:
+    """``(V,)`` float32 logits of a Qwen3 or Llama model after ``prompt``; layers outside ``whole`` see a sink alone.
+
+    ``second``: another sharer's context, whose sink they see, too.
+    """
+    size, parts = 0, [list(part) for part in (context, second) if part]
+    given: list[Any] = [None] * LAYERS
+    for part in parts:
+        heard: list[tuple[Tensor, Tensor]] = []
+        through(made, part, size, [None] * LAYERS, lambda layer, n: causal(n, 0), heard)
+        for layer, pair in enumerate(heard):
+            crossing = pair if layer in whole else (pair[0][:, :1], pair[1][:, :1])
+            before = given[layer]
+            given[layer] = crossing if before is None else [torch.cat(both, 1) for both in zip(before, crossing)]
+        size += len(part)
 
     def mask(layer: int, n: int) -> Tensor:
-        if layer in whole or not context:
+        if layer in whole:
             return causal(n, size)
         if not original:
-            return causal(n, 1)
+            return causal(n, len(parts))
         # What the original does: the whole mask's first columns, as many as the layer has keys.
-        return causal(n, size)[:, : n + 1]
+        return causal(n, size)[:, : n + len(parts)]
 
     hidden = through(made, prompt, size, given, mask, [])
     return made.lm_head(made.model.norm(hidden))[-1].float()
@@ -238,9 +245,11 @@ def test_several_sharers_follow_each_other() -> None:
         close(row, made(input_ids=torch.tensor([ids]), attention_mask=mask[None, None]).logits[0, -1].float())
     assert sent[1] == sent[0] + sent[2]
     # In the other layers each one's first token stays.
-    some = KVCommChannel(receiver, [first, second], layers=(2,))
-    batch, single = some.next_logits(requests)[0], [some.next_logits([request])[0][0] for request in requests]
-    close(batch, torch.stack(single))
+    for original in (False, True):
+        some = KVCommChannel(receiver, [first, second], layers=(2,), original_mask=original)
+        for row, read, request in zip(some.next_logits(requests)[0], rows, requests):
+            prompt, behind = receiver.prompts([request.asked()])[0], read[1] if len(read) == 2 else ()
+            close(row, by_hand(made, read[0], prompt, {0, 2}, second=behind, original=original))
 
 
 def test_bytes_are_whole_layers_and_sinks() -> None:
@@ -386,19 +395,29 @@ def test_the_models_own_attention_is_set_back() -> None:
 # ---------------------------------------------------------------------
 
 
-def test_calibration_measures_the_models_own_attention(tmp_path: Path) -> None:
-    made = model("Llama", attention="sdpa")
+@pytest.mark.parametrize(
+    ("kind", "attention", "changes"),
+    [
+        ("Llama", "sdpa", {}),
+        ("Gemma2", "eager", {"attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 2, "sliding_window": 128}),
+    ],
+)
+def test_calibration_measures_the_models_own_attention(
+    kind: str, attention: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    made = model(kind, attention=attention, **changes)
     channel = channel_of(made, ratio=0.5)
     with pytest.raises(GeometryError, match="calibrate"):
         channel.answer(REQUESTS)
     selection = channel.calibrate(REQUESTS[1])
     context, prompt = tokens(REQUESTS[1])
-    eager = model("Llama", attention="eager")
+    eager = model(kind, attention="eager", **changes)
     with torch.no_grad():
         weights = eager(input_ids=torch.tensor([context + prompt]), output_attentions=True).attentions
     expected = [float(layer[0, :, len(context) :, : len(context)].sum(-1).mean()) for layer in weights]
     assert selection.mass == pytest.approx(expected, rel=1e-4)
-    assert selection.alpha == 1.0  # Llama: the mass alone
+    assert selection.alpha == 1.0  # no Qwen: the mass alone
+    assert channel_of(made, ratio=0.5, control="zero").calibrate(REQUESTS[1]).mass == selection.mass
     greatest = sorted(range(LAYERS), key=lambda layer: expected[layer])[-2:]
     assert selection.layers == tuple(sorted(greatest)) == channel.layers
     assert channel.whole_layers == {0, *greatest}
@@ -410,7 +429,7 @@ def test_calibration_measures_the_models_own_attention(tmp_path: Path) -> None:
     assert loaded == selection
     assert torch.equal(channel_of(made, layers=loaded).next_logits(REQUESTS)[0], found)
     with pytest.raises(GeometryError, match="another model"):
-        channel_of(model("Llama", seed=2), layers=loaded)
+        channel_of(model(kind, seed=2, attention=attention, **changes), layers=loaded)
     with pytest.raises(GeometryError, match="context"):
         channel.calibrate(REQUESTS[3])
 
@@ -440,6 +459,11 @@ def test_what_refuses() -> None:
     for few in ((), (1, 1)):
         with pytest.raises(GeometryError):
             KVCommChannel(receiver, [sharer], layers=few)
+    for name, value in (("layer_types", ["chunked_attention"] * LAYERS), ("attention_chunk_size", 8)):
+        other = model()
+        setattr(other.config, name, value)
+        with pytest.raises(GeometryError, match="full or sliding-window attention, got chunked"):
+            channel_of(other)
     channel = KVCommChannel(receiver, [sharer], layers=(2,))
     with pytest.raises(GeometryError, match="sharers of this channel"):
         channel.answer([Request("Who?", "", {"b": ("One.",)})])
@@ -447,6 +471,18 @@ def test_what_refuses() -> None:
         channel.answer([Request("Who?", "", {"a": ("one two three " * 200,)})])
     with pytest.raises(GeometryError):
         channel.answer([])
+
+
+def test_contexts_count_in_what_generate_would_drop() -> None:
+    """Phi-3 reads anew where it goes beyond a length, and has forgotten what was shared."""
+    made = model("Phi3")
+    channel, request = channel_of(made, layers=(2,)), REQUESTS[0]
+    made.config.original_max_position_embeddings = held = sum(map(len, tokens(request))) - 1
+    for call in (lambda: channel.answer([request], max_new_tokens=8), lambda: channel.check([request], 8)):
+        with pytest.raises(ShapeError, match=f"within {held} tokens"):
+            call()
+    made.config.original_max_position_embeddings = held + 8
+    channel.check([request], 8)
 
 
 def test_scores_are_the_mass_and_the_prior() -> None:
@@ -457,7 +493,7 @@ def test_scores_are_the_mass_and_the_prior() -> None:
     mixed = [0.8 * m + 0.2 * p for m, p in zip([0.0, 1.0, 0.5, 0.0], prior)]
     assert layer_scores(mass, 0.8) == pytest.approx(mixed)
     assert layer_scores([0.3, 0.3], 1.0) == [0.0, 0.0]
-    assert top_layers(mixed, 0.5) == (1, 2)
+    assert top_layers(mixed, 0.5) == (1, 2) and top_layers([0.0] * 4, 0.5) == (0, 1)
     assert [len(top_layers([0.0] * 28, ratio)) for ratio in (0.01, 0.3, 0.5, 0.7, 1.0)] == [1, 8, 14, 20, 28]
     assert [channel_of(model(kind)).alpha for kind in ("Qwen2", "Qwen3", "Llama")] == [0.8, 0.8, 1.0]
 
@@ -500,12 +536,14 @@ def test_an_attention_that_cannot_be_wrapped() -> None:
 @pytest.mark.parametrize(("kind", "attention"), [("Mistral", "sdpa"), ("Gemma2", "eager"), ("Gemma3", "sdpa")])
 @torch.no_grad()
 def test_a_sliding_window_is_served_while_all_is_within_it(kind: str, attention: str) -> None:
-    wide = windowed(kind, attention, 128)
+    # The longest of each, and the token that is asked for.
+    needed = sum(max(map(len, parts)) for parts in zip(*map(tokens, REQUESTS))) + 1
+    wide = windowed(kind, attention, needed)
     found, _, _ = channel_of(wide, ratio=1.0).next_logits(REQUESTS)
     for row, request in zip(found, REQUESTS):
         context, prompt = tokens(request)
         close(row, wide(input_ids=torch.tensor([context + prompt])).logits[0, -1].float())
-    narrow = channel_of(windowed(kind, attention, 40), ratio=1.0)
+    narrow = channel_of(windowed(kind, attention, needed - 1), ratio=1.0)
     with pytest.raises(ShapeError, match="sliding window"):
         narrow.next_logits(REQUESTS)
 

@@ -19,11 +19,12 @@ pytest.importorskip("scipy")
 
 from lcf_fast import LatentCacheFlow, LatentSlots, Message
 from lcf_fast.cli import main
+from lcf_fast.demo import experiments, lessons
 from lcf_fast.demo.agents import AgentSize, PlateauError, make_agent, teach_recall, teach_table
 from lcf_fast.demo.channels import CHANNELS
-from lcf_fast.demo.experiments import learn_receiver
+from lcf_fast.demo.experiments import Agents, Study, carry_out, learn_receiver
 from lcf_fast.demo.jobs import Display, Job, Workers, pack, unpack
-from lcf_fast.demo.lessons import Lessons
+from lcf_fast.demo.lessons import Lessons, Stage, train_adapter
 from lcf_fast.demo.tasks import CHANCE, SecretTable, cross_items
 from lcf_fast.reading.model_fingerprint import weights_sample
 from lcf_fast.training.models import load_model
@@ -141,16 +142,63 @@ def test_an_agent_that_does_not_learn_is_tried_again_and_then_named(monkeypatch:
         teach_table(make_agent(TINY, 0), table, 0, most_facts=2, watch=nobody)
 
 
-def test_lessons_depend_on_seed_and_step_alone() -> None:
-    def lessons(seed: int) -> Lessons:
-        return Lessons(lambda items, generator: cross_items(items, 2, generator).batch(), seed, nobody)
+def two_facts(items: int, generator: torch.Generator) -> Any:
+    return cross_items(items, 2, generator).batch()
 
-    first, again, other = lessons(1), lessons(1), lessons(2)
+
+def test_lessons_depend_on_seed_and_step_alone() -> None:
+    def made(seed: int) -> Lessons:
+        return Lessons(two_facts, seed, nobody)
+
+    first, again, other = made(1), made(1), made(2)
     first.batch(0, 0)
     assert torch.equal(first.batch(7, 0).sharer_ids, again.batch(7, 0).sharer_ids)
     assert not torch.equal(first.batch(8, 0).sharer_ids, again.batch(7, 0).sharer_ids)
     assert not torch.equal(other.batch(7, 0).sharer_ids, again.batch(7, 0).sharer_ids)
     assert len(first.ids(3)) == len(first.batch(3, 0).ids)
+
+
+def test_a_later_stage_has_items_and_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[torch.Tensor] = []
+    seeds: list[int] = []
+    said: list[str] = []
+
+    class Trainer:
+        def __init__(self, adapter: Any, receiver: Any, data: Lessons, out: Path, *, settings: Any, **_: Any) -> None:
+            seeds.append(settings.seed)
+            self.data = data
+
+        def run(self) -> None:
+            read.append(self.data.batch(0, 0).sharer_ids)
+
+    monkeypatch.setattr(lessons, "Trainer", Trainer)
+    stages = [(Stage(10), two_facts), (Stage(20), two_facts)]
+    train_adapter(make_agent(TINY, 0), None, None, stages, seed=3, watch=said.append)
+    assert said == ["step 0 of 30", "step 10 of 30"]
+    assert not torch.equal(*read) and len(set(seeds)) == 2
+
+
+def test_a_study_asks_what_it_was_not_trained_on_and_marks_each_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[Any] = []
+    asked: list[Any] = []
+
+    def train(adapter: Any, sharer: Any, receiver: Any, lessons: Any, **_: Any) -> None:
+        trained.extend(sample(500, torch.Generator().manual_seed(0)) for _, sample in lessons)
+
+    class Channels:
+        def answers(self, items: Any, other: Any) -> dict[str, torch.Tensor]:
+            """Of the nth channel n are right."""
+            asked.append(items)
+            numbers = torch.arange(len(items.answers))
+            return {name: torch.where(numbers < n, items.answers, -1) for n, name in enumerate(CHANNELS)}
+
+    monkeypatch.setattr(experiments, "train_adapter", train)
+    monkeypatch.setattr(experiments, "channels_of", lambda *_: Channels())
+    agents = Agents(TINY, TINY, pack(make_agent(TINY, 0)), pack(make_agent(TINY, 1)), table_seed=5)
+    found = carry_out(Study("LCF", 0, (Stage(1),), 0, seed=3), agents, nobody)
+    assert {name: sum(right) for name, right in found.right.items()} == {name: n for n, name in enumerate(CHANNELS)}
+    questions = [set(map(tuple, batch.receiver_ids.tolist())) for batch in (trained[0], asked[0].batch())]
+    assert all(questions) and not questions[0] & questions[1]
 
 
 def test_weights_survive_the_way_between_processes() -> None:

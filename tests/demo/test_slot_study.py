@@ -92,7 +92,7 @@ def known() -> dict[str, Any]:
         "text": [{"seed": s, "told": {1: 200, 4: 199}, "none": {1: 12, 4: 14}, "items": 200} for s in (0, 1)],
         "cells": [
             *(cell(s, "lcf", {1: 200, 4: 100}, sent={1: 2000, 4: 4000}) for s in (0, 1)),
-            *(cell(s, "lcf_x", {1: 200, 4: 70 + 2 * s}) for s in (0, 1)),
+            *(cell(s, "lcf_x", {1: 200, 4: 70 + 2 * s}, zero={1: 12, 4: 16 - s}) for s in (0, 1)),
             *(cell(s, "slots_2", {1: 200, 4: 190 - 4 * s}) for s in (0, 1)),
             cut,
             {**cut, "seed": 1},
@@ -113,7 +113,7 @@ def test_the_table_says_what_was_found(stored: bool, tmp_path: Path) -> None:
     assert "| 75.0 (75.0 to 75.0) / 5.0 |" in rows["2 slots, any number sent"]
     assert "| 90.0 (90.0 to 90.0) | 30.0 (30.0 to 30.0) |" in rows["… the first 1 of them"]
     assert "| 2, 8 | 100.0 (100.0 to 100.0) | 99.5 (99.5 to 99.5) |" in rows["facts as text"]
-    assert "Zero messages: at most 6.0%; another item's: at most 5.0%." in text
+    assert "Zero messages: at most 8.0%; another item's: at most 5.0%." in text
     written = write_study(study, tmp_path)
     assert [path.name for path in written] == ["study.json", "study.md", "study.png"]
     assert json.loads(written[0].read_text(encoding="utf-8")) == json.loads(json.dumps(study))

@@ -16,7 +16,9 @@ import pytest
 import torch
 from tiny_training import read_log, tiny_settings, tiny_trainer
 
-from lcf_fast.errors import CheckpointError, LCFError
+from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig
+from lcf_fast.errors import CheckpointError, GeometryError, LCFError
+from lcf_fast.training.checkpoints import Checkpoint, Checkpoints
 from lcf_fast.training.failures import RunError
 from lcf_fast.training.settings import TrainingSettings
 
@@ -131,6 +133,16 @@ def test_a_damaged_checkpoint_is_refused(file: str, change: Any, message: str, w
     damage(tmp_path / "run" / "checkpoints" / "step-00000004", file, change)
     with pytest.raises(CheckpointError, match=message):
         tiny_trainer(tmp_path / "run", SETTINGS).run(resume=True)
+
+
+def test_a_checkpoint_of_other_layers_is_refused(tmp_path: Path) -> None:
+    config = LCFConfig(CacheGeometry(2, 1, 16), CacheGeometry(2, 2, 16), bottleneck=64)
+    one, other = (LatentCacheFlow(config, keep_layers=[layer]) for layer in (0, 1))
+    checkpoints = Checkpoints(tmp_path)
+    path = checkpoints.save(Checkpoint(1, SETTINGS, 0, "", {}), one, torch.optim.AdamW(one.parameters()))
+    with pytest.raises(GeometryError, match="adapter: expected the one of"):
+        checkpoints.load(path, other, torch.optim.AdamW(other.parameters()))
+    assert other.receiver_layers.tolist() == [1]
 
 
 def test_a_log_that_lost_lines_is_refused(whole: Path, tmp_path: Path) -> None:

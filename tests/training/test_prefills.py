@@ -276,6 +276,18 @@ def test_a_store_for_something_else(store: Path) -> None:
             prefiller(batch)
 
 
+@pytest.mark.parametrize(("kind", "further"), [("cross", 1), ("aligned", 2)])
+def test_a_sharers_text_that_has_grown_is_another(kind: str, further: int, tmp_path: Path) -> None:
+    tiny_store(tmp_path, SETTINGS, **KINDS[kind])
+    prefiller, batch = stored(tmp_path, **_adapter(kind)), RandomData(SETTINGS, **KINDS[kind]).batch(0, 0)
+    prefiller(batch)
+    for name in ("sharer_ids", "sharer_mask"):
+        whole = getattr(batch, name)
+        setattr(batch, name, torch.cat([whole, torch.ones_like(whole[:, :further])], 1))
+    with pytest.raises(RunError, match="expected the tokens that the store was made with"):
+        prefiller(batch)
+
+
 def test_a_run_on_a_store_knows_its_sharer(store: Path, tmp_path: Path) -> None:
     sharer, receiver = models()
     online = tiny_trainer(tmp_path / "run", SETTINGS)

@@ -196,6 +196,13 @@ def test_held_out_loss_is_measured_as_it_is_used(models: tuple[Any, Any]) -> Non
         assert found[0].edited != found[0].alone
         assert adapter.training
 
+    def fails(batch: Batch) -> Any:
+        raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        held_out_loss(step, fails, [batch_of()])
+    assert adapter.training
+
 
 @pytest.mark.parametrize("stored", [False, True], ids=["online", "stored"])
 def test_before_the_prompt_nobody_reads_it_without_slots(

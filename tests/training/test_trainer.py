@@ -121,12 +121,19 @@ def test_two_runs_are_bitwise_one_and_the_callers_generator_is_left_alone(tmp_pa
     results = []
     for i in range(2):
         trainer = tiny_trainer(tmp_path / str(i), tiny_settings(steps=3))
+        trainer.adapter.train(i == 0)  # as `from_pretrained` gives one, the second is in eval mode
         torch.manual_seed(100 + i)
         before = torch.random.get_rng_state()
         results.append((weights_of(trainer.run()), read_log(trainer.out)))
         assert torch.equal(torch.random.get_rng_state(), before)
     assert same_weights(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
+
+
+def test_every_micro_batch_has_noise_of_its_own() -> None:
+    numbers = range(12)  # of one digit and of two
+    seeds = {trainer_module.noise_seed(seed, step, index) for seed in numbers for step in numbers for index in numbers}
+    assert len(seeds) == len(numbers) ** 3
 
 
 def test_the_optimizer_gets_the_planned_rate_temperature_and_a_clipped_gradient(tmp_path: Path) -> None:
@@ -355,9 +362,11 @@ def test_bad_adapters(tmp_path: Path) -> None:
 def test_a_disk_without_room_for_checkpoints_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = tiny_trainer(tmp_path / "run", tiny_settings())
+    trainer = tiny_trainer(tmp_path / "run", tiny_settings(), keep=4)
+    # Weights and two moments, of those that stay and of the one that is written beside them.
+    needed = 3 * 5 * sum(p.nbytes for p in trainer.adapter.parameters())
     usage = trainer_module.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(trainer_module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(RunError, match="bytes free for checkpoints, got 1,000 bytes"):
+    monkeypatch.setattr(trainer_module.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(RunError, match=f"expected {needed:,} bytes free for checkpoints, got {needed - 1:,} bytes"):
         trainer.run()
     assert not any((tmp_path / "run").iterdir())
