@@ -590,6 +590,25 @@ def test_a_table_says_that_its_commit_is_not_all() -> None:
     assert f"commit {results['about']['commit'][:12]} with uncommitted changes;" in table.section(results)
 
 
+def test_the_fastest_other_way_is_the_one_at_the_same_size() -> None:
+    size = {"group": "lcf", "tokens": 8, "batch": 2, "context": 5, "bottleneck": 64, "dtype": "float32"}
+    right = {**size, "variant": "fast", "time": {"median_ms": 1.5}}
+    changes = {"group": "lcfx", "tokens": 9, "batch": 3, "context": 6, "bottleneck": 65, "dtype": "bfloat16"}
+    others = [{**right, name: value, "time": {"median_ms": 9.0}} for name, value in changes.items()]
+    rows = [*others, {**right, "variant": "slow"}, right]
+    assert table._fastest({**size, "against": "fast"}, rows) == "fast, 1.5"
+
+
+def test_a_target_that_is_missed_is_called_so() -> None:
+    results = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text(encoding="utf-8"))
+    target = {"target": 3, "op": "lcf", "tokens": 8, "layers": 2}
+    missed = [{**target, "reached": reached, "met": False} for reached in (None, 2.5)]
+    results["targets"] = [*missed, {**target, "reached": 3.5, "met": True}]
+    text = table.section(results)
+    for said in ("not measured, **missed**.", "2.50×, **missed**.", "3.50×."):
+        assert f"8 tokens, 2 layers: {said}" in text
+
+
 def test_markers_must_be_there() -> None:
     assert table.replaced(f"a\n{table.BEGIN}\nold\n{table.END}\nz", "new") == f"a\n{table.BEGIN}\nnew\n{table.END}\nz"
     for text in ("none", table.BEGIN, f"{table.END}{table.BEGIN}", f"{table.BEGIN}{table.BEGIN}{table.END}"):

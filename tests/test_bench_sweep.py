@@ -127,8 +127,8 @@ def test_activations_are_what_lies_between_the_passes_and_what_the_second_takes(
 
 
 def test_a_run_on_a_gpu_has_every_size_that_a_target_reads_and_has_it_first() -> None:
-    for quick in (True, False):
-        settings = default_settings(CUDA, quick=quick)
+    for quick, widths in ((True, (128,)), (False, (128,)), (False, (128, 256))):
+        settings = replace(default_settings(CUDA, quick=quick), widths=widths)
         points = plan.points(settings)
         assert len(set(points)) == len(points)
         order = plan.urgent(points, settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,18 @@ def test_a_table_is_that_of_its_results(region: published.Region) -> None:
     assert table.count("\n|") > 3
     cleared = text.replace(table, "\nold\n")
     assert region.written(cleared) == text
+
+
+def test_a_table_without_results_is_refused() -> None:
+    region = replace(published.REGIONS[0], result="evaluation/no-such-*.json")
+    with pytest.raises(ValueError, match="expected bench/results/evaluation/no-such"):
+        region.written((published.ROOT / region.page).read_text(encoding="utf-8"))
+
+
+def test_results_add_to_those_of_the_same_commit_and_versions_alone() -> None:
+    about = {"commit": "a", "torch": "1", "triton": "2", "driver": "3"}
+    assert published._are_alike(about, {**about, "driver": "4"})
+    assert not any(published._are_alike(about, {**about, name: "5"}) for name in ("commit", "torch", "triton"))
 
 
 def test_every_result_is_published() -> None:

@@ -226,6 +226,13 @@ def test_a_damaged_shard_is_found_when_it_is_read(
         prefiller(data.of(["8"]))
 
 
+def test_a_shard_of_another_size_is_written_anew(store: Path, tmp_path: Path) -> None:
+    folder = copied(store, tmp_path / "store")
+    edited(folder / "shard-00001.safetensors", lambda data: data[:-1])
+    tiny_store(folder, SETTINGS, shard_bytes=SHARD)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in store.iterdir()}
+
+
 def test_a_store_that_is_not_whole(store: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="a readable file"):
         stored(tmp_path)

@@ -65,7 +65,9 @@ def test_a_frozen_model_is_the_one_that_is_loaded_in_use(loaded_as: torch.dtype,
 
     tiny_model("qwen3", 1).save_pretrained(tmp_path)
     used = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
-    model = frozen(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=loaded_as), device="cpu", precision="bf16")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=loaded_as).train()
+    model = frozen(loaded, device="cpu", precision="bf16")
+    assert not model.training
     for (name, of_use), (_, of_training) in zip(used.named_buffers(), model.named_buffers(), strict=True):
         assert of_use.dtype == of_training.dtype and torch.equal(of_use, of_training), name
     ids = torch.arange(40)[None] % 9
