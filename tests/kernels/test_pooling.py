@@ -292,7 +292,7 @@ def layers_of(geometry: Geometry, batch: int, tokens: int, generator: torch.Gene
     """A sharer that some layers read twice, and one layer that lies differently in memory."""
     cache = make_cache(geometry, batch, tokens, generator=generator, **kwargs)  # type: ignore[arg-type]
     cache.insert(1, cache[0])
-    cache[-1] = (with_layout(cache[-1][0], "token_major"), cache[-1][1])
+    cache[-1] = (with_layout(cache[-1][0], "padded"), cache[-1][1])
     return cache
 
 
