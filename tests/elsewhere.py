@@ -185,6 +185,7 @@ def a_gpu_elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         for name in ("set_device", "synchronize"):
             patch.setattr(torch.cuda, name, lambda device=None: None)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: None)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # which optimizers ask
         patch.setattr(torch.cuda, "Event", _Event)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         try:
