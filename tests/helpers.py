@@ -292,6 +292,12 @@ def beyond_int32(shape: tuple[int, int, int, int], axis: int, device: torch.devi
     return buffer.as_strided(shape, strides)
 
 
+def rows_beyond_int32(rows: int, device: torch.device | str = "cpu") -> Tensor:
+    """`beyond_int32` of one head, ``(1, 1, rows, 64)``: only the last row begins 2^31 elements on, or barely more."""
+    step = -(-(2**31) // (rows - 1))
+    return beyond_int32((1, 2, 3, 64), 2, device).as_strided((1, 1, rows, 64), (64, 64, step, 1))
+
+
 def to_double(pairs: Sequence[Pair]) -> list[Pair]:
     """The cache in float64: the exact values that the tested dtype holds."""
     return [(key.double(), value.double()) for key, value in pairs]

@@ -18,6 +18,7 @@ from helpers import (
     guarded,
     make_cache,
     make_weights,
+    rows_beyond_int32,
 )
 
 
@@ -142,6 +143,15 @@ def test_the_last_row_lies_beyond_32_bits(axis: int) -> None:
     shape[axis] = 3
     far = beyond_int32(tuple(shape), axis)  # type: ignore[arg-type]
     assert 2 * far.stride(axis) == 2**31
+    far.fill_(1.0)
+    assert bool((far == 1).all())
+
+
+@pytest.mark.parametrize("rows", [33, 65, 66])
+def test_only_the_last_of_many_rows_lies_beyond_32_bits(rows: int) -> None:
+    far = rows_beyond_int32(rows)
+    assert far.shape == (1, 1, rows, 64)
+    assert (rows - 2) * far.stride(2) < 2**31 <= (rows - 1) * far.stride(2)
     far.fill_(1.0)
     assert bool((far == 1).all())
 

@@ -26,6 +26,7 @@ from helpers import (
     guarded,
     make_cache,
     make_weights,
+    rows_beyond_int32,
     to_double,
 )
 from lcf_fast import ops, reference, use_backend
@@ -412,7 +413,7 @@ def test_a_tile_beyond_2_to_the_31(device: torch.device, generator: torch.Genera
     one = Geometry(1, 1, 64)
     weights = make_weights(one, one, 64, dtype=torch.float16, device=device, generator=generator)
     weights_of_one = {name: tensor[0] for name, tensor in weights.items()}
-    own, other = (beyond_int32((1, 1, 3, 64), 2, device).as_strided((1, 1, 65, 64), (64, 64, 2**25, 1)) for _ in "ab")
+    own, other = (rows_beyond_int32(65, device) for _ in "ab")
     for tensor in (own, other):
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
     plain = make_cache(one, 1, 65, dtype=torch.float16, device=device, generator=generator)[0][1]
@@ -429,7 +430,7 @@ def test_a_gathered_row_beyond_2_to_the_31(device: torch.device, generator: torc
     """A tile's own rows would fit 32 bits; those that an index takes from anywhere do not."""
     one = Geometry(1, 1, 64)
     weights = make_weights(one, one, 64, dtype=torch.float16, device=device, generator=generator)
-    far = beyond_int32((1, 2, 3, 64), 2, device).as_strided((1, 1, 66, 64), (64, 64, 2**31 // 65 + 1, 1))
+    far = rows_beyond_int32(66, device)
     far.copy_(torch.randn(far.shape, generator=generator))
     own = make_cache(one, 1, 3, dtype=torch.float16, device=device, generator=generator)
     index = torch.tensor([[65, 0, 64]], device=device)

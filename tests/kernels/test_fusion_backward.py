@@ -20,6 +20,7 @@ from helpers import (
     beyond_int32,
     make_cache,
     make_weights,
+    rows_beyond_int32,
     with_layout,
 )
 from lcf_fast import ops, reference, use_backend
@@ -203,7 +204,7 @@ def test_a_gathered_row_beyond_2_to_the_31(device: torch.device, generator: torc
     """A tile's own rows would fit 32 bits; those that an index takes from anywhere do not."""
     one = Geometry(1, 1, 64)
     _, own, weights = setup(one, one, 64, 3, device, generator, dtype=torch.float16)
-    far = beyond_int32((1, 2, 3, 64), 2, device).as_strided((1, 1, 66, 64), (64, 64, 2**31 // 65 + 1, 1))
+    far = rows_beyond_int32(66, device)
     far.copy_(torch.randn(far.shape, generator=generator))
     index = torch.tensor([[65, 0, 64]], device=device)
     check([(far, far)], own, weights, sharer_index=index, caches=False)

@@ -18,10 +18,10 @@ from helpers import (
     CacheLayout,
     Geometry,
     assert_within_budget,
-    beyond_int32,
     guarded,
     make_cache,
     make_weights,
+    rows_beyond_int32,
     to_double,
 )
 from lcf_fast import ops, reference, use_backend
@@ -252,7 +252,7 @@ def test_in_place_touches_nothing_beside_the_cache(
 def test_a_tile_beyond_2_to_the_31(splits: Splits, device: torch.device, generator: torch.Generator) -> None:
     """The third tile begins 2**31 elements on, in both caches."""
     weights = make_weights(ONE, ONE, 64, dtype=torch.float16, device=device, generator=generator)
-    own, other = (beyond_int32((1, 1, 3, 64), 2, device).as_strided((1, 1, 33, 64), (64, 64, 2**26, 1)) for _ in "ab")
+    own, other = (rows_beyond_int32(33, device) for _ in "ab")
     for tensor in (own, other):
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
     splits()

@@ -20,6 +20,7 @@ from helpers import (
     beyond_int32,
     guarded,
     make_cache,
+    rows_beyond_int32,
     with_layout,
 )
 from lcf_fast import reference
@@ -378,7 +379,7 @@ def test_beyond_two_to_the_31_elements(axis: int, device: torch.device, generato
 @pytest.mark.usefixtures("small_chunks")
 def test_a_chunk_beyond_two_to_the_31_elements(device: torch.device, generator: torch.Generator) -> None:
     """The third chunk begins 2**31 elements on, where a chunk's own offsets still fit 32 bits."""
-    far = beyond_int32((1, 1, 3, 64), 2, device).as_strided((1, 1, 33, 64), (64, 64, 2**26, 1))
+    far = rows_beyond_int32(33, device)
     far.copy_(torch.randn(far.shape, generator=generator))
     check(far, far, queries(1, 64, generator), table([[0, 20, 33]], device))
 
