@@ -8,7 +8,7 @@ do there. Nothing of a model is patched.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -66,8 +66,14 @@ class Channel(ABC):
     name: str
     edits: bool = True
 
-    def __init__(self, receiver: Agent) -> None:
+    def __init__(self, receiver: Agent, sharers: Iterable[Agent] = ()) -> None:
         self.receiver = receiver
+        self._agents = (receiver, *sharers)
+
+    @property
+    def _devices(self) -> list[torch.device]:
+        """Those of all models, which the clock waits for."""
+        return [agent.device for agent in self._agents]
 
     @abstractmethod
     def prepare(self, requests: Sequence[Request], clock: Clock, room: int) -> Prepared:
@@ -120,7 +126,7 @@ class Channel(ABC):
         options = _going_on(options)
         from transformers import StoppingCriteriaList
 
-        clock = Clock(self.receiver.device)
+        clock = Clock(*self._devices)
         with self.call():
             prepared = self.prepare(requests, clock, max_new_tokens)
             cache = dynamic_cache(prepared.cache)
@@ -149,7 +155,7 @@ class Channel(ABC):
     def next_logits(self, requests: Sequence[Request]) -> tuple[Tensor, list[int], Timings]:
         """``(B, V)`` logits of each answer's first token, float32, with the bytes sent and the times."""
         check_requests(requests)
-        clock = Clock(self.receiver.device)
+        clock = Clock(*self._devices)
         with self.call():
             prepared = self.prepare(requests, clock, 1)
             cache = dynamic_cache(prepared.cache)
@@ -169,7 +175,7 @@ class Channel(ABC):
         check_requests(requests)
         if self.receiver.device.type != "cuda":
             return None
-        clock = LaunchCount(self.receiver.device)
+        clock = LaunchCount(*self._devices)
         self.prepare(requests, clock, 1)
         return clock.launches
 

@@ -14,18 +14,24 @@ __all__ = ["Clock", "LaunchCount"]
 
 
 class Clock:
-    """Seconds of the parts of a call. On a GPU a part ends when the device has done it."""
+    """Seconds of the parts of a call. On GPUs a part ends when all of the call's devices have done it.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    ``devices``: the receiver's and the sharers': what a sharer's GPU has yet to do is not the communication's.
+    """
+
+    def __init__(self, *devices: torch.device) -> None:
+        self._gpus = [device for device in dict.fromkeys(devices) if device.type == "cuda"]
         self._parts = {"sharer": 0.0, "communication": 0.0, "receiver": 0.0}
         self._began = self._now()
         self.first_token: float | None = None
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        self._wait()
         return time.perf_counter()
+
+    def _wait(self) -> None:
+        for gpu in self._gpus:
+            torch.cuda.synchronize(gpu)
 
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
@@ -48,13 +54,13 @@ class Clock:
 class LaunchCount(Clock):
     """Counts the kernels that the communication launches, and keeps no time worth reading."""
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
+    def __init__(self, *devices: torch.device) -> None:
+        super().__init__(*devices)
         self.launches = 0
 
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
-        if part != "communication" or self._device.type != "cuda":
+        if part != "communication" or not self._gpus:
             yield
             return
         from torch.autograd import DeviceType
@@ -62,6 +68,6 @@ class LaunchCount(Clock):
 
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             yield
-            torch.cuda.synchronize(self._device)
+            self._wait()
         names = [event.name for event in profiler.events() or [] if event.device_type == DeviceType.CUDA]
         self.launches += sum(not name.startswith(("Memcpy", "Memset")) for name in names)

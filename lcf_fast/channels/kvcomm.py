@@ -95,7 +95,7 @@ class KVCommChannel(Channel):
         control: str = "matched",
         seed: int = 0,
     ) -> None:
-        super().__init__(receiver)
+        super().__init__(receiver, sharers)
         self.name, self.control, self.seed = name, check_control(control), seed
         self.geometry = CacheGeometry.of(receiver.model)
         _check_model(receiver)
@@ -136,7 +136,7 @@ class KVCommChannel(Channel):
         Raises:
             GeometryError: a request that no sharer has a context for. And as `answer` does.
         """
-        clock = Clock(self.receiver.device)
+        clock = Clock(*self._devices)
         plan = self._plan([request], [request], 0)
         everything = frozenset(range(self.geometry.layers))
         shared = self._share(plan, [request], everything, clock, "matched")

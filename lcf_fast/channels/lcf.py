@@ -88,7 +88,7 @@ class LCFChannel(Channel):
         control: str = "matched",
         seed: int = 0,
     ) -> None:
-        super().__init__(receiver)
+        super().__init__(receiver, [sharer.agent for sharer in sharers])
         self.name, self.control, self.seed = name, check_control(control), seed
         self.sharers = sharers_by_name(receiver, sharers)
 
@@ -187,7 +187,7 @@ class LCFXChannel(Channel):
         control: str = "matched",
         seed: int = 0,
     ) -> None:
-        super().__init__(receiver)
+        super().__init__(receiver, [sharer.agent for sharer in sharers])
         window_size(spans)
         storage_of(dtype)
         self.name, self.adapter, self.dtype, self.spans = name, adapter, dtype, spans

@@ -69,7 +69,7 @@ class SlotsChannel(Channel):
         control: str = "matched",
         seed: int = 0,
     ) -> None:
-        super().__init__(receiver)
+        super().__init__(receiver, [sharer.agent for sharer in sharers])
         window_size(spans)
         storage_of(dtype)
         self.adapter, self.dtype, self.slots, self.spans = adapter, dtype, slots, spans

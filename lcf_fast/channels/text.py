@@ -48,7 +48,7 @@ class TextChannel(Channel):
         template: str = TEMPLATE,
         control: str = "matched",
     ) -> None:
-        super().__init__(receiver)
+        super().__init__(receiver, sharers)
         self.control = check_text_control(control)
         if most_tokens < 1:
             raise GeometryError("most_tokens", expected="1 or more", got=str(most_tokens))

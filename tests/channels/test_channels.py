@@ -24,6 +24,7 @@ from lcf_fast.channels import (
     Sharer,
     TextChannel,
 )
+from lcf_fast.channels.clock import Clock
 from lcf_fast.channels.controls import CONTROLS, Noise, controlled_cache, controlled_message
 from lcf_fast.errors import BackendError, DTypeError, GeometryError, LCFError, MessageError, ShapeError, SpanError
 from lcf_fast.sharer import SharerSide
@@ -74,6 +75,27 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch(name: str, receiver: Age
     turned, _, _ = channel.next_logits(REQUESTS[::-1])
     torch.testing.assert_close(turned.flip(0), whole, rtol=1e-4, atol=1e-4)
     assert texts(channel, REQUESTS) == [texts(channel, [request])[0] for request in REQUESTS]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_clock_waits_for_the_sharers_device_too(
+    name: str, receiver: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Agent, "device", property(lambda agent: torch.device("cpu", int(agent.name == "a"))))
+    clocks: list[tuple[torch.device, ...]] = []
+
+    class Watched(Clock):
+        def __init__(self, *devices: torch.device) -> None:
+            clocks.append(devices)
+            raise TimeoutError
+
+    monkeypatch.setattr("lcf_fast.channels.base.Clock", Watched)
+    channel = channels_of(receiver, name)
+    for call in (channel.answer, channel.next_logits):
+        with pytest.raises(TimeoutError):
+            call(REQUESTS)
+    own = [torch.device("cpu", 0)]
+    assert [*map(list, clocks)] == 2 * [own if name in ("none", "full_context") else [*own, torch.device("cpu", 1)]]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -25,6 +25,18 @@ def test_parts_add_up_and_the_first_token_is_the_first(monkeypatch: pytest.Monke
     assert clock.timings() == Timings(sharer=5, communication=2, receiver=8, first_token=31, end=63)
 
 
+def test_a_part_ends_when_all_devices_have_done_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once: a sharer may be on a GPU of its own, or on the receiver's; a CPU has done what it returns from."""
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    devices = [torch.device(name) for name in ("cuda:0", "cuda:1", "cpu", "cuda:0")]
+    clock = Clock(*devices)
+    for end in (clock.of("sharer").__enter__, clock.token, clock.timings):
+        waited.clear()
+        end()
+        assert waited == devices[:2]
+
+
 def test_kernels_of_the_communication_are_counted_and_copies_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a GPU's profiler would tell them."""
     from torch.autograd import DeviceType

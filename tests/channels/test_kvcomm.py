@@ -364,14 +364,14 @@ def test_the_clock_starts_before_the_attention_is_wrapped(monkeypatch: pytest.Mo
     channel, found = channel_of(made, layers=(2,)), []
 
     class Watched(Clock):
-        def __init__(self, device: torch.device) -> None:
-            found.append(made.config._attn_implementation)
-            super().__init__(device)
+        def __init__(self, *devices: torch.device) -> None:
+            found.append((made.config._attn_implementation, len(devices)))
+            super().__init__(*devices)
 
     monkeypatch.setattr("lcf_fast.channels.base.Clock", Watched)
     channel.answer(REQUESTS[:1], max_new_tokens=1)
     channel.next_logits(REQUESTS[:1])
-    assert found == ["sdpa", "sdpa"]
+    assert found == [("sdpa", 2)] * 2  # of receiver and sharer
 
 
 def test_the_models_own_attention_is_set_back() -> None:

@@ -137,6 +137,14 @@ def test_several_sharers_side_by_side_and_requests_choose(placement: str, receiv
     assert texts(both, requests) == [texts(both, [request])[0] for request in requests]
 
 
+def test_the_clock_waits_for_the_sharers_device_too(
+    receiver: Agent, sharer: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = channel(receiver, sharer)
+    monkeypatch.setattr(Agent, "device", property(lambda agent: torch.device("cpu", int(agent.name == "a"))))
+    assert [*made._devices] == [torch.device("cpu", 0), torch.device("cpu", 1)]
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_slots_stand_where_the_adapter_was_trained(placement: Any, receiver: Agent, sharer: Agent) -> None:
     adapter = slots_adapter(sharer.model, receiver.model)
