@@ -161,7 +161,8 @@ def emulator() -> Iterator[Any]:
         return
     from emulator.driver import Emulator
 
-    with Emulator(int(CHIP.removeprefix("sm_"))).active() as running:
+    chip, _, form = CHIP.removeprefix("sm_").partition(".")
+    with Emulator(int(chip), assembled=form == "sass").active() as running:
         yield running
 
 

@@ -20,6 +20,8 @@ from lcf_fast.kernels import common
 from .machine import run
 from .memory import EmulationError, Findings, GlobalMemory
 from .ptx import parse
+from .sass import code
+from .sass.assembler import Assembler
 from .translator import Translator
 
 #: Bytes of shared memory that a program may have.
@@ -89,8 +91,8 @@ class Emulator:
         launches: how often each kernel ran.
     """
 
-    def __init__(self, chip: int) -> None:
-        self.chip = chip
+    def __init__(self, chip: int, *, assembled: bool = False) -> None:
+        self.chip, self._assembled = chip, assembled
         self.findings = Findings()
         self.launches: dict[str, int] = {}
         self._parsed: dict[Path, Any] = {}
@@ -98,16 +100,23 @@ class Emulator:
     def launch(self, path: Path, kinds: list[Any], shared: int, grid: tuple[int, int, int], arguments: Any) -> None:
         if path not in self._parsed:
             self._parsed[path] = parse(path.read_text(encoding="utf-8"))
+            if self._assembled:
+                text = code.disassemble(path.with_suffix(".cubin"))
+                self._parsed[path] = code.parse(text, self._parsed[path])
         kernel = self._parsed[path]
         pairs = [pair for kind, value in zip(kinds, arguments, strict=True) for pair in given(kind, value)]
-        values = [bits(*pair)[1] for pair in pairs]
-        values += [0] * (len(kernel.parameters) - len(values))  # scratch memory, of which there is none
+        values = [bits(*pair) for pair in pairs]
+        values += [(8, 0)] * (len(kernel.parameters) - len(values))  # scratch memory, of which there is none
         self.findings.kernel = kernel.name
         self.launches[kernel.name] = self.launches.get(kernel.name, 0) + 1
         memory = GlobalMemory(self.findings)
         with np.errstate(all="ignore"):
-            steps = Translator(kernel, dict(zip(kernel.parameters, values, strict=True))).steps
-            run(kernel, steps, grid, shared, memory, self.findings)
+            if self._assembled:
+                steps = Assembler(kernel, code.constants(values)).steps
+                run(kernel, steps, grid, shared, memory, self.findings, code.RESERVED)
+                return
+            named = {name: value for name, (_, value) in zip(kernel.parameters, values, strict=True)}
+            run(kernel, Translator(kernel, named).steps, grid, shared, memory, self.findings)
 
     def check(self) -> None:
         """Raise if anything was found.

@@ -10,7 +10,7 @@ import numpy as np
 import triton
 from numpy.typing import NDArray
 
-from .memory import WARP, Findings, GlobalMemory, SharedMemory
+from .memory import WARP, EmulationError, Findings, GlobalMemory, SharedMemory
 
 Lanes = NDArray[Any]
 
@@ -109,8 +109,8 @@ class Frame:
 Step = Callable[[Frame], "int | None"]
 #: Whether a copy that wgmma reads needs a proxy fence as a store does. It does, says PTX; older Triton has none there.
 COPIES_ARE_FENCED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
-#: Where a return goes.
-END = -1
+#: Where the end of a kernel is, and that of a subroutine.
+END, RETURN = -1, -2
 
 
 class Diverging(Exception):
@@ -119,6 +119,14 @@ class Diverging(Exception):
     def __init__(self, jumping: Lanes, staying: Lanes, to: int, at: int) -> None:
         super().__init__("threads part")
         self.jumping, self.staying, self.to, self.at = jumping, staying, to, at
+
+
+class Calling(Exception):
+    """A subroutine begins, and its caller goes on behind it."""
+
+    def __init__(self, to: int, after: int) -> None:
+        super().__init__("a call")
+        self.to, self.after = to, after
 
 
 class Parting(Exception):
@@ -141,3 +149,46 @@ def arrive(frame: Frame, left: int, *, everything: bool = False) -> None:
             for i in range(value.shape[1]):
                 frame.shared.store(program, there + 4 * i, 4, value[:, i])
     del frame.copies[: max(closed - left, 0)]
+
+
+def jump(frame: Frame, allowed: Lanes, to: int, at: int) -> int | None:
+    """A branch at statement ``at``, for the threads that are allowed.
+
+    Raises:
+        Parting, Diverging: some programs, or some threads of a program, jump and others do not.
+    """
+    taken = frame.full(allowed)
+    running = taken | True if frame.mask is None else frame.full(frame.mask)
+    jumps = taken[:, 0]
+    if not np.any(taken):
+        return None
+    if np.array_equal(taken, running):
+        return to
+    if frame.mask is None and not np.any(taken != jumps[:, None]):
+        raise Parting(np.flatnonzero(jumps), to, np.flatnonzero(~jumps), at + 1)
+    raise Diverging(taken, running & ~taken, to, at)
+
+
+def barrier(frame: Frame, source: str) -> None:
+    """Of all warps of a program.
+
+    Raises:
+        EmulationError: some of its threads are elsewhere.
+    """
+    if frame.mask is not None:
+        raise EmulationError(f"{frame.findings.kernel}, {source}: a barrier that some threads miss")
+    frame.epoch += 1
+
+
+def shuffle(frame: Frame, value: Lanes, lane: Lanes, *, is_butterfly: bool) -> Lanes:
+    """Each thread's value of another one of its warp."""
+    own = np.arange(frame.threads)[None]
+    other = frame.full(lane).astype(np.int64)
+    place = own ^ other if is_butterfly else own // WARP * WARP + other % WARP
+    return np.take_along_axis(frame.full(value), place, 1)
+
+
+def reduced(frame: Frame, function: Any, value: Lanes) -> Lanes:
+    """A function (``np.add``) of a warp's values, for each of its threads."""
+    warps = frame.full(value).reshape(len(frame.programs), -1, WARP)
+    return np.repeat(function.reduce(warps, 2, dtype=warps.dtype), WARP, 1)

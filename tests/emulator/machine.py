@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import networkx
 import numpy as np
 
-from .frame import END, Diverging, Frame, Parting, Step
+from .frame import END, RETURN, Calling, Diverging, Frame, Parting, Step
 from .memory import WARP, Findings, GlobalMemory, SharedMemory
 from .ptx import Kernel
 
@@ -21,16 +21,18 @@ GROUP_THREADS = 8192
 
 def meeting_points(kernel: Kernel) -> dict[int, int]:
     """Where the ways from each branch meet again: a branch's first statement that all of them come to, or `END`."""
-    graph = networkx.DiGraph()
+    graph = networkx.DiGraph([(END, RETURN)])
     for statement in kernel.statements:
-        if statement.opcode == "ret":
-            graph.add_edge(END, statement.number)
-            continue
-        if statement.opcode.startswith("bra"):
-            graph.add_edge(kernel.labels[statement.operands[0]], statement.number)
-            if statement.guard is None:
+        head = statement.opcode.split(".")[0]
+        to = END if head in ("ret", "EXIT") else RETURN if head == "RET" else None
+        if head in ("bra", "BRA"):
+            to = kernel.labels[statement.operands[-1]]
+        if to is not None:
+            graph.add_edge(to, statement.number)
+            if statement.guard is None and len(statement.operands) < 2:
                 continue
-        graph.add_edge(statement.number + 1, statement.number)
+        if statement.number + 1 < len(kernel.statements):
+            graph.add_edge(statement.number + 1, statement.number)
     return dict(networkx.immediate_dominators(graph, END))
 
 
@@ -41,8 +43,12 @@ def run(
     shared: int,
     memory: GlobalMemory,
     findings: Findings,
+    reserved: int = 0,
 ) -> None:
     """All programs of a launch, one group after another.
+
+    Args:
+        shared: bytes of shared memory, behind ``reserved`` ones that are not a program's own.
 
     Raises:
         EmulationError: an access out of bounds or not aligned, or a barrier that some threads miss.
@@ -58,7 +64,7 @@ def run(
             places=tuple(place[:, None].astype(np.uint32) for place in places),  # type: ignore[arg-type]
             threads=kernel.threads,
             registers={},
-            shared=SharedMemory(len(programs), shared, kernel.threads // WARP, findings),
+            shared=SharedMemory(len(programs), shared, kernel.threads // WARP, findings, reserved),
             memory=memory,
             findings=findings,
         )
@@ -82,6 +88,9 @@ class _Runner:
         while number != end:
             try:
                 to = self._steps[number](frame)
+            except Calling as call:
+                self.run(frame, call.to, RETURN)
+                to = call.after
             except Diverging as parting:
                 if self._meeting is None:
                     self._meeting = meeting_points(self._kernel)

@@ -167,10 +167,11 @@ class GlobalMemory:
 
 
 class SharedMemory:
-    """Shared memory of a group of programs that run in step, ``size`` bytes each."""
+    """Shared memory of a group of programs that run in step, ``size`` bytes each from address ``begin`` on."""
 
-    def __init__(self, programs: int, size: int, warps: int, findings: Findings) -> None:
-        self.size = size
+    def __init__(self, programs: int, size: int, warps: int, findings: Findings, begin: int = 0) -> None:
+        self.begin, self.size = begin, begin + size
+        size = self.size
         self.words_each = max(-(-size // SHARED_GRANULE), 1) + 4
         self._findings = findings
         self.bytes = np.zeros((programs, self.words_each * SHARED_GRANULE), np.uint8)
@@ -195,8 +196,10 @@ class SharedMemory:
     def check(self, address: Lanes, size: int, source: str) -> None:
         if np.any(address % size):
             raise EmulationError(f"{self._findings.kernel}, {source}: a shared address not aligned to {size} bytes")
-        if address.size and int(address.max()) + size > self.size:
-            raise EmulationError(f"{self._findings.kernel}, {source}: out of {self.size} bytes of shared memory")
+        if address.size and (int(address.max()) + size > self.size or int(address.min()) < self.begin):
+            raise EmulationError(
+                f"{self._findings.kernel}, {source}: out of {self.size - self.begin} bytes of shared memory"
+            )
 
     def words(self, program: Lanes, address: Lanes, size: int) -> Lanes:
         """Flat indices of the granules, one more axis at the end."""

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import matrices
-from .frame import END, Diverging, Frame, Parting, Step, arrive
+from . import accesses, matrices
+from .frame import END, Frame, Step, arrive, barrier, jump, reduced, shuffle
 from .lanes import BITS, immediate, operation, read, write
-from .memory import WARP, EmulationError
+from .memory import WARP
 from .ptx import Kernel, Statement
 
 Lanes = NDArray[Any]
@@ -153,16 +153,7 @@ class Translator:
         def branch(frame: Frame) -> int | None:
             allowed = guard(frame)
             assert allowed is not None
-            taken = frame.full(allowed)
-            running = taken | True if frame.mask is None else frame.full(frame.mask)
-            jumps = taken[:, 0]
-            if not np.any(taken):
-                return None
-            if np.array_equal(taken, running):
-                return to
-            if frame.mask is None and not np.any(taken != jumps[:, None]):
-                raise Parting(np.flatnonzero(jumps), to, np.flatnonzero(~jumps), statement.number + 1)
-            raise Diverging(taken, running & ~taken, to, statement.number)
+            return jump(frame, allowed, to, statement.number)
 
         return branch
 
@@ -178,12 +169,7 @@ class Translator:
         if statement.operands != ("0",) or statement.guard is not None:
             raise NotImplementedError("a barrier of some of a program's warps")
 
-        def barrier(frame: Frame) -> None:
-            if frame.mask is not None:
-                raise EmulationError(f"{frame.findings.kernel}, {statement.source}: a barrier that some threads miss")
-            frame.epoch += 1
-
-        return barrier
+        return lambda frame: barrier(frame, statement.source)
 
     def _fence(self, statement: Statement) -> Step:
         def fence(frame: Frame) -> None:
@@ -205,30 +191,13 @@ class Translator:
             place, wanted = self.address(statement.operands[1]), f"u{int(kind[1:]) // 8}"
             return lambda frame: puts[0](frame, self._parameters[place(frame) // 8].astype(wanted))
         size = int(kind[1:]) // 8
-        address, guard, whole = self.address(statement.operands[1]), self._guard(statement), size * len(puts)
-        dtype = f"u{size}"
-        hint: list[int] = []
+        address, guard = self.address(statement.operands[1]), self._guard(statement)
+        hint: list[int] | None = [] if space == "global" else None
 
         def load(frame: Frame) -> None:
-            allowed = guard(frame)
-            program, warp, where = frame.flat(allowed, address(frame))
-            if not len(where):
-                for put in puts:
-                    put(frame, np.zeros((1, 1), dtype))
-                return
-            if space == "global":
-                frame.touch_global(program, warp, where, whole, statement.source, hint, writes=False)
-                values = [frame.memory.load(where + size * i, size) for i in range(len(puts))]
-            else:
-                frame.touch_shared(program, warp, where, whole, statement.source, writes=False)
-                values = [frame.shared.load(program, where + size * i, size) for i in range(len(puts))]
-            for put, value in zip(puts, values, strict=True):
-                if allowed is None:
-                    put(frame, value.reshape(frame.shape))
-                else:
-                    spread = np.zeros(frame.shape, dtype)
-                    spread[frame.full(allowed)] = value
-                    put(frame, spread)
+            loaded = accesses.load(frame, guard(frame), address(frame), size, len(puts), statement.source, hint)
+            for put, value in zip(puts, loaded, strict=True):
+                put(frame, value)
 
         return load
 
@@ -237,21 +206,12 @@ class Translator:
         kind, space = parts[-1], parts[1]
         size = int(kind[1:]) // 8
         values = [self.source(text, kind) for text in self.names(statement.operands[1])]
-        address, guard, whole = self.address(statement.operands[0]), self._guard(statement), size * len(values)
-        hint: list[int] = []
+        address, guard = self.address(statement.operands[0]), self._guard(statement)
+        hint: list[int] | None = [] if space == "global" else None
 
         def store(frame: Frame) -> None:
-            program, warp, where, *given = frame.flat(guard(frame), address(frame), *[v(frame) for v in values])
-            if not len(where):
-                return
-            if space == "global":
-                frame.touch_global(program, warp, where, whole, statement.source, hint, writes=True)
-                for i, value in enumerate(given):
-                    frame.memory.store(where + size * i, size, value)
-            else:
-                frame.touch_shared(program, warp, where, whole, statement.source, writes=True)
-                for i, value in enumerate(given):
-                    frame.shared.store(program, where + size * i, size, value)
+            given = [value(frame) for value in values]
+            accesses.store(frame, guard(frame), address(frame), given, size, statement.source, hint)
 
         return store
 
@@ -270,20 +230,11 @@ class Translator:
         hint: list[int] = []
 
         def copy(frame: Frame) -> None:
-            program, warp, there, here, bytes_ = frame.flat(guard(frame), target(frame), origin(frame), count(frame))
-            if not len(there):
-                return
-            words = frame.touch_shared(program, warp, there, size, statement.source, writes=True, arrives=False)
-            if np.any((bytes_ != 0) & (bytes_ != size)):
+            bytes_, allowed = count(frame), guard(frame)
+            partial = (bytes_ != 0) & (bytes_ != size)
+            if np.any(partial if allowed is None else partial & allowed):
                 raise NotImplementedError("a copy of some of its bytes")
-            value = np.zeros((len(there), size // 4), np.uint32)
-            some = bytes_ != 0
-            if np.any(some):
-                source = here[some]
-                frame.touch_global(program[some], warp[some], source, size, statement.source, hint, writes=False)
-                for i in range(size // 4):
-                    value[some, i] = frame.memory.load(source + 4 * i, 4)
-            frame.copies[-1].append((program, there, words, warp, value))
+            accesses.copy(frame, allowed, target(frame), origin(frame), bytes_ != 0, size, statement.source, hint)
 
         return copy
 
@@ -296,24 +247,15 @@ class Translator:
         if statement.operands[3] not in ("31", "0x1f") or mode not in ("bfly", "idx"):
             raise NotImplementedError(statement.opcode)
 
-        def shuffle(frame: Frame) -> None:
-            own = np.arange(frame.threads)[None]
-            other = frame.full(lane(frame)).astype(np.int64)
-            of = own ^ other if mode == "bfly" else own // WARP * WARP + other % WARP
-            put(frame, np.take_along_axis(frame.full(value(frame)), of, 1))
-
-        return shuffle
+        is_butterfly = mode == "bfly"
+        return lambda frame: put(frame, shuffle(frame, value(frame), lane(frame), is_butterfly=is_butterfly))
 
     def _redux(self, statement: Statement) -> Step:
         kind = statement.opcode.split(".")[-1]
         function = {"add": np.add, "min": np.minimum, "max": np.maximum}[statement.opcode.split(".")[2]]
         put, value = self.target(statement.operands[0], statement), self.source(statement.operands[1], kind)
 
-        def reduce(frame: Frame) -> None:
-            warps = frame.full(value(frame)).reshape(len(frame.programs), -1, WARP)
-            put(frame, np.repeat(function.reduce(warps, 2, dtype=warps.dtype), WARP, 1))
-
-        return reduce
+        return lambda frame: put(frame, reduced(frame, function, value(frame)))
 
     # Matrices
 
