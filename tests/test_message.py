@@ -10,6 +10,7 @@ import stat
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -89,11 +90,13 @@ def test_each_tensor_keeps_its_own_dtype() -> None:
     assert message.summary is not None and message.span_weights is not None
     mixed = replace(message, summary=message.summary.half(), span_weights=message.span_weights.bfloat16())
     assert_same(Message.from_bytes(mixed.to_bytes(contents=EVERYTHING)), mixed)
+    rounded = replace(message, span_weights=torch.full((5, 1, 2, 3), 1.0005))  # of which a weight may be above one
+    assert_same(Message.from_bytes(rounded.to_bytes(contents=EVERYTHING)), rounded)
 
 
 def test_equal_messages_are_equal_bytes() -> None:
     message = make_message(metadata={"b": "2", "a": "1"})
-    same = replace(message, metadata={"a": "1", "b": "2"}, latent=strided(message.latent))
+    same = replace(message, metadata=MappingProxyType({"a": "1", "b": "2"}), latent=strided(message.latent))
     contents = EVERYTHING
     assert message.to_bytes(contents=contents) == same.to_bytes(contents=contents[::-1]) != message.to_bytes()
 

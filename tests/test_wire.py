@@ -323,9 +323,9 @@ def test_keys() -> None:
         Message.from_bytes(data, key="text")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("width", [32, 33])
+@pytest.mark.parametrize("width", [32, 33, 34])
 def test_the_order_of_the_tensors_is_free_as_long_as_they_are_aligned(width: int) -> None:
-    """The scales behind their int8 tensor: at byte 5 * 32, or at byte 5 * 33, which is no multiple of 4."""
+    """The scales behind their int8 tensor: at byte 5 * 32, or at 5 * 33 or 5 * 34, which are no multiples of 4."""
     message = make_message(width=width)
     data = message.to_bytes(dtype="int8")
     header, _, payload = header_of(data)
