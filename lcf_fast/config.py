@@ -306,7 +306,7 @@ class LCFConfig:
         """Inverse of :meth:`to_dict`. Fields with a default may be left out; unknown ones are an error."""
         values = _known_keys(cls, data, "config")
         for name in ("sharer", "receiver"):
-            if name in values and not isinstance(values[name], CacheGeometry):
+            if name in values:
                 values[name] = CacheGeometry(**_known_keys(CacheGeometry, values[name], f"config.{name}"))
         return cls(**values)
 

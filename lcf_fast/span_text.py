@@ -98,7 +98,7 @@ def sentence_bounds(text: str) -> Bounds:
         stops, closing = end.groups()
         white = _WHITE.match(text, end.end())
         begins = white.end() if white else end.end()  # where the next sentence would begin
-        if begins == len(text) or begins in starts:
+        if begins == len(text):
             continue
         east_asian = any(stop in _EAST_ASIAN_STOPS for stop in stops)
         if east_asian or (white and _ends_sentence(text, end.start(), stops, closing, begins)):

@@ -207,11 +207,10 @@ class Spans:
         length = torch.tensor(stops, dtype=torch.int64, device="cpu")[:, None, None] - begins
         flags = self._span_flags()
         touches = flags & (offsets[..., :-1] < length) & (offsets[..., 1:] > 0)
-        any_touch = touches.any(-1, keepdim=True)
         ranges = touches.shape[-1]
-        # argmax gives the first of the largest.
-        first_range = touches.int().argmax(-1, keepdim=True) * any_touch
-        end_range = (ranges - touches.flip(-1).int().argmax(-1, keepdim=True)) * any_touch
+        # argmax gives the first of the largest, so 0 where nothing touches.
+        first_range = touches.int().argmax(-1, keepdim=True)
+        end_range = (ranges - touches.flip(-1).int().argmax(-1, keepdim=True)) * touches.any(-1, keepdim=True)
         width = max(1, int((end_range - first_range).max())) if touches.numel() else 1
         index = first_range + torch.arange(width + 1, device="cpu")
         flags = flags.gather(-1, index[..., :-1].clamp(max=ranges - 1)) & (index[..., :-1] < end_range)
@@ -426,8 +425,9 @@ def _token_bounds(name: str, chars: Bounds, mapping: Tensor, text: str | None, r
 
 def _first_within(ranges: Bounds, starts: Tensor, stops: Tensor) -> Tensor:
     """The first character of each ``[start, stop)`` in any of the ``ranges`` (sorted, disjoint), or -1."""
-    begins, ends = torch.tensor([*ranges, (LARGEST, LARGEST)], dtype=torch.int64, device="cpu").unbind(1)
-    nearest = torch.searchsorted(ends.contiguous(), starts.contiguous(), right=True).clamp(max=len(ranges))
+    last = torch.iinfo(torch.int64).max
+    begins, ends = torch.tensor([*ranges, (last, last)], dtype=torch.int64, device="cpu").unbind(1)
+    nearest = torch.searchsorted(ends.contiguous(), starts.contiguous(), right=True)
     first = torch.maximum(starts, begins[nearest])
     return first.masked_fill(first >= stops, -1)
 

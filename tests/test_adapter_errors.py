@@ -276,6 +276,8 @@ def test_methods_of_the_other_kind_say_so() -> None:
             method(sharer, receiver)
     with pytest.raises(GeometryError, match="to summarize with, got LCF: use fuse"):
         lcf.summarize(sharer)
+    with pytest.raises(GeometryError, match="to tell the origin of messages with, got LCF: use fuse"):
+        _ = lcf.origin
     for inject in (lcf.inject, lcf.inject_):
         with pytest.raises(GeometryError, match="to inject with, got LCF: use fuse"):
             inject(receiver, message)

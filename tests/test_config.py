@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lcf_fast import CacheGeometry, DTypeError, GeometryError, IndexRangeError, LCFConfig, layer_map
-from lcf_fast.config import c2c_parameters_per_layer
+from lcf_fast.config import c2c_parameters_per_layer, check_layer_list, check_routing
 
 QWEN25 = CacheGeometry(24, 2, 64)  # Qwen2.5-0.5B-Instruct
 QWEN3 = CacheGeometry(28, 8, 128)  # Qwen3-0.6B
@@ -42,6 +42,8 @@ def test_lcf_parameter_counts(bottleneck: int, layers: int, per_layer: int, tota
     assert round(config.parameter_count(layers) * 2 / 1e6, 1) == megabytes
     if layers == 28:
         assert config.parameter_count() == total
+    with pytest.raises(DTypeError, match="layers"):
+        config.parameter_count(float(layers))  # type: ignore[arg-type]
 
 
 def test_what_the_paper_prints_of_lcf_128_and_256() -> None:
@@ -192,12 +194,43 @@ def test_explicit_map() -> None:
         ([0, 1.0, 3], DTypeError, "layer_map[1]"),
         ([True, 1, 3], DTypeError, "layer_map[0]"),
         (7, DTypeError, "layer_map"),
+        (torch.tensor(7), DTypeError, "layer_map"),
     ],
 )
 def test_bad_layer_maps(spec: Any, error: type[Exception], argument: str) -> None:
     with pytest.raises(error) as caught:
         LCFConfig(QWEN25, CacheGeometry(3, 8, 128), layer_map=spec)
     assert caught.value.argument == argument  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("kept", "reads", "error", "argument"),
+    [
+        ((0, 3), (0, 0), IndexRangeError, "receiver_layers"),
+        ((-1, 0), (0, 0), IndexRangeError, "receiver_layers"),
+        ((0, 2), (0, 2), IndexRangeError, "sharer_layers"),
+        ((0, 2), (-1, 0), IndexRangeError, "sharer_layers"),
+        ((), (), GeometryError, "receiver_layers"),
+        ((2, 0), (0, 0), GeometryError, "receiver_layers"),
+        ((2, 2), (0, 0), GeometryError, "receiver_layers"),
+        ((0, 2), (1,), GeometryError, "sharer_layers"),
+        ((0, 2), (1, 1, 1), GeometryError, "sharer_layers"),
+    ],
+)
+def test_bad_routing(kept: tuple[int, ...], reads: tuple[int, ...], error: type[Exception], argument: str) -> None:
+    """Of buffers and files: a negative layer would be read from the end."""
+    sides = CacheGeometry(3, 8, 128), CacheGeometry(2, 2, 64)  # receiver, sharer
+    check_routing((0, 2), (1, 1), *sides)
+    with pytest.raises(error) as caught:
+        check_routing(kept, reads, *sides, "file.")
+    assert caught.value.argument == f"file.{argument}"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("layers", [[0, True], [0, 1.0], "01", {0, 1}, None])
+def test_what_is_no_list_of_layers(layers: Any) -> None:
+    assert check_layer_list("layers", [0, 1]) == (0, 1)
+    with pytest.raises(DTypeError, match="layers: expected a list of ints"):
+        check_layer_list("layers", layers)
 
 
 # --- LCFConfig
@@ -236,9 +269,11 @@ def test_defaults_are_those_of_the_contract() -> None:
         ({"ffn_expansion": -1}, GeometryError),
         ({"norm_eps": -1e-6}, GeometryError),
         ({"norm_eps": float("nan")}, GeometryError),
+        ({"norm_eps": 10**400}, GeometryError),
         ({"dropout": 1.0}, GeometryError),
         ({"dropout": -0.1}, GeometryError),
         ({"dropout": "0.1"}, DTypeError),
+        ({"dropout": False}, DTypeError),
         ({"gate_init": float("inf")}, GeometryError),
         ({"cross_context": 1}, DTypeError),
         ({"slots": -1}, GeometryError),
@@ -269,6 +304,7 @@ def test_what_has_no_slots_is_written_as_before_there_were_any() -> None:
 
 @pytest.mark.parametrize("fields", [(0, 2, 64), (24, -2, 64), (24, 2, 0), (4097, 2, 64)])
 def test_geometry_fields_are_within_reason(fields: tuple[int, int, int]) -> None:
+    CacheGeometry(4096, 2, 64)
     with pytest.raises(GeometryError):
         CacheGeometry(*fields)
 
@@ -281,7 +317,7 @@ def test_geometry_fields_are_ints() -> None:
 @pytest.mark.parametrize("spec", ["last_aligned", "relative_depth", tuple(t % 24 for t in range(28))])
 @pytest.mark.parametrize("mode", [{}, {"cross_context": True}, {"slots": 8}])
 def test_json_round_trip(spec: Any, mode: dict[str, Any]) -> None:
-    config = LCFConfig(QWEN25, QWEN3, bottleneck=64, layer_map=spec, norm_eps=1e-5, dropout=0.0, **mode)
+    config = LCFConfig(QWEN25, QWEN3, bottleneck=64, layer_map=spec, norm_eps=0.0, dropout=0.0, **mode)
     again = LCFConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert again.sharer_layers == config.sharer_layers

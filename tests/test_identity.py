@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,14 @@ from helpers import make_cache, to_double
 from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig, Message
 from lcf_fast.checkpoint import load_any
 from lcf_fast.errors import DTypeError, GeometryError, MessageError, ShapeError
-from lcf_fast.fingerprint import digest_of
+from lcf_fast.fingerprint import (
+    SHARER_OF_SLOTS,
+    digest_of,
+    receiver_digest,
+    sharer_digest,
+    slots_receiver_digest,
+    slots_sharer_digest,
+)
 from lcf_fast.sharer import SharerSide
 from lcf_fast.slots_sharer import SlotsSharerSide
 
@@ -225,11 +233,109 @@ def test_a_digest_is_of_settings_names_dtypes_shapes_and_bits() -> None:
     digests = [digest_of({}, named) for named in tensors] + [digest_of({"eps": 1}, tensors[0])]
     assert len({*digests}) == len(digests)
     assert digest_of({}, {"a": one.view(2, 3).mT.contiguous().mT}) == digests[2]  # wherever they lie
+    assert digest_of({}, {name: tensors[5][name] for name in ("b", "a")}) == digests[5]  # in whatever order
+
+
+def _drawn(*names: str) -> dict[str, torch.Tensor]:
+    columns = 2 * SHARER.channels + 2 * RECEIVER.channels
+    return {name: torch.randn(2, 4, columns) for name in names}
+
+
+def _stepped(weights: dict[str, torch.Tensor], name: str, column: int = 0) -> dict[str, torch.Tensor]:
+    changed = weights[name].clone()
+    changed[-1, -1, column] += 1.0
+    return {**weights, name: changed}
+
+
+def test_a_halfs_digest_is_of_all_that_gives_its_numbers_a_meaning_and_of_nothing_else() -> None:
+    weights, theirs = _drawn("span_query", "global_query", "down_weight", "down_bias"), 2 * SHARER.channels
+    layers, args = (0, 2), (RECEIVER, (0, 2), 1e-6)
+    other = CacheGeometry(5, 6, 4)  # of as many channels as the receiver
+    sharers = [
+        sharer_digest(SHARER, layers, (0, 1), weights),
+        sharer_digest(CacheGeometry(3, 4, 8), layers, (0, 1), weights),
+        sharer_digest(CacheGeometry(4, 2, 16), layers, (0, 1), weights),
+        sharer_digest(SHARER, (0, 3), (0, 1), weights),
+        sharer_digest(SHARER, layers, (0, 2), weights),
+        *(sharer_digest(SHARER, layers, (0, 1), _stepped(weights, name)) for name in ("span_query", "global_query")),
+        *(sharer_digest(SHARER, layers, (0, 1), _stepped(weights, "down_weight", at)) for at in (0, theirs - 1)),
+    ]
+    assert len({*sharers}) == len(sharers)
+    for name, at in (("down_weight", theirs), ("down_weight", -1), ("down_bias", 0)):
+        assert sharer_digest(SHARER, layers, (0, 1), _stepped(weights, name, at)) == sharers[0]
+    receivers = [
+        receiver_digest(*args, weights),
+        receiver_digest(other, layers, 1e-6, weights),
+        receiver_digest(RECEIVER, (0, 3), 1e-6, weights),
+        receiver_digest(RECEIVER, layers, 1e-5, weights),
+        receiver_digest(*args, _stepped(weights, "down_bias")),
+        *(receiver_digest(*args, _stepped(weights, "down_weight", at)) for at in (theirs, -1)),
+    ]
+    assert len({*receivers}) == len(receivers)
+    narrow = {**weights, "down_weight": weights["down_weight"][:, :, 8:]}  # for another sharer
+    for same in (narrow, _stepped(weights, "down_weight", theirs - 1), _stepped(weights, "span_query")):
+        assert receiver_digest(*args, same) == receivers[0]
+
+
+def test_the_digest_of_a_half_of_slots_is_as_those_of_lcf_x() -> None:
+    weights = _drawn(*SHARER_OF_SLOTS, "up_weight")
+    sharers = [
+        slots_sharer_digest(SHARER, (0, 1), weights),
+        slots_sharer_digest(CacheGeometry(3, 4, 8), (0, 1), weights),
+        slots_sharer_digest(SHARER, (0, 2), weights),
+        *(slots_sharer_digest(SHARER, (0, 1), _stepped(weights, name)) for name in SHARER_OF_SLOTS),
+    ]
+    assert len({*sharers}) == len(sharers)
+    assert slots_sharer_digest(SHARER, (0, 1), _stepped(weights, "up_weight")) == sharers[0]
+    receivers = [
+        slots_receiver_digest(RECEIVER, 1e-6, weights),
+        slots_receiver_digest(CacheGeometry(5, 6, 4), 1e-6, weights),
+        slots_receiver_digest(RECEIVER, 1e-5, weights),
+        slots_receiver_digest(RECEIVER, 1e-6, _stepped(weights, "up_weight")),
+    ]
+    assert len({*receivers}) == len(receivers)
+    for name in SHARER_OF_SLOTS:
+        assert slots_receiver_digest(RECEIVER, 1e-6, _stepped(weights, name)) == receivers[0]
 
 
 def _steps(weight: torch.Tensor) -> None:
     with torch.no_grad():
         weight.add_(1.0)
+
+
+@pytest.mark.parametrize("is_uncounted", [False, True])
+def test_a_weight_that_is_put_in_anothers_place_is_another(is_uncounted: bool) -> None:
+    """Of the same shape, changed as many times; the other's memory, by which it is known, is not free to be reused."""
+    adapter = make_adapter(True)
+    old = adapter.get_parameter("up_bias")
+    if is_uncounted:
+        _steps(old)  # or else the weights were last seen by a cast
+    origin = adapter.origin
+    with torch.inference_mode(is_uncounted):
+        new = torch.nn.Parameter(old + 1.0, requires_grad=False)
+        if not is_uncounted:
+            for _ in range(old._version - new._version):
+                new.add_(0.0)
+            assert new._version == old._version
+    adapter.up_bias = new
+    old_lives = weakref.ref(old)
+    del old
+    assert old_lives() is not None
+    seen = adapter.origin
+    assert seen.adapter != origin.adapter and seen.sharer == origin.sharer
+    with torch.inference_mode(is_uncounted):
+        _steps(new)
+    assert adapter.origin.adapter not in (seen.adapter, origin.adapter)
+
+
+def test_a_copy_of_weights_whose_changes_are_not_counted_is_digested_anew(tmp_path: Path) -> None:
+    make_adapter(True).save_pretrained(tmp_path)
+    with torch.inference_mode():
+        adapter = LatentCacheFlow.from_pretrained(tmp_path)
+        loaded = adapter.origin
+        _steps(adapter.get_parameter("up_bias"))
+        sent = pickle.dumps(adapter)
+    assert pickle.loads(sent).origin == adapter.origin != loaded
 
 
 @pytest.mark.parametrize("is_uncounted", [False, True])

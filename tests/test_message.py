@@ -10,6 +10,7 @@ import stat
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -89,11 +90,13 @@ def test_each_tensor_keeps_its_own_dtype() -> None:
     assert message.summary is not None and message.span_weights is not None
     mixed = replace(message, summary=message.summary.half(), span_weights=message.span_weights.bfloat16())
     assert_same(Message.from_bytes(mixed.to_bytes(contents=EVERYTHING)), mixed)
+    rounded = replace(message, span_weights=torch.full((5, 1, 2, 3), 1.0005))  # of which a weight may be above one
+    assert_same(Message.from_bytes(rounded.to_bytes(contents=EVERYTHING)), rounded)
 
 
 def test_equal_messages_are_equal_bytes() -> None:
     message = make_message(metadata={"b": "2", "a": "1"})
-    same = replace(message, metadata={"a": "1", "b": "2"}, latent=strided(message.latent))
+    same = replace(message, metadata=MappingProxyType({"a": "1", "b": "2"}), latent=strided(message.latent))
     contents = EVERYTHING
     assert message.to_bytes(contents=contents) == same.to_bytes(contents=contents[::-1]) != message.to_bytes()
 
@@ -434,6 +437,13 @@ def test_files_that_cannot_be_a_message_are_not_read(tmp_path: Path, monkeypatch
             Message.load(path)
         assert caught.value.argument == str(path)
 
+    long = (1 << 26) + 8  # more than is taken unless one says so
+    with open(sparse, "wb") as file:
+        file.write(data[:16] + long.to_bytes(8, "little") + data[24:])
+        file.truncate(long)
+    with pytest.raises(MessageError, match="bytes as they were written"):
+        Message.load(sparse, max_bytes=long)
+
     path = tmp_path / "cut"
     path.write_bytes(data)
     monkeypatch.setattr(os, "fstat", lambda _: os.stat_result((stat.S_IFREG, 0, 0, 1, 0, 0, len(data) + 1, 0, 0, 0)))
@@ -458,6 +468,7 @@ def test_split_gives_views_and_stack_puts_them_together() -> None:
         assert_same(Message.from_bytes(item.to_bytes(contents=EVERYTHING)), item)
     assert_same(Message.stack(items), message)
     assert_same(Message.stack([message]), message)
+    assert make_message(batch=0).split() == []
     assert_same(Message.stack([items[0], Message.stack(items[1:])]), message)
 
 
@@ -501,9 +512,14 @@ def test_no_messages_to_stack_or_to_split() -> None:
     for parts in ([], ["message"]):
         with pytest.raises(MessageError, match="at least one Message"):
             Message.stack(parts)  # type: ignore[arg-type]
-    for latent in (None, torch.zeros(5), torch.zeros(5, 2, 8)):
+    for latent, contents in (
+        (None, ()),
+        (torch.zeros(5), ()),
+        (torch.zeros(5), EVERYTHING),
+        (torch.zeros(5, 2, 8), EVERYTHING),
+    ):
         with pytest.raises(ShapeError, match="one batch size"):
-            replace(make_message(contents=() if latent is None else ("summary",)), latent=latent).split()
+            replace(make_message(contents=contents), latent=latent).split()
 
 
 def test_to_moves_every_tensor() -> None:
@@ -511,6 +527,7 @@ def test_to_moves_every_tensor() -> None:
     moved = message.to(torch.float16)
     assert {name: tensor.dtype for name, tensor in moved.tensors.items()} == dict.fromkeys(EVERYTHING, torch.float16)
     assert moved.origin == message.origin and moved.metadata == message.metadata
+    assert_same(message.to(dtype=torch.float16), moved)
     assert replace(message, summary=None, span_weights=None).to(torch.float16).summary is None
 
 

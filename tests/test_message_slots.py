@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from messages import EVERYTHING, PUBLISHED, SLOT_CONTENTS, assert_same, edited, header_of, make_message
 
-from lcf_fast import Message
+from lcf_fast import CacheGeometry, Message
 from lcf_fast.errors import IndexRangeError, LCFError, MessageError, ShapeError
 from lcf_fast.quantization import STORAGES
 from lcf_fast.wire import decode_with_layout
@@ -75,6 +76,14 @@ def test_each_slot_has_a_scale_of_its_own() -> None:
     assert float(error.max()) < 0.5 / 127 * 1.01
 
 
+def test_more_tokens_and_spans_than_a_million() -> None:
+    sharer = CacheGeometry(1, 1, 4)
+    long = slots(batch=1, slots=1, layers=(0,), sharer=sharer, tokens=(1 << 20) + 1, dtype=torch.float16)
+    assert_same(Message.from_bytes(long.to_bytes(contents=SLOT_CONTENTS)), long)
+    many = replace(make_message(contents=("latent",)), spans=1 << 31)
+    assert_same(Message.from_bytes(many.to_bytes()), many)
+
+
 def test_the_description_says_so_and_only_where_there_are_any() -> None:
     described = header_of(slots().to_bytes())[1]
     assert described["slots"] == 3
@@ -118,8 +127,9 @@ def test_split_and_stack() -> None:
     "contents", [("summary",), ("slot_weights",), ("latent", "span_weights"), ("latent", "summary"), ()]
 )
 def test_slots_have_no_summary_and_no_spans(contents: tuple[str, ...]) -> None:
+    message = replace(slots(), summary=torch.zeros(5, 2, 2, 2, 4), span_weights=torch.ones(5, 2, 2, 1))
     with pytest.raises(MessageError):
-        slots().to_bytes(contents=contents)
+        message.to_bytes(contents=contents)
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,7 @@ def test_rows_of_different_numbers_of_spans(drawn: list[list[tuple[int, int]]]) 
     with torch.no_grad():
         message, there = summarize_spans(adapter, cache, spans)
     assert there.sum(1).tolist() == [2 * len(row) for row in bounds]
+    assert message.spans == max(map(len, bounds))
     assert torch.equal(there, slots_there(spans, torch.ones(len(bounds), 9), message.slots))
     for row, own in enumerate(bounds):
         expected = by_hand(adapter, cache, row, own)
@@ -145,10 +146,17 @@ def test_rows_that_differ_are_taken_as_summarize_takes_them() -> None:
     message, there = summarize_spans(adapter, dynamic_cache(cache), spans, attention_mask=mask)
     assert torch.equal(latent(message), latent(summarize_spans(adapter, cache, spans)[0]))
     assert there.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    one = summarize_spans(adapter, cache, spans, slots=1)[0]
+    torch.testing.assert_close(latent(one), latent(message)[:, :, ::2], rtol=1e-5, atol=1e-5)
+    padded, given = mask.clone(), Spans.given([[(0, 4), (4, 9)], [(0, 2), (2, 9)]])
+    padded[1, :2] = False  # of which the second row's first span is then none
+    message, there = summarize_spans(adapter, cache, given, attention_mask=padded)
+    assert there.tolist() == slots_there(given, padded, message.slots).tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     message, there = summarize_spans(adapter, cache_of(0), Spans.given([]))
     assert (latent(message).shape, there.shape) == ((3, 0, 2, 64), (0, 2))
     short = [*cache[:2], (cache[2][0], cache[2][1][:, :, 1:])]
-    for bad in (None, [], cache[:2], short):
+    fewer = [*cache[:2], (cache[2][0][:1], cache[2][1][:1])]
+    for bad in (None, [], cache[:2], short, fewer):
         with pytest.raises(LCFError, match="sharer_cache"):
             summarize_spans(adapter, bad, spans)
     with pytest.raises(DTypeError, match="attention_mask"):
@@ -180,6 +188,7 @@ def test_gradients_reach_rows_that_differ() -> None:
         ([[2, 2], [3, 3]], None, "a span with a token in every row"),
         ([[0, 10], [0, 9]], None, r"within \[0, 9\]"),
         (Spans.given([[(0, 10)], [(0, 9)]]), None, r"within \[0, 9\]"),
+        (Spans.given([[(0, 9)]] * 2).piece([2, 0], [11, 9]), None, r"within \[0, 9\], got \(-2, 7\)"),
         ([[0, 3, 9], [0, 3, 9]], [[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9], "1 without in row 0"),
         ([[0, 3, 9], [0, 3, 9]], [[0, 0, 0, 1, 1, 1, 1, 1, 1]] * 2, "1 without in row 0"),
         (Spans.given([[(0, 3), (3, 9)]] * 2), [[0, 0, 0, 1, 1, 1, 1, 1, 1]] * 2, "1 without in row 0"),
@@ -211,7 +220,7 @@ def test_a_span_without_a_token_that_nobody_saw_has_slots_that_are_no_numbers(ba
 def test_lists_of_offsets_compile_whole() -> None:
     adapter, cache, uneven = adapter_of(), cache_of(2), [[0, 4, 9], [0, 9]]
 
-    def summary(offsets: list[list[int]]) -> Tensor:
+    def summary(offsets: Any) -> Tensor:
         return latent(adapter.summarize(cache, offsets))
 
     with torch.no_grad():
@@ -219,6 +228,9 @@ def test_lists_of_offsets_compile_whole() -> None:
         torch.testing.assert_close(made, summary([[0, 4, 9], [0, 3, 9]]), rtol=1e-5, atol=1e-5)
         with pytest.raises(SpanError, match="as many spans"):
             torch.compile(summary, backend="aot_eager")(uneven)
+        spans = Spans.given([[(0, 4), (4, 9)], [(0, 3), (2, 9)]])
+        made = torch.compile(summary, backend="aot_eager")(spans)
+        torch.testing.assert_close(made, summary(spans), rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_without_a_span_is_refused() -> None:

@@ -10,7 +10,7 @@ from against_reference import EXAMPLES
 from hypothesis import given
 
 from lcf_fast import DTypeError, LCFError, SpanError
-from lcf_fast.span_text import Bounds, paragraph_bounds, sentence_bounds, turn_bounds
+from lcf_fast.span_text import Bounds, paragraph_bounds, paragraphs_of, sentence_bounds, turn_bounds
 
 #: Text made of what the splitters look at, and some of what they do not.
 TEXTS = st.lists(
@@ -74,10 +74,12 @@ def test_units_tile_the_text(text: str) -> None:
         ("a\n\rb", ["a\n\r", "b"]),
         ("a\u2028b\u2028\u2028c\u2029d", ["a\u2028b\u2028\u2028", "c\u2029", "d"]),
         ("a\n\x0c\nb", ["a\n\x0c\n", "b"]),
+        ("a\x85b\x85\x85c", ["a\x85b\x85\x85", "c"]),
     ],
 )
 def test_paragraphs(text: str, expected: list[str]) -> None:
     assert pieces(text, paragraph_bounds(text)) == expected
+    assert paragraphs_of(text) == tuple(filter(None, map(str.strip, expected)))
 
 
 @pytest.mark.parametrize(
@@ -95,21 +97,26 @@ def test_paragraphs(text: str, expected: list[str]) -> None:
         "Dr. Who met Mr. X and Prof. Zed. |They talked.",
         "Some, e.g. these, i.e. two, cf. above vs. Below. |Done.",
         "J. R. R. Tolkien and W. H. Auden wrote. |The U.S. Army did not. |End",
+        "Messrs. A and B met, a misapprox. |'Mr. C too.",
+        "Pears, etc. 5 of them, etc. |(They were ripe, etc. (or so). |Made by Apple Inc. |'Why?",
         "Apples, pears, etc. were sold. |Made by Apple Inc. |They sold.",
         "At 5 p.m. we met. |It was 5 p.m. |Then we left.",
         "See Fig. 3 and No. 5 on p. 7. |No. |I will not.",
         "On Jan. 5 it snowed. |It took 5 ms. |Good.",
         "DON'T. |Go.",
         "1. First.\n|2. Second\n3. Third. |In 1995. |Then",
+        "Two.\n |12. Twelfth. |Born in\n1995. |Died in 12. |x",
         '"Stop!" he said. |"Go." |(Now.) |He went.',
         '"Really?" |"Yes."',
         "Well... maybe. |Well... |Maybe… or not",
+        "Well.. maybe.... (or so?.. |Well.. |Not",
         "Wait . . . |what . |Then ? |Yes .",
         "**Bold.** |_Next._ |Last",
         "你好。|世界！|“真的？”|他问。」|完",
-        "日本語。 |English. |日本",
-        "हाँ। |नहीं। |हाँ",
-        "لماذا؟ |لا أعرف.",
+        "日本語。 |English. |日本｡|語!？|日",
+        "‹Ja.› |«Non.» |Oui",
+        "हाँ। |नहीं॥ |हाँ",
+        "لماذا؟ |لا أعرف. |ہاں۔ |x",
         "A dot at the end of a file.txt is none. |x",
         "Trailing white space. ",
         "…",
@@ -161,7 +168,7 @@ def test_turns_of_a_template(template: str, trims: bool) -> None:
     assert bounds == sorted(bounds)
 
 
-@pytest.mark.parametrize("template", [CHATML, LLAMA3])
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, "{role}: [TEXT] {content}\n"])
 def test_contents_that_the_template_holds_too(template: str) -> None:
     """A user who writes "user", or a piece of a special token: the content is meant, not the template."""
     messages = [
@@ -185,8 +192,19 @@ def test_turns_without_text_in_parts_and_as_plain_strings() -> None:
     rendered = "<a>one<img>two<b>three"
     parts = [{"type": "text", "text": "one"}, {"type": "image"}, "two"]
     messages: list[Any] = [{"content": parts}, {"role": "tool", "content": None}, {"content": " "}, "three"]
-    assert pieces(rendered, turn_bounds(rendered, messages)) == ["one<img>two", "", "", "three"]
+    bounds = turn_bounds(rendered, messages)
+    assert pieces(rendered, bounds) == ["one<img>two", "", "", "three"]
+    assert bounds == sorted(bounds)
+    assert turn_bounds("a b", ["a", " ", "b"]) == [(0, 1), (1, 1), (2, 3)]
     assert turn_bounds("", []) == []
+
+
+def test_a_turn_is_found_behind_the_one_before() -> None:
+    assert turn_bounds("a b", ["a ", " b"]) == [(0, 2), (2, 3)]  # the space is not in both
+    # A role that the template does not name; one that it names again before a later message of the same text.
+    assert turn_bounds("abcd d", ["abcd", {"role": "tool", "content": "d"}]) == [(0, 4), (5, 6)]
+    messages = [{"role": "user", "content": ["a", "b"]}, {"role": "user", "content": "b"}]
+    assert turn_bounds("user: a b user: b", messages) == [(6, 9), (16, 17)]
 
 
 def test_a_content_that_is_missing_or_out_of_order() -> None:

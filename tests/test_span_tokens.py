@@ -88,8 +88,8 @@ def test_special_tokens_and_padding() -> None:
     spans = paragraphs(text, mapping)
     assert spans.bounds() == [[(1, 5), (6, 7)]]
     assert spans.to_mask(8).int().tolist() == [[[0, 1, 1, 1, 1, 0, 1, 0]]]
-    # Padding with characters of its own (here the text's again) is hidden by the mask.
-    padded = [(0, 1), (3, 6), (0, 1), (1, 3), (3, 5), (5, 6)]
+    # Padding with characters of its own (here beyond the text) is hidden by the mask.
+    padded = [(99, 99), (3, 99), (0, 1), (1, 3), (3, 5), (5, 6)]
     assert paragraphs(text, [padded], torch.tensor([[0, 0, 1, 1, 1, 1]])).bounds() == [[(2, 5), (5, 6)]]
 
 
@@ -135,6 +135,7 @@ def test_characters_that_overlap_and_leave_gaps() -> None:
     spans = from_characters([[(6, 10), (0, 4), (2, 8), (4, 4)]], mapping)
     assert spans.bounds() == [[(0, 2), (1, 4), (3, 5)]]
     assert spans.tracks == 2
+    assert from_characters([[(0, 8), (2, 4)]], mapping).bounds() == [[(0, 4), (1, 2)]]  # one within another
     # Ranges that hold no token's character give nothing, and far ones cost nothing.
     assert from_characters([[(11, 12), (8, 2**31 - 1)]], mapping).bounds() == [[(4, 5)]]
     assert from_characters([[]], mapping).bounds() == [[]]
@@ -147,6 +148,8 @@ def test_a_token_that_reaches_out_of_the_ranges_is_not_lost() -> None:
     content = [[(6, 18)]]
     assert from_characters(content, mapping).bounds() == [[(2, 5)]]
     assert from_characters(content, mapping, texts=text).bounds() == [[(2, 5)]]
+    # Of a range that holds its space alone, it counts by that.
+    assert from_characters([[(4, 6)]], mapping, texts=text).bounds() == [[(1, 3)]]
     # Side by side no token is in both, with the text by its first character that is not white space.
     halves = [[(0, 6), (6, 22)]]
     assert from_characters(halves, mapping).bounds() == [[(0, 3), (3, 6)]]

@@ -31,6 +31,11 @@ def kept(bounds: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return sorted((start, stop) for start, stop in bounds if start < stop)
 
 
+def flags_of_empty_ranges(spans: Spans) -> set[bool]:
+    empty = spans.offsets[..., 1:] == spans.offsets[..., :-1]
+    return set() if spans.is_span is None else {*spans.is_span[empty].tolist()}
+
+
 def memberships(spans: Spans, token: int, shift: int = 0) -> list[list[tuple[int, int, int]]]:
     """Of one token of each item: the spans that hold it, as (track, start, stop) of the whole sequence."""
     held = []
@@ -86,6 +91,9 @@ def test_tracks_and_gaps_by_hand() -> None:
     assert Spans.given([[(3, 5), (0, 3)], [(0, 4)]]).is_span is None, "a gap where there is none"
     # One that is given twice counts twice, each on a track of its own.
     assert Spans.given([[(0, 3), (0, 3)]]).offsets.tolist() == [[[0, 3], [0, 3]]]
+    last = 2**31 - 1  # what int32 holds
+    assert Spans.given([[(1, last)]]).bounds() == Spans.given([[1, last]]).bounds() == [[(1, last)]]
+    assert whole(last).bounds() == [[(0, last)]]
     nothing = Spans.given([])
     assert (nothing.batch, nothing.tracks, nothing.bounds(), nothing.counts) == (0, 1, [], [])
 
@@ -123,6 +131,7 @@ def test_stack(batches: list[list[list[tuple[int, int]]]]) -> None:
         at += part.batch
     alone = Spans.given([item for batch in batches for item in batch])
     assert (alone.is_span is None) == (stacked.is_span is None)
+    assert flags_of_empty_ranges(stacked) <= {False}
 
 
 # --- masks and pieces
@@ -160,6 +169,7 @@ def test_pieces_keep_every_tokens_spans(batch: list[list[tuple[int, int]]], cuts
     for start, stop in zip(edges, edges[1:]):
         piece = spans.piece(start, stop, trim=trim)
         assert piece.tracks == spans.tracks
+        assert flags_of_empty_ranges(piece) <= {False}
         for token in range(start, stop):
             assert memberships(piece, token - start, start) == memberships(spans, token)
         assert torch.equal(piece.to_mask(stop - start), mask[:, :, start:stop])
@@ -224,7 +234,7 @@ def test_windows_without_overlap_or_padding_are_plain_offsets() -> None:
 
 def test_windows_of_padded_rows() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 1, 0, 1, 1], [0] * 7])
-    for given_as in (mask, mask.bool(), mask.float(), mask.tolist(), mask.numpy()):
+    for given_as in (mask, mask.bool(), mask.float(), -mask, mask.tolist(), mask.numpy()):
         assert windows(given_as, 2).bounds() == [[(2, 4), (4, 6), (6, 7)], [(0, 2), (2, 3)], [(0, 4), (5, 7)], []]
     assert windows(mask, 3, 2).bounds()[2] == [(0, 6), (3, 7)]
     assert whole(mask).bounds() == [[(2, 7)], [(0, 3)], [(0, 7)], []]
@@ -328,6 +338,7 @@ def a_mask(*values: int) -> Tensor:
         (DTypeError, "bounds", lambda: Spans.given("ab")),
         (DTypeError, "bounds", lambda: Spans.given(torch.ones(1, 2))),
         (ShapeError, "bounds", lambda: Spans.given(torch.ones(2, dtype=torch.int64))),
+        (DeviceError, "bounds[0]", lambda: Spans.given(OFFSETS[0].to("meta"))),
         (ShapeError, "bounds[0]", lambda: Spans.given(torch.ones(2, 1, 3, dtype=torch.int64))),
         (DTypeError, "bounds[0]", lambda: Spans.given([0, 4])),
         (DTypeError, "bounds[0]", lambda: Spans.given([(0, 3), (3, 5)])),
@@ -356,6 +367,7 @@ def a_mask(*values: int) -> Tensor:
         (DTypeError, "start", lambda: windows(9, 3).piece(0.5, 3)),  # type: ignore[arg-type]
         (DTypeError, "start", lambda: windows(9, 3).piece(True, 3)),
         (ShapeError, "stop", lambda: windows(9, 3).piece(0, [3, 4])),
+        (ShapeError, "start", lambda: windows([9, 9], 3).piece([0], 4)),
         (DTypeError, "length", lambda: windows(9, 3).to_mask(4.0)),  # type: ignore[arg-type]
         (ShapeError, "length", lambda: windows(9, 3).to_mask(-1)),
         (SpanError, "size", lambda: windows(9, 0)),
@@ -371,6 +383,8 @@ def a_mask(*values: int) -> Tensor:
         (DTypeError, "lengths", lambda: whole([1.5])),
         (ShapeError, "lengths", lambda: whole(torch.ones(1, 1, 1))),
         (DTypeError, "lengths[0]", lambda: whole([["a"]])),
+        (ShapeError, "lengths[0]", lambda: whole([[[0, 1], [1, 1]]])),
+        (DeviceError, "lengths[0]", lambda: whole(torch.ones(1, 2, device="meta"))),
         (DTypeError, "lengths[0]", lambda: whole(torch.ones(1, 2, dtype=torch.complex64))),
         (SpanError, "start_ids", lambda: turns([[1, 2]], [])),
         (DTypeError, "start_ids", lambda: turns([[1, 2]], "a")),  # type: ignore[arg-type]
@@ -380,6 +394,7 @@ def a_mask(*values: int) -> Tensor:
         (DTypeError, "input_ids[1]", lambda: turns([[1], 2], 1)),
         (ShapeError, "attention_mask", lambda: turns([[1], [2]], 1, a_mask(1))),
         (ShapeError, "attention_mask[0]", lambda: turns([[1, 2]], 1, a_mask(1))),
+        (ShapeError, "attention_mask[0]", lambda: turns([[1, 2]], 1, a_mask(1, 1, 0))),
     ],
 )
 def test_bad_input(error: type[LCFError], argument: str, call: Any) -> None:

@@ -136,8 +136,15 @@ def test_the_timeout_of_the_socket_is_left_as_it_was(pair: Pair) -> None:
         receive_message(theirs, timeout=SOON)
         with pytest.raises(MessageError, match="the time was up"):
             receive_message(theirs, timeout=0.01)
+        with pytest.raises(MessageError, match="the time was up"):
+            receive_message(theirs, timeout=0)
         assert ours.gettimeout() == theirs.gettimeout() == before
-    # A timeout of the socket's own is not what receiving goes by.
+    # A timeout of the socket's own is not what sending and receiving go by.
+    ours.settimeout(0.05)
+    thread = threading.Timer(0.3, receive_message, (theirs,))
+    thread.start()
+    send_message(ours, make_message(**PUBLISHED, batch=8), contents=EVERYTHING)
+    thread.join(SOON)
     theirs.settimeout(0.05)
     thread = threading.Timer(0.3, send_message, (ours, make_message()))
     thread.start()

@@ -35,6 +35,7 @@ HEADER, DESCRIPTION, PAYLOAD = header_of(DATA)
 TEXT = json.dumps(HEADER, separators=(",", ":"))
 #: Latent and nothing else, 5 * 8 floats.
 SMALL = make_message(generator=torch.Generator().manual_seed(5)).to_bytes()
+SUMMARY = make_message(generator=torch.Generator().manual_seed(5)).to_bytes(contents=("summary",))
 HUGE = 1 << 62
 DEEP = "[" * 30_000
 HOSTILE: dict[str, tuple[bytes, str]] = {
@@ -205,6 +206,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         ]
     },
     **{f"without {field}": (edited(DATA, field=dropping(field)), "description") for field in DESCRIPTION},
+    "a width without a latent": (edited(SUMMARY, field=setting("width", 8)), "width"),
     "a NaN in the description": (
         edited(DATA, entry=in_header("__metadata__", "lcf_fast", json.dumps({**DESCRIPTION, "spans": float("nan")}))),
         "description",
@@ -229,7 +231,7 @@ def test_what_is_not_read(name: str) -> None:
 
 
 def test_the_bytes_that_the_hostile_ones_are_made_of_are_read() -> None:
-    for data in (DATA, SMALL, resigned(DATA), with_header(DATA, TEXT), edited(DATA), edited(SMALL)):
+    for data in (DATA, SMALL, SUMMARY, resigned(DATA), with_header(DATA, TEXT), edited(DATA), edited(SMALL)):
         Message.from_bytes(data)
 
 
@@ -295,6 +297,8 @@ def test_max_bytes() -> None:
     assert_same(Message.from_bytes(SMALL, max_bytes=len(SMALL)), Message.from_bytes(SMALL))
     with pytest.raises(MessageError, match="max_bytes"):
         Message.from_bytes(SMALL, max_bytes=len(SMALL) - 1)
+    with pytest.raises(MessageError, match=r"67108864 bytes \(max_bytes\), got 67108865"):  # 64 MiB unless told
+        Message.from_bytes(put(SMALL, 16, (1 << 26) + 1, 8))
     with pytest.raises(DTypeError, match="max_bytes"):
         Message.from_bytes(SMALL, max_bytes=1e9)  # type: ignore[arg-type]
 
@@ -319,9 +323,9 @@ def test_keys() -> None:
         Message.from_bytes(data, key="text")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("width", [32, 33])
+@pytest.mark.parametrize("width", [32, 33, 34])
 def test_the_order_of_the_tensors_is_free_as_long_as_they_are_aligned(width: int) -> None:
-    """The scales behind their int8 tensor: at byte 5 * 32, or at byte 5 * 33, which is no multiple of 4."""
+    """The scales behind their int8 tensor: at byte 5 * 32, or at 5 * 33 or 5 * 34, which are no multiples of 4."""
     message = make_message(width=width)
     data = message.to_bytes(dtype="int8")
     header, _, payload = header_of(data)
