@@ -119,13 +119,16 @@ class Fake:
         self.replayed = self.waits = 0
         self.Stream = self.CUDAGraph = lambda: self
         self.stream = self.graph = lambda *_, **__: nullcontext()
-        self.device: Any = lambda device: self.devices.append(device) or nullcontext()
         self.devices: list[Any] = []
         self.current_stream = lambda: self
         self.set_stream = self.synchronize = lambda *_: None
         self.current_device = lambda: "cpu"
         self.pool = lambda: (0, 1)
         self.get_sync_debug_mode = lambda: self.mode
+
+    def device(self, device: Any) -> Any:
+        self.devices.append(device)
+        return nullcontext()
 
     def wait_stream(self, other: Any) -> None:
         self.waits += 1
@@ -289,11 +292,16 @@ def test_what_lies_on_the_host_goes_to_the_device_once(monkeypatch: pytest.Monke
         assert all(isinstance(one, Tensor) for one, _ in given[1:])
         assert torch.equal(latent_of(found), latent_of(right(sharer, spans)))
     several = [right(sharer, None), right(sharer, plain)]
-    inject, weights = adapter.inject, []
-    monkeypatch.setattr(adapter, "inject", lambda *a, **more: weights.append(more["weights"]) or inject(*a, **more))
+    inject, weighing = adapter.inject, []
+
+    def injected(*args: Any, weights: Any) -> Any:
+        weighing.append(type(weights))
+        return inject(*args, weights=weights)
+
+    monkeypatch.setattr(adapter, "inject", injected)
     weighed = adapter.capture("inject", receiver, several, weights=[1.0, 0.5]).result
     assert_equal(weighed, inject(receiver, several, weights=[1.0, 0.5]))
-    assert [type(one) for one in weights] == [list] + [Tensor] * WARM_UP
+    assert weighing == [list] + [Tensor] * WARM_UP
 
 
 @pytest.mark.parametrize(
@@ -320,11 +328,12 @@ def test_every_tensor_is_held(recorder: list[Any]) -> None:
         growing.update(key, value, layer)
     own = [tensor for layer in growing.layers for tensor in (layer.keys, layer.values)]
     message = crossing.summarize(make_caches(sharer_length=9)[0], None)
+    sent = message.tensors.values()
     spans = torch.tensor([[0, 4, 9], [0, 9, 9]])
     heard = make_caches(sharer_length=9)[0]
     for captured, wanted in (
         (adapter.capture("fuse_", sharer, receiver_cache=growing), [*flat(sharer), *own, *adapter.parameters()]),
-        (crossing.capture("inject", receiver, message), [*flat(receiver), *message.tensors.values(), *crossing.parameters()]),
+        (crossing.capture("inject", receiver, message), [*flat(receiver), *sent, *crossing.parameters()]),
         (crossing.capture("summarize", heard, spans=spans), [*flat(heard), spans, *crossing.parameters()]),
     ):
         held = {tensor.data_ptr() for tensor in captured._kept[-1]}

@@ -153,7 +153,9 @@ def test_tables_of_an_adapter(adapter_folder: Path, capsys: pytest.CaptureFixtur
     assert err == ""
     assert f"LCF-X adapter {adapter_folder}" in out and "3 of 5" in out and "3 of 6" in out
     (row,) = [line for line in out.splitlines() if "+0.7 " in line]
-    layer = inspect(adapter_folder)[0].layers[2]
+    report, _ = inspect(adapter_folder)
+    assert isinstance(report, AdapterReport)
+    layer = report.layers[2]
     norms = layer.down_sharer_norm, layer.down_receiver_norm, layer.up_key_norm, layer.up_value_norm
     assert row.replace("│", " ").split() == ["3", "1", "-1", "shut", "+0.7", "open", *(f"{n:.4g}" for n in norms)]
     facts = [" ".join(line.split()) for line in out.splitlines()]

@@ -253,7 +253,12 @@ def test_marks_stand_where_the_figures_are(
 ) -> None:
     figures: list[Any] = []
     made = plots._figure
-    monkeypatch.setattr(plots, "_figure", lambda panels: figures.append(made(panels)) or figures[-1])
+
+    def figure(panels: int) -> Any:
+        figures.append(made(panels))
+        return figures[-1]
+
+    monkeypatch.setattr(plots, "_figure", figure)
     write_png(found, tmp_path / "map.png", against)
     (panel,) = figures[0].axes
     marks = {}

@@ -203,15 +203,21 @@ def test_a_smaller_batch_than_the_micro_batch_is_one(folder: Path, tmp_path: Pat
         assert run.settings.micro_batch_size == micro
 
 
-def test_a_store_has_what_its_arguments_ask_for(folder: Path, tmp_path: Path) -> None:
+def test_a_store_has_what_its_arguments_ask_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = prepared(folder, tmp_path, "cache", "shared", "--layer-map", "0,1", "--keep-layers", "1")
     assert run.sharer_layers == (1,)
     more = ["--layer-map", "0,1", "--keep-layers", "1", "--sharer-only", "--shard-mb", "3", "--quiet"]
     plans: list[dict[str, Any]] = []
-    with pytest.MonkeyPatch.context() as patch:
-        right = caching.plan_prefills
-        patch.setattr(caching, "plan_prefills", lambda *a, **k: plans.append(k) or right(*a, **k))
-        assert main(arguments(folder, "cache", tmp_path / "store", "shared", *more, "--dry-run")) == 0
+    right = caching.plan_prefills
+
+    def plan(*given: Any, **named: Any) -> Any:
+        plans.append(named)
+        return right(*given, **named)
+
+    monkeypatch.setattr(caching, "plan_prefills", plan)
+    assert main(arguments(folder, "cache", tmp_path / "store", "shared", *more, "--dry-run")) == 0
     wanted = {"sharer_layers": (1,), "with_receiver": False, "shard_bytes": 3_000_000}
     assert {name: plans[0][name] for name in wanted} == wanted
 
@@ -220,8 +226,8 @@ def test_a_run_that_begins_with_an_adapter(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of half precision, and with one of its layers alone; one of the other kind is refused."""
-    geometries = [geometry_of(role, load_config(role, str(folder / role))) for role in ("sharer", "receiver")]
-    first = LatentCacheFlow(LCFConfig(*geometries, bottleneck=64, gate_init=1.0)).bfloat16()
+    sharer, receiver = (geometry_of(role, load_config(role, str(folder / role))) for role in ("sharer", "receiver"))
+    first = LatentCacheFlow(LCFConfig(sharer, receiver, bottleneck=64, gate_init=1.0)).bfloat16()
     first.save_pretrained(tmp_path / "first")
     begun = ["--init-from", str(tmp_path / "first"), "--learning-rate", "0"]
     base = [a for a in arguments(folder, "train", tmp_path / "run", "shared") if a not in ("--bottleneck", "64")]
@@ -234,11 +240,12 @@ def test_a_run_that_begins_with_an_adapter(
     base = [a for a in arguments(folder, "train", tmp_path / "other", "cross") if a not in ("--bottleneck", "64")]
     assert main([*base, *begun]) == 2
     assert "--init-from: expected an LCF-X or slots adapter" in capsys.readouterr().err
-    LatentSlots(LCFConfig(*geometries, bottleneck=64, slots=2)).save_pretrained(tmp_path / "slots")
+    LatentSlots(LCFConfig(sharer, receiver, bottleneck=64, slots=2)).save_pretrained(tmp_path / "slots")
     begun = ["--init-from", str(tmp_path / "slots"), "--keep-layers", "1"]
     assert main([*base, *begun]) == 2
     assert "--keep-layers: expected all layers with slots" in capsys.readouterr().err
-    LatentCacheFlow(LCFConfig(geometries[0], CacheGeometry(3, 2, 16), bottleneck=64)).save_pretrained(tmp_path / "first")
+    wider = LCFConfig(sharer, CacheGeometry(3, 2, 16), bottleneck=64)
+    LatentCacheFlow(wider).save_pretrained(tmp_path / "first")
     base = [a for a in arguments(folder, "train", tmp_path / "other", "shared") if a not in ("--bottleneck", "64")]
     assert main([*base, "--init-from", str(tmp_path / "first")]) == 2
     assert "error: receiver: expected an adapter for" in capsys.readouterr().err
