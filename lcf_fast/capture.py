@@ -211,4 +211,4 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _are_offsets(row: Any) -> bool:
-    return isinstance(row, (list, tuple)) and len(row) > 0 and all(type(offset) is int for offset in row)
+    return isinstance(row, (list, tuple)) and all(type(offset) is int for offset in row)

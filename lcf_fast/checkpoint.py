@@ -239,8 +239,6 @@ def load_side(
             geometries = [CacheGeometry(**description[name]) for name in ("sharer", "receiver")]
         except TypeError as error:
             raise CheckpointError(str(path), expected="layers, kv_heads and head_dim", got=str(error)) from error
-    if description["bottleneck"] < 1:
-        raise CheckpointError(f"{path}: bottleneck", expected="1 or more", got=str(description["bottleneck"]))
     has_slots = "slots" in description
     if issubclass(kind, SlotsSharerSide) != has_slots:
         got = f"one {'with' if has_slots else 'without'} slots"
@@ -252,8 +250,6 @@ def load_side(
         own = {"slots": description["slots"], "per_span": description.get("per_span", False)}
         if not isinstance(own["per_span"], bool):
             raise CheckpointError(f"{path}: per_span", expected="a bool", got=repr(own["per_span"])[:80])
-        if type(own["slots"]) is not int or own["slots"] < 1:
-            raise CheckpointError(f"{path}: slots", expected="1 or more", got=repr(own["slots"])[:80])
         if len(kept) != geometries[1].layers:
             raise CheckpointError(f"{path}: receiver_layers", expected="all receiver layers", got=f"{kept}")
     origin = _origin(path, description["origin"])
@@ -339,7 +335,7 @@ def _description(path: Path, form: str, fields: dict[str, type]) -> dict[str, An
     wanted = fields | {"receiver_layers": list, "sharer_layers": list, "weights": dict}
     for key, kind in wanted.items():
         value = description.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, kind):
             raise CheckpointError(f"{path}: {key}", expected=f"a JSON {kind.__name__}", got=type(value).__name__)
     return description
 

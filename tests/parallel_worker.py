@@ -84,22 +84,34 @@ def main() -> None:
             made = summarize_parallel(half, piece, attention_mask=None if mask is None else mask[:, mine])
             results[f"{name}.slots"] = made.tensors["latent"]
             bytes_sent[f"{name}.slots"] = {"bytes": sum(sent), "spans": made.spans}
-    errors = {}
     cache, _, _ = case_inputs("one_span")
+    group = dist.new_group([ranks - 2, ranks - 1])  # of three, one whose ranks are others in the whole
+    if rank >= ranks - 2:
+        half_of_it = slice(0, 23) if rank == ranks - 2 else slice(23, None)
+        piece = [(key[:, :, half_of_it], value[:, :, half_of_it]) for key, value in cache]
+        results["group"] = summarize_parallel(adapter, piece, group=group).tensors["latent"]
+        results["group.slots"] = summarize_parallel(slots, piece, group=group).tensors["latent"]
+    errors = {}
     wrong = cache[:2] if rank == 1 else cache  # a layer is missing on one rank alone
     later = [*cache[:2], (cache[2][0][..., :8], cache[2][1])] if rank == 1 else cache
     doubled = [(key.double(), value.double()) for key, value in cache] if rank == 1 else cache
+    twice = [(key.repeat(2, 1, 1, 1), value.repeat(2, 1, 1, 1)) for key, value in cache] if rank == 1 else cache
+    gap = [(0, 10), (20, 30)] if rank == 1 else [(0, 10), (10, 20), (20, 30)]  # of the same offsets
     no_token = torch.zeros(1, 60, dtype=torch.int64)
     attempts: dict[str, tuple[Any, Any, Any, Tensor | None]] = {
         "cache": (adapter, wrong, None, None),
         "later layer": (adapter, later, None, None),
         "double": (adapter, doubled, None, None),
         "spans": (adapter, cache, [[0, 10 + rank]], None),
+        "batch": (adapter, twice, None, None),
+        "gap": (adapter, cache, Spans.given([gap]), None),
+        "items": (adapter, cache, Spans.given([[(0, 10)]] * 2), None),
         "beyond": (adapter, cache, [[0, 60 * ranks + 1]], None),
         "nothing": (adapter, cache, [[3, 3]], None),
         "half": (make_adapter() if rank == 1 else adapter, cache, None, None),
         "slots, cache": (slots, wrong, None, None),
         "slots, later layer": (slots, later, None, None),
+        "slots, batch": (slots, twice, None, None),
         "slots, double": (slots, doubled, None, None),
         "slots, spans": (slots, cache, [[0, 60]] if rank == 1 else None, None),
         "slots, nothing": (slots, cache, None, no_token),

@@ -5,6 +5,8 @@ The recording itself is tested on a GPU (tests/gpu/test_capture.py).
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -116,12 +118,17 @@ class Fake:
         self.mode: Any = 0
         self.replayed = self.waits = 0
         self.Stream = self.CUDAGraph = lambda: self
-        self.stream = self.graph = self.device = lambda *_, **__: nullcontext()
+        self.stream = self.graph = lambda *_, **__: nullcontext()
+        self.devices: list[Any] = []
         self.current_stream = lambda: self
         self.set_stream = self.synchronize = lambda *_: None
         self.current_device = lambda: "cpu"
         self.pool = lambda: (0, 1)
         self.get_sync_debug_mode = lambda: self.mode
+
+    def device(self, device: Any) -> Any:
+        self.devices.append(device)
+        return nullcontext()
 
     def wait_stream(self, other: Any) -> None:
         self.waits += 1
@@ -152,7 +159,7 @@ def test_what_waits_for_the_device_is_a_typed_error_and_the_mode_is_set_back(
     with pytest.raises(BackendError, match=r"got called a synchronizing CUDA operation$") as error:
         capture._recorded(run, CPU)
     assert error.value.argument == "operation" and "mask" in error.value.expected
-    assert seen == [0, "error", 0][:waits_at] and fake.mode == 0
+    assert seen == [0, "error", 0][:waits_at] and fake.mode == 0 and fake.devices == [CPU]
     assert fake.waits == 2  # the current stream goes on behind the warm-up, which may have edited what is set back
     for kind in (ShapeError("x", expected="a", got="b"), torch.cuda.OutOfMemoryError("no")):
         with pytest.raises(type(kind)), capture._as_a_typed_error():
@@ -171,25 +178,34 @@ def test_a_recording_that_fails_leaves_torch_as_it_was(monkeypatch: pytest.Monke
     done: list[Any] = []
 
     class Fails:
+        def __init__(self, _: Any, pool: Any = None) -> None:
+            self.pool = pool
+
         def __enter__(self) -> None:
-            done.append("begun")
+            done.append(("begun", self.pool))
 
         def __exit__(self, *_: Any) -> None:
             raise RuntimeError("operation failed due to a previous error during capture")
 
+    def end(*given: Any) -> None:
+        done.append(given)
+        if not own_pool:
+            raise RuntimeError("nothing to end")
+
     graph, pool = SimpleNamespace(pool=lambda: (0, 9)), None if own_pool else (0, 7)
     fakes = {
-        "current_stream": lambda: "before", "graph": lambda graph, pool=None: Fails(), "set_stream": done.append,
+        "current_stream": lambda: "before", "graph": Fails, "set_stream": done.append,
         "current_device": lambda: 0, "synchronize": lambda: done.append("synchronized"), "CUDAGraph": lambda: None,
     }  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch, "zeros", lambda *_, device: done.append(f"zeros on {device}"))
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *given: done.append(given), raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
     with pytest.raises(RuntimeError, match="previous error"), capture.recording(graph, pool):  # type: ignore[arg-type]
         done.append("ran")
     ended = (0, (0, 9) if own_pool else (0, 7))
-    assert done == ["begun", "ran", "before", ended, "synchronized", "begun", "zeros on 0"]
+    begun = ("begun", pool)
+    assert done == [begun, "ran", "before", ended, "synchronized", ("begun", None), "zeros on 0"]
 
 
 # --- what is recorded
@@ -234,6 +250,21 @@ def test_an_operation_in_place_leaves_its_cache_until_it_is_replayed(recorder: l
         assert_equal(receiver, expected)
 
 
+def test_a_call_that_fails_when_it_is_recorded_leaves_the_cache(
+    monkeypatch: pytest.MonkeyPatch, recorder: list[Any]
+) -> None:
+    def fails(run: Callable[[], Any], device: torch.device) -> Any:
+        run()
+        raise BackendError("operation", expected="a call that does not wait for the device", got="one that does")
+
+    monkeypatch.setattr(capture, "_recorded", fails)
+    sharer, receiver = make_caches()
+    before = cloned(receiver)
+    with pytest.raises(BackendError, match="one that does"):
+        make_adapter().capture("fuse_", sharer, receiver)
+    assert_equal(receiver, before)
+
+
 def test_what_lies_on_the_host_goes_to_the_device_once(monkeypatch: pytest.MonkeyPatch, recorder: list[Any]) -> None:
     adapter = make_adapter(True)
     sharer, receiver = make_caches(sharer_length=9)
@@ -261,8 +292,30 @@ def test_what_lies_on_the_host_goes_to_the_device_once(monkeypatch: pytest.Monke
         assert all(isinstance(one, Tensor) for one, _ in given[1:])
         assert torch.equal(latent_of(found), latent_of(right(sharer, spans)))
     several = [right(sharer, None), right(sharer, plain)]
+    inject, weighing = adapter.inject, []
+
+    def injected(*args: Any, weights: Any) -> Any:
+        weighing.append(type(weights))
+        return inject(*args, weights=weights)
+
+    monkeypatch.setattr(adapter, "inject", injected)
     weighed = adapter.capture("inject", receiver, several, weights=[1.0, 0.5]).result
-    assert_equal(weighed, adapter.inject(receiver, several, weights=[1.0, 0.5]))
+    assert_equal(weighed, inject(receiver, several, weights=[1.0, 0.5]))
+    assert weighing == [list] + [Tensor] * WARM_UP
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("attention_mask", torch.ones(1, 9)),
+        ("spans", Spans.given([[[0, 4], [4, 9]]])),
+        ("spans", [[0, 4, 9]]),
+        ("weights", [1.0, 0.5]),
+    ],
+    ids=["tensor", "Spans", "offsets", "weights"],
+)
+def test_where_what_lies_on_the_host_goes(name: str, value: Any) -> None:
+    assert capture._on_device(value, torch.device("meta"), name).device.type == "meta"
 
 
 def test_every_tensor_is_held(recorder: list[Any]) -> None:
@@ -275,11 +328,12 @@ def test_every_tensor_is_held(recorder: list[Any]) -> None:
         growing.update(key, value, layer)
     own = [tensor for layer in growing.layers for tensor in (layer.keys, layer.values)]
     message = crossing.summarize(make_caches(sharer_length=9)[0], None)
+    sent = message.tensors.values()
     spans = torch.tensor([[0, 4, 9], [0, 9, 9]])
     heard = make_caches(sharer_length=9)[0]
     for captured, wanted in (
         (adapter.capture("fuse_", sharer, receiver_cache=growing), [*flat(sharer), *own, *adapter.parameters()]),
-        (crossing.capture("inject", receiver, message), [*flat(receiver), latent_of(message), *crossing.parameters()]),
+        (crossing.capture("inject", receiver, message), [*flat(receiver), *sent, *crossing.parameters()]),
         (crossing.capture("summarize", heard, spans=spans), [*flat(heard), spans, *crossing.parameters()]),
     ):
         held = {tensor.data_ptr() for tensor in captured._kept[-1]}
@@ -303,3 +357,8 @@ def test_slots_are_made_and_placed(recorder: list[Any]) -> None:
         assert_equal(adapter.capture("expand", message).result, adapter.expand(message))
         placed = adapter.capture("place", receiver, message, positions)
         assert_equal(placed.result, adapter.place(receiver, message, positions))
+    placed._replay = lambda: None  # a graph holds no Python object; the model's frequencies are read by address
+    held = [weakref.ref(receiver), weakref.ref(adapter)]
+    del receiver, adapter
+    gc.collect()
+    assert all(one() is not None for one in held)

@@ -256,6 +256,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "one too many": (lambda f: rewrite(f, lambda t: t.update(extra=torch.ones(1))), "extra"),
     "wrong shape": (lambda f: rewrite(f, lambda t: t.update(down_bias=t["down_bias"][:, :1].clone())), "down_bias"),
     "wrong dtype": (lambda f: rewrite(f, lambda t: t.update(up_bias=t["up_bias"].long())), "up_bias: .*float"),
+    "layers no int64": (
+        lambda f: rewrite(f, lambda t: t.update(receiver_layers=t["receiver_layers"].float())),
+        "receiver_layers: expected int64",
+    ),
+    "no digests": (lambda f: edit(f, lambda d: d.update(accepted_sharers=["short"])), "accepted_sharers"),
 }
 
 

@@ -153,7 +153,14 @@ def test_tables_of_an_adapter(adapter_folder: Path, capsys: pytest.CaptureFixtur
     assert err == ""
     assert f"LCF-X adapter {adapter_folder}" in out and "3 of 5" in out and "3 of 6" in out
     (row,) = [line for line in out.splitlines() if "+0.7 " in line]
-    assert row.replace("│", " ").split()[:6] == ["3", "1", "-1", "shut", "+0.7", "open"]
+    report, _ = inspect(adapter_folder)
+    assert isinstance(report, AdapterReport)
+    layer = report.layers[2]
+    norms = layer.down_sharer_norm, layer.down_receiver_norm, layer.up_key_norm, layer.up_value_norm
+    assert row.replace("│", " ").split() == ["3", "1", "-1", "shut", "+0.7", "open", *(f"{n:.4g}" for n in norms)]
+    facts = [" ".join(line.split()) for line in out.splitlines()]
+    assert "sharer 3 layers, 2 KV heads, head dim 16" in facts
+    assert "receiver 5 layers, 3 KV heads, head dim 8" in facts
 
 
 def test_tables_of_a_message(message_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,6 +171,18 @@ def test_tables_of_a_message(message_file: Path, capsys: pytest.CaptureFixture[s
     assert f"{size:,} = header" in out and "café" in out and ORIGIN.adapter in out and "mean of 2 items" in out
     rows = [line.replace("│", " ").split() for line in out.splitlines()]
     assert ["1", "0.3333", "1.0000", "2"] in rows  # span, mean over layers, largest, in layer
+    report, _ = inspect(message_file)
+    assert isinstance(report, MessageReport)
+    assert ["for", "adapter", ORIGIN.adapter] in rows and ["made", "by", ORIGIN.sharer] in rows
+    for layer in report.layers:
+        norms = [layer.latent_norms, layer.key_norms, layer.value_norms]
+        assert [str(layer.receiver_layer), *(f"{sum(each or ()) / 2:.4g}" for each in norms)] in rows
+    assert main(["inspect", str(message_file), "--item", "1"]) == 0
+    rows = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    assert report.spans_of is not None
+    for span in report.spans_of[1]:
+        found = (f"{span.mean_weight:.4f}", f"{span.strongest_weight:.4f}", str(span.strongest_layer))
+        assert [str(span.span), *found] in rows
 
 
 def test_only_the_heaviest_of_many_spans_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,7 +84,14 @@ def test_of_a_sharers_half(kind: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["inspect", str(tmp_path / "side")]) == 0
     shown = capsys.readouterr().out
     assert f"sharer's half of {kind}" in shown
-    assert report.adapter_digest in shown
+    assert ["for", "adapter", report.adapter_digest] in cells(shown)
+    assert ["itself", report.sharer_digest] in cells(shown)
+    for layer in report.layers:
+        queries = [f"{norm:.4g}" for norm in layer.query_norms]
+        if kind == "slots":
+            queries = [mean(layer.query_norms), mean(layer.embedding_norms)]
+        reads = [str(layer.receiver_layer), str(layer.sharer_layer)]
+        assert [*reads, *queries, f"{layer.down_norm:.4g}"] in cells(shown)
     assert main(["inspect", str(tmp_path / "side"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["query_names"] == list(names)
 
@@ -130,11 +137,25 @@ def test_without_weights_there_is_a_picture_of_norms(tmp_path: Path) -> None:
     assert len(heat.rows) == 5
 
 
+def cells(shown: str) -> list[list[str]]:
+    return [line.replace("│", " ").split() for line in shown.splitlines()]
+
+
+def mean(norms: tuple[float, ...]) -> str:
+    return f"{sum(norms) / len(norms):.4g}"
+
+
 def test_tables(folder: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(folder)]) == 0
     shown = capsys.readouterr().out
     assert "slots adapter" in shown
     assert "2,560 bytes in bfloat16" in shown
+    report, _ = inspect(folder)
+    assert isinstance(report, SlotsReport)
+    for layer in report.layers:
+        norms = [f"{norm:.4g}" for norm in (layer.down_norm, layer.up_key_norm, layer.up_value_norm)]
+        reads = [str(layer.receiver_layer), str(layer.sharer_layer)]
+        assert [*reads, mean(layer.query_norms), mean(layer.embedding_norms), *norms] in cells(shown)
     assert main(["inspect", str(file), "--item", "1"]) == 0
     shown = capsys.readouterr().out
     assert "what each slot drew on, item 1" in shown

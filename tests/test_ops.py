@@ -198,6 +198,11 @@ def test_opcheck(backend: Backend, inputs: Inputs) -> None:
         opcheck(library_layers.fuse_layers, arguments, test_utils=("test_schema", "test_faketensor"))
         opcheck(library_layers.fuse_layers_, (flat_sharer, flat_receiver, frozen, live, None, None, 0, 12, 1e-6))
         opcheck(library_pooling.summarize_layers, (flat_sharer, summary_weights, inputs.offsets, None))
+        half, one = [t.bfloat16() for t in flat_sharer], [t.detach() for t in projection_weights]
+        fake: Any = {"test_utils": "test_faketensor"}
+        opcheck(library.joint_projection, (*half[:2], *(t.bfloat16() for t in permuted), one, None, None, 1e-6), **fake)
+        frozen = [t.detach() for t in summary_weights]
+        opcheck(library_pooling.summarize_layers, (half, frozen, inputs.offsets, None), **fake)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

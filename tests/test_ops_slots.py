@@ -275,6 +275,7 @@ def test_kernels_asked_for_by_name_say_why_they_cannot_serve(generator: torch.Ge
     many = weights_of(65, generator)
     latent = torch.randn(4, 1, 65, WIDTH, generator=generator)
     with use_backend("triton"):
+        assert library_slots.backend_of(sharer[0][0], 64) == "triton"
         with pytest.raises(BackendError, match="float64"):
             ops.summarize_slots_layers(to_double(sharer), double)
         with pytest.raises(BackendError, match="65 slots"):
@@ -299,7 +300,8 @@ def trained(sharer: Any, weights: dict[str, Tensor], mask: Tensor, noise: Traini
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
     used = {**leaves, "slot_query": leaves["slot_query"][:, :3]}
     latent = ops.summarize_slots_layers(sharer, used, attention_mask=mask)
-    made = torch.stack([torch.stack(pair) for pair in ops.expand_slots_layers(latent, used, kv_heads=3, noise=noise)])
+    pairs = ops.expand_slots_layers(latent, used, kv_heads=3, norm_eps=0.1, noise=noise)
+    made = torch.stack([torch.stack(pair) for pair in pairs])
     loss = (made * (1 + torch.arange(8.0))).square().mean() + latent.sin().mean()
     grads = torch.autograd.grad(loss, list(leaves.values()))
     return {"latent": latent.detach(), "made": made.detach(), **dict(zip(leaves, grads))}
@@ -414,6 +416,18 @@ def test_caches_and_latents_made_in_inference_mode_have_gradients_beside_them(
             torch.testing.assert_close(got, wanted)
 
 
+def test_the_kernels_take_a_head_dim_of_any_stride(generator: torch.Generator) -> None:
+    """Also of a later layer alone; what is trained by then is the queries."""
+    sharer, weights = small(2, generator)
+    moved = [sharer[0], (sharer[1][0], sharer[1][1].mT.contiguous().mT)]
+    assert moved[1][1].stride(-1) != 1
+    mask = ragged(2, 9, generator)
+    with use_backend("triton"):
+        got, expected = (trained(cache, weights, mask, None) for cache in (moved, sharer))
+    for name, found in got.items():
+        assert torch.equal(found, expected[name]), name
+
+
 def test_what_is_frozen_costs_nothing(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new sharer of a trained receiver's half: no gradient of that half is made, and none of the caches."""
     from lcf_fast.kernels import slot_projection_backward as kernels
@@ -464,11 +478,14 @@ def test_opcheck(backend: Backend, generator: torch.Generator) -> None:
     with use_backend(backend):
         opcheck(library_slots.pool_slots, (flat, query, mask))
         opcheck(library_slots.pool_slots, ([side.clone().requires_grad_() for side in flat], query.detach(), None))
+        half = [side.bfloat16() for side in flat]
+        opcheck(library_slots.pool_slots, (half, query.detach(), None), test_utils="test_faketensor")
         opcheck(library_slots.fold_slots, (slot_key, slot_value, leaves(library_slots.FOLD_WEIGHTS)))
         expansion = leaves(library_slots.EXPANSION_WEIGHTS)
         opcheck(library_slots.expand_slots, (latent, expansion, 3, 1e-6, 5, 0.3, 2))
         quiet = (latent.detach(), expansion, 3, 1e-6, *library_slots.NO_NOISE, 0)
         opcheck(library_slots.expand_slots, quiet, test_utils=("test_schema", "test_faketensor"))
+        opcheck(library_slots.expand_slots, (quiet[0].bfloat16(), *quiet[1:]), test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("noise", [None, TrainingNoise(7, 1.0, 0.2)], ids=["quiet", "dropout"])
@@ -481,7 +498,7 @@ def test_it_compiles_whole_forward_and_backward(
 
     def both(weights: dict[str, Tensor]) -> Any:
         latent = ops.summarize_slots_layers(sharer, weights, attention_mask=mask)
-        made = ops.expand_slots_layers(latent, weights, kv_heads=3, noise=noise)
+        made = ops.expand_slots_layers(latent, weights, kv_heads=3, norm_eps=0.1, noise=noise)
         return latent, torch.stack([side for pair in made for side in pair])
 
     def gradients(function: Any) -> list[Tensor]:

@@ -91,6 +91,15 @@ def test_slots_as_if_it_lay_on_one(name: str, ranks: list[tuple[dict[str, Tensor
         assert facts["sent"][f"{name}.slots"]["spans"] == 1
 
 
+def test_a_group_of_some_processes(ranks: list[tuple[dict[str, Tensor], Any]]) -> None:
+    cache, _, _ = case_inputs("one_span")
+    for name, half in (("group", make_adapter(True)), ("group.slots", slots_half())):
+        whole = half.summarize(cache).tensors["latent"]
+        assert [name in found for found, _ in ranks] == [False] * (len(ranks) - 2) + [True] * 2
+        for found, _ in ranks[-2:]:
+            torch.testing.assert_close(found[name], whole)
+
+
 def test_what_is_sent_does_not_depend_on_the_length(ranks: list[tuple[dict[str, Tensor], Any]]) -> None:
     sent = {name: {facts["sent"][name]["bytes"] for _, facts in ranks} for name in CASES}
     assert sent["one_span"] == sent["long"]  # 60 tokens and 100,000
@@ -106,12 +115,16 @@ def test_all_ranks_hear_of_what_is_wrong_on_one(ranks: list[tuple[dict[str, Tens
         assert errors["cache"].startswith("GeometryError" if rank == 1 else "ShapeError: cache_piece"), errors
         told = "GeometryError: adapter: expected an LCF-X" if rank == 1 else "ShapeError: cache_piece: expected right"
         assert errors["half"].startswith(told), errors
-        assert errors["spans"].startswith("SpanError: spans: expected the whole context's"), errors
+        for name in ("spans", "gap"):
+            assert errors[name].startswith("SpanError: spans: expected the whole context's"), errors
+        assert errors["items"] == "ShapeError: spans: expected spans of 1 items, got of 2", errors
         assert errors["beyond"].startswith("SpanError: spans: expected offsets up to"), errors
         assert errors["nothing"].startswith("SpanError: spans: expected a token"), errors
         for name in ("slots, cache", "later layer", "slots, later layer"):
             told = "GeometryError: cache_piece" if rank == 1 else "ShapeError: cache_piece"
             assert errors[name].startswith(told), errors
+        for name in ("batch", "slots, batch"):
+            assert errors[name].startswith("ShapeError: cache_piece: expected one batch size on all ranks"), errors
         for name in ("double", "slots, double"):
             assert errors[name] == "DTypeError: cache_piece: expected float64 on all ranks or none, got on 1", errors
         told = "SpanError: spans: expected None" if rank == 1 else "ShapeError: cache_piece: expected right input"

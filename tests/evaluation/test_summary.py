@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lcf_fast.errors import BackendError
+from lcf_fast.evaluation import plots
 from lcf_fast.evaluation.failures import EvaluationError
 from lcf_fast.evaluation.plots import check_plot, write_png
 from lcf_fast.evaluation.predictions import MATCHED, MISMATCHED, SELF, ZERO, Prediction
@@ -244,6 +245,42 @@ def test_pictures_hold_a_mark_a_channel(found: Summary, tmp_path: Path) -> None:
     assert drawn(tmp_path / "two.png").shape[1] > drawn(tmp_path / "bytes.png").shape[1]
     write_png(two, tmp_path / "one.png", "first_token")  # HotpotQA's times were not measured
     assert drawn(tmp_path / "one.png").shape == drawn(tmp_path / "first_token.png").shape
+
+
+@pytest.mark.parametrize("against", ["bytes", "first_token"])
+def test_marks_stand_where_the_figures_are(
+    against: Any, found: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    made = plots._figure
+
+    def figure(panels: int) -> Any:
+        figures.append(made(panels))
+        return figures[-1]
+
+    monkeypatch.setattr(plots, "_figure", figure)
+    write_png(found, tmp_path / "map.png", against)
+    (panel,) = figures[0].axes
+    marks = {}
+    for container in panel.containers:
+        line, _, (bars,) = container.lines
+        ((low, high),) = ([y for _, y in bar] for bar in bars.get_segments())
+        name = {f"C{i}": c.channel for i, c in enumerate(found.sets[0].channels)}[line.get_color()]
+        marks[name, line.get_fillstyle()] = (*line.get_xdata(), low, *line.get_ydata(), high)
+    assert len(marks) == 7  # five channels, two of them with another item's message too
+    for (name, fill), got in marks.items():
+        channel = next(c for c in found.sets[0].channels if c.channel == name)
+        one = channel.cell(MATCHED if fill == "full" else MISMATCHED)
+        assert one is not None
+        at = one.sent if against == "bytes" else 1000 * one.timings["first_token"]
+        assert got == pytest.approx((at, 100 * one.score.low, 100 * one.score.value, 100 * one.score.high))
+    steps = [line for line in panel.lines if line.get_label() == "optimal routing"]
+    assert len(steps) == (against == "bytes")
+    for step in steps:
+        assert step.get_drawstyle() == "steps-post"  # what more bytes buy is had from there on
+        routing = found.sets[0].routing
+        assert list(step.get_xdata()) == [point.cost for point in routing]
+        assert list(step.get_ydata()) == pytest.approx([100 * point.accuracy for point in routing])
 
 
 def test_nothing_to_draw(found: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

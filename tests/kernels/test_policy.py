@@ -48,6 +48,40 @@ def test_the_tile_shrinks_to_fill_the_chip(tokens: int, block: int) -> None:
     assert policy.tile_config(128, 2, "sm_90", 28, tokens).block_tokens == block
 
 
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_is_chosen_is_a_row_of_that_width_size_and_chip(width: int, itemsize: int, chip: str) -> None:
+    tiles, splits = policy.tile_options(width, itemsize, chip), policy.split_options(width, itemsize, chip)
+    for size in ((1, 1), (9, 40), (28, 128), (28, 2048)):
+        assert policy.tile_config(width, itemsize, chip, *size) in tiles
+        assert policy.split_config(width, itemsize, chip, *size) in (None, *splits)
+    if itemsize == 4 and chip != policy.INTERPRETER:  # products on the plain cores, unrolled
+        backward = policy.backward_config, policy.ffn_weights_config, policy.columns_config
+        rows = [*tiles, *(of(width, itemsize, chip) for of in backward)]
+        assert {row.block_tokens for row in rows} == {16}
+
+
+def test_how_many_programs_fill_a_chip_goes_by_the_chip() -> None:
+    """140 tiles of 64: more than an H100 has multiprocessors, less than half of what an MI300X has."""
+    assert policy.tile_config(128, 2, "sm_100", 28, 320).block_tokens == 64
+    assert policy.tile_config(128, 2, "gfx942", 28, 320).block_tokens == 16
+    assert policy.split_counts("gfx942", 28, 36, 8) == (9, 2)
+
+
+def test_gradients_of_weights_share_more_of_what_they_read() -> None:
+    """On sm_90: whole heads of W_down and W_up, more hidden units. Elsewhere the row of the other backward kernels."""
+    for width in (64, 128, 256):
+        assert policy.columns_config(width, 2, "sm_90").block_channels == 128
+    for width in (128, 256):
+        least = policy.backward_config(width, 2, "sm_90").block_hidden
+        assert policy.ffn_weights_config(width, 2, "sm_90").block_hidden > least
+    for of in (policy.columns_config, policy.ffn_weights_config):
+        assert of(128, 2, "sm_80") == policy.backward_config(128, 2, "sm_80")
+    for relative in ("sm_86", "sm_87", "sm_120"):
+        assert policy.backward_config(128, 2, relative) == policy.backward_config(128, 2, "sm_80")
+
+
 def split_of(tokens: int, layers: int = 28, width: int = 128, itemsize: int = 2, chip: str = "sm_90") -> int | None:
     config = policy.split_config(width, itemsize, chip, layers, tokens)
     return None if config is None else config.block_tokens
@@ -125,6 +159,8 @@ def test_float32_weights_beside_16_bit_caches_take_a_stage_less() -> None:
     assert policy.stages(1, 2, 4) == 1
     for width, least in ((512, 1), (256, 2)):
         assert policy.injection_config(width, 2, "sm_90", 28, 2048).num_stages == least
+    fewer = (512, 2, "sm_90", 28, 128)
+    assert policy.injection_config(*fewer) == policy.tile_config(*fewer), "32 rows fit at two stages"
 
 
 TF32 = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from tiny_training import read_log, tiny_settings, tiny_trainer
 
 from lcf_fast import CacheGeometry, LatentCacheFlow, LCFConfig
@@ -101,6 +104,7 @@ def test_a_full_disk_at_any_write_loses_nothing(
         failures += 1
         assert isinstance(error, RunError)
         assert "No space left" in str(error)
+        assert not [*out.rglob(".step*")], "what was half written takes room on a full disk"
         good = trainer.checkpoints.latest()
         assert good is None or "log" in error.argument or str(good) in str(error)
         for path in trainer.checkpoints.paths():  # all of them whole
@@ -139,10 +143,25 @@ def test_a_checkpoint_of_other_layers_is_refused(tmp_path: Path) -> None:
     config = LCFConfig(CacheGeometry(2, 1, 16), CacheGeometry(2, 2, 16), bottleneck=64)
     one, other = (LatentCacheFlow(config, keep_layers=[layer]) for layer in (0, 1))
     checkpoints = Checkpoints(tmp_path)
-    path = checkpoints.save(Checkpoint(1, SETTINGS, 0, "", {}), one, torch.optim.AdamW(one.parameters()))
+    checkpoint, optimizer = Checkpoint(1, SETTINGS, 0, "", {}), torch.optim.AdamW(one.parameters())
+    path = checkpoints.save(checkpoint, one, optimizer)
+    assert checkpoints.save(checkpoint, one, optimizer) == path  # which is there already, and stays
     with pytest.raises(GeometryError, match="adapter: expected the one of"):
         checkpoints.load(path, other, torch.optim.AdamW(other.parameters()))
     assert other.receiver_layers.tolist() == [1]
+
+
+def test_the_state_of_a_parameter_that_the_adapter_lacks_is_refused(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step-00000004"
+    tensors = load_file(path / "optimizer.safetensors")
+    data = to_bytes({**tensors, "slot_query.exp_avg": torch.zeros(1)})
+    (path / "optimizer.safetensors").write_bytes(data)
+    state = json.loads((path / "state.json").read_text())
+    state["optimizer"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=r"expected state of .*, got slot_query.exp_avg"):
+        tiny_trainer(tmp_path / "run", SETTINGS).run(resume=True)
 
 
 def test_a_log_that_lost_lines_is_refused(whole: Path, tmp_path: Path) -> None:

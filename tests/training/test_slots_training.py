@@ -271,9 +271,12 @@ def test_a_run_learns_and_goes_on_bitwise(changes: dict[str, Any], tmp_path: Pat
     assert torch.equal(saved.get_parameter("slot_query"), whole.get_parameter("slot_query"))
     for folder in ("adapter", "checkpoints/step-00000004/adapter"):
         assert LatentSlots.from_pretrained(tmp_path / "whole" / folder).trained_placement == settings.placement
+    defaults = TrainingSettings()
     other = replace(settings, guard_margin=2.0)
-    with pytest.raises(RunError, match="guard_margin"):
-        trainer(tmp_path / "stopped", other).run(resume=True)
+    plain = replace(settings, **{name: getattr(defaults, name) for name in changes})  # which a checkpoint leaves out
+    for changed, name in ((other, "guard_margin"), (plain, next(iter(changes)))):
+        with pytest.raises(RunError, match=name):
+            trainer(tmp_path / "stopped", changed).run(resume=True)
 
 
 def test_settings_of_before_are_written_as_they_were() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -14,12 +15,13 @@ import torch
 from tiny_tokenizers import CHATML, INST, tiny_tokenizer
 from tiny_training import read_log, tiny_model, tiny_settings
 
-from lcf_fast import LatentCacheFlow
+from lcf_fast import CacheGeometry, LatentCacheFlow, LatentSlots, LCFConfig
 from lcf_fast.cli import main
+from lcf_fast.training import caching, commands
 from lcf_fast.training.batches import ExampleData
 from lcf_fast.training.commands import layer_list
-from lcf_fast.training.data import read_examples
-from lcf_fast.training.models import load_config, load_model, load_tokenizer, longest_sequence
+from lcf_fast.training.data import ExampleSet, read_examples
+from lcf_fast.training.models import geometry_of, load_config, load_model, load_tokenizer, longest_sequence
 from lcf_fast.training.step import OnlinePrefills, TrainingStep
 from lcf_fast.training.trainer import Trainer
 
@@ -149,6 +151,104 @@ def test_options_reach_what_they_are_for(folder: Path, tmp_path: Path) -> None:
     assert main([*base, *begun]) == 0
     after = LatentCacheFlow.from_pretrained(tmp_path / "on" / "adapter")
     assert all(torch.equal(p, q) for p, q in zip(adapter.parameters(), after.parameters(), strict=True))
+
+
+def prepared(folder: Path, tmp_path: Path, command: str, kind: str, *more: str) -> Any:
+    """What a command makes of its arguments; of SMALL's those of size alone."""
+    parser = argparse.ArgumentParser()
+    commands_of = parser.add_subparsers()
+    commands.add_train_command(commands_of)
+    commands.add_cache_command(commands_of)
+    given = arguments(folder, command, tmp_path / "out", kind, "--quiet", *more)
+    at = given.index("--held-out") if "--held-out" in given else len(given)
+    return commands._prepare(parser.parse_args(given[:at] + given[at + 2 :]), shown=False, first=True)
+
+
+def test_what_is_held_out_unless_it_is_said(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And that no more of it is looked at than is to be."""
+    fractions: list[float] = []
+    right = ExampleSet.held_out
+
+    def held_out(self: ExampleSet, fraction: float) -> tuple[ExampleSet, ExampleSet]:
+        fractions.append(fraction)
+        kept, held = right(self, 0.7)
+        assert len(held) > 1
+        return kept, held
+
+    monkeypatch.setattr(ExampleSet, "held_out", held_out)
+    monkeypatch.setattr(commands, "_HELD_OUT", 1)
+    for kind in ("shared", "cross"):
+        run = prepared(folder, tmp_path, "train", kind, "--batch-size", "1", "--micro-batch-size", "1")
+        assert run.held_out.settings.steps == 1
+    assert fractions == [0.01, 0.0]
+
+
+def test_a_limit_draws_by_the_seed(folder: Path, tmp_path: Path) -> None:
+    path = folder / "shared.jsonl"
+    for seed in ("3", "4"):
+        more = ["--limit", "4", "--seed", seed, "--batch-size", "4"]
+        run = prepared(folder, tmp_path, "train", "shared", *more)
+        wanted = read_examples(path, limit=4, seed=int(seed)).held_out(0.01)[0]
+        assert {id for step in range(3) for id in run.data.ids(step)} == {example.id for example in wanted.examples}
+    assert read_examples(path, limit=4, seed=3).examples != read_examples(path, limit=4, seed=4).examples
+
+
+def test_a_smaller_batch_than_the_micro_batch_is_one(folder: Path, tmp_path: Path) -> None:
+    models = ["--sharer", str(folder / "sharer"), "--receiver", str(folder / "receiver"), "--out", str(tmp_path)]
+    parser = argparse.ArgumentParser()
+    commands.add_train_command(parser.add_subparsers())
+    for batch, micro in (("2", 2), ("5", 4)):
+        given = ["train", *models, "--data", str(folder / "shared.jsonl"), "--quiet", "--steps", "1"]
+        run = commands._prepare(parser.parse_args([*given, "--batch-size", batch]), shown=False, first=True)
+        assert run.settings.micro_batch_size == micro
+
+
+def test_a_store_has_what_its_arguments_ask_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared(folder, tmp_path, "cache", "shared", "--layer-map", "0,1", "--keep-layers", "1")
+    assert run.sharer_layers == (1,)
+    more = ["--layer-map", "0,1", "--keep-layers", "1", "--sharer-only", "--shard-mb", "3", "--quiet"]
+    plans: list[dict[str, Any]] = []
+    right = caching.plan_prefills
+
+    def plan(*given: Any, **named: Any) -> Any:
+        plans.append(named)
+        return right(*given, **named)
+
+    monkeypatch.setattr(caching, "plan_prefills", plan)
+    assert main(arguments(folder, "cache", tmp_path / "store", "shared", *more, "--dry-run")) == 0
+    wanted = {"sharer_layers": (1,), "with_receiver": False, "shard_bytes": 3_000_000}
+    assert {name: plans[0][name] for name in wanted} == wanted
+
+
+def test_a_run_that_begins_with_an_adapter(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of half precision, and with one of its layers alone; one of the other kind is refused."""
+    sharer, receiver = (geometry_of(role, load_config(role, str(folder / role))) for role in ("sharer", "receiver"))
+    first = LatentCacheFlow(LCFConfig(sharer, receiver, bottleneck=64, gate_init=1.0)).bfloat16()
+    first.save_pretrained(tmp_path / "first")
+    begun = ["--init-from", str(tmp_path / "first"), "--learning-rate", "0"]
+    base = [a for a in arguments(folder, "train", tmp_path / "run", "shared") if a not in ("--bottleneck", "64")]
+    assert main([*base, *begun, "--keep-layers", "1"]) == 0
+    again = LatentCacheFlow.from_pretrained(tmp_path / "run" / "adapter")
+    assert again.receiver_layers.tolist() == [1]
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, first.get_parameter(name)[1:].float()), name
+    capsys.readouterr()
+    base = [a for a in arguments(folder, "train", tmp_path / "other", "cross") if a not in ("--bottleneck", "64")]
+    assert main([*base, *begun]) == 2
+    assert "--init-from: expected an LCF-X or slots adapter" in capsys.readouterr().err
+    LatentSlots(LCFConfig(sharer, receiver, bottleneck=64, slots=2)).save_pretrained(tmp_path / "slots")
+    begun = ["--init-from", str(tmp_path / "slots"), "--keep-layers", "1"]
+    assert main([*base, *begun]) == 2
+    assert "--keep-layers: expected all layers with slots" in capsys.readouterr().err
+    wider = LCFConfig(sharer, CacheGeometry(3, 2, 16), bottleneck=64)
+    LatentCacheFlow(wider).save_pretrained(tmp_path / "first")
+    base = [a for a in arguments(folder, "train", tmp_path / "other", "shared") if a not in ("--bottleneck", "64")]
+    assert main([*base, "--init-from", str(tmp_path / "first")]) == 2
+    assert "error: receiver: expected an adapter for" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_where_it_stopped(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -287,8 +287,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch
     assert same_weights(weights_of(trainer.adapter), before)
 
 
-def test_a_folder_with_a_run_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
-    tiny_trainer(tmp_path, tiny_settings(steps=2)).run()
+@pytest.mark.parametrize("lost", ["adapter", "log.jsonl", "checkpoints"])
+def test_a_folder_with_a_run_is_refused_and_left_as_it_is(lost: str, tmp_path: Path) -> None:
+    """Or with part of one: what is left of it may be all that there is."""
+    tiny_trainer(tmp_path / "run", tiny_settings(steps=2)).run()
+    (tmp_path / "run" / lost).rename(tmp_path / lost)
+    tmp_path = tmp_path / "run"
     held = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(RunError, match="resume"):
         tiny_trainer(tmp_path, tiny_settings(steps=2)).run()
@@ -321,6 +325,10 @@ def test_a_run_of_other_settings_data_or_adapter_is_not_resumed(tmp_path: Path) 
         tiny_trainer(tmp_path, settings, dropout=0.2).run(resume=True)
     with pytest.raises(RunError, match="sharer: expected the model that"):
         tiny_trainer(tmp_path, settings, sharer=tiny_model("qwen2", 9)).run(resume=True)
+    sharer, receiver = tiny_model("qwen2", 1), tiny_model("qwen3", 9)
+    adapter, keywords = tiny_adapter(sharer, receiver), {"settings": settings, "sharer": sharer, "progress": False}
+    with pytest.raises(RunError, match="receiver: expected the model that"):
+        trainer_module.Trainer(adapter, receiver, RandomData(settings), tmp_path, **keywords).run(resume=True)
     other = tiny_settings(steps=4, device=None)
     assert other.device != settings.device  # which says where, not what
     if not torch.cuda.is_available():
