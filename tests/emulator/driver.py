@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lcf_fast import backends
-from lcf_fast.kernels import common
+from lcf_fast.kernels import common, fusion_plan, launching
 
 from .machine import run
 from .memory import EmulationError, Findings, GlobalMemory
@@ -104,6 +104,7 @@ class Emulator:
                 text = code.disassemble(path.with_suffix(".cubin"))
                 self._parsed[path] = code.parse(text, self._parsed[path])
         kernel = self._parsed[path]
+        assert kernel.target == f"sm_{self.chip}", f"{kernel.name} was compiled for {kernel.target}"
         pairs = [pair for kind, value in zip(kinds, arguments, strict=True) for pair in given(kind, value)]
         values = [bits(*pair) for pair in pairs]
         values += [(8, 0)] * (len(kernel.parameters) - len(values))  # scratch memory, of which there is none
@@ -138,9 +139,15 @@ class Emulator:
         driver.set_active(standing_in)
         knobs.runtime.kernel_load_start_hook = standing_in.loading
         backends.interpreting, common._target = (lambda: True), (lambda device: f"sm_{self.chip}")  # type: ignore
+        # What was launched on another chip before is not for this one.
+        forget = (fusion_plan.plan_of.cache_clear, launching.variants_of.cache_clear)
+        for one in forget:
+            one()
         try:
             yield self
         finally:
+            for one in forget:
+                one()
             knobs.runtime.kernel_load_start_hook = hook
             driver._active = before
             backends.interpreting, common._target = serves, target

@@ -31,6 +31,7 @@ class Kernel:
     """A kernel's instructions, in order; ``labels`` say which statement follows each; registers by name."""
 
     name: str = ""
+    target: str = ""
     threads: int = 0
     parameters: list[str] = field(default_factory=list)
     statements: list[Statement] = field(default_factory=list)
@@ -78,7 +79,10 @@ def parse(text: str) -> Kernel:
             entry = re.match(r"\.visible \.entry (\w+)\(", line)
             parameter = _PARAMETER.match(line)
             threads = re.match(r"\.(?:reqntid|maxntid) (\d+)", line)
-            if entry:
+            target = re.match(r"\.target (sm_\d+)", line)
+            if target:
+                kernel.target = target[1]
+            elif entry:
                 kernel.name = entry[1]
             elif parameter:
                 kernel.parameters.append(parameter[2])

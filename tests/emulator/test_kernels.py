@@ -1,4 +1,7 @@
-"""Our kernels as compiled for a chip, against the float64 reference; all their tests run so by ``make emulated``."""
+"""Our kernels as compiled for a chip, its PTX and its machine code, against the float64 reference.
+
+All their tests run so by `make emulated`.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,10 @@ from lcf_fast import ops, reference, use_backend
 GEOMETRY = Geometry(2, 2, 64)
 
 
-@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
+@pytest.fixture(params=[(80, False), (90, False), (90, True)], ids=["sm_80", "sm_90", "sm_90.sass"])
 def chip(request: pytest.FixtureRequest) -> Iterator[Emulator]:
-    with Emulator(request.param).active() as running:
+    number, assembled = request.param
+    with Emulator(number, assembled=assembled).active() as running:
         yield running
     running.check()
 

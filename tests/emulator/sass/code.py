@@ -28,7 +28,7 @@ def disassemble(cubin: Path) -> str:
 
 def parse(text: str, source: Kernel) -> Kernel:
     """The kernel of a disassembly, made of ``source``; an instruction's line is its address, and jumps name these."""
-    kernel = Kernel(name=source.name, threads=source.threads, parameters=source.parameters)
+    kernel = Kernel(name=source.name, target=source.target, threads=source.threads, parameters=source.parameters)
     for found in _INSTRUCTION.finditer(text):
         at = hex(int(found["at"], 16))
         kernel.labels[at] = len(kernel.statements)
