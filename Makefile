@@ -36,7 +36,7 @@ test-slow: $(READY) ## the long tests: fuzzing, kills at every moment, whole tra
 	@echo "-- speed, by itself"
 	@$(BIN)/pytest -q -m slow tests/test_eager_speed.py
 
-emulated: $(READY) ## the kernels' tests on what Triton compiles for CHIP, run on a CPU with every access checked (an hour)
+emulated: $(READY) ## the kernels' tests on what Triton compiles for CHIP (sm_80, sm_90, sm_90.sass), run on a CPU, accesses checked (an hour)
 	@LCF_FAST_TEST_DEVICE=$(CHIP) $(BIN)/pytest -q -n 2 -m "not gpu" $(or $(ARGS),tests/kernels)
 
 bench: $(READY) ## the main job: errors and times of every op on real caches (ARGS=--quick ends within two minutes)

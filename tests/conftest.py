@@ -1,8 +1,9 @@
 """What every test runs under: the Triton interpreter unless on a GPU, poisoned memory, a fixed seed.
 
 Environment: ``LCF_FAST_TEST_DEVICE=cuda`` runs the kernels for real, on a GPU (``make gpu``); ``sm_80`` or ``sm_90``
-compiles them for that chip and runs what comes out on the CPU (``tests/emulator``, ``make emulated``);
-``TRITON_INTERPRET=0`` leaves them to the compiler, which is what ``tests/compile`` needs.
+compiles them for that chip and runs the PTX that comes out on the CPU (``tests/emulator``, ``make emulated``),
+``sm_90.sass`` the machine code that ptxas makes of it; ``TRITON_INTERPRET=0`` leaves them to the compiler, which is
+what ``tests/compile`` needs.
 """
 
 from __future__ import annotations

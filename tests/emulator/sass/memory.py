@@ -145,8 +145,6 @@ class Memory(Operands):
 
         return vote
 
-    _vote = _voteu
-
     # Matrices
 
     @staticmethod
