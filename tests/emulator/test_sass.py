@@ -157,6 +157,7 @@ with np.errstate(all="ignore"):
         ("FMNMX R10, R8, R9, !PT", np.fmax(X, Y)),
         ("FSETP.GEU.AND P0, PT, R8, R9, PT\nFSEL R10, R8, 7, P0", np.where(~(X < Y), X, np.float32(7))),
         ("FSETP.GT.AND P0, P1, R8, -INF , PT\nFSEL R10, R8, -7.5, P1", np.where(-np.inf < X, np.float32(-7.5), X)),
+        ("FSET.BF.GT.AND R10, R8, R9, PT", (X > Y).astype(np.float32)),
         ("MUFU.EX2 R10, R8", np.exp2(X)),
         ("HFMA2.MMA R10, -RZ, RZ, 1.875, 0", np.full(64, 1, np.float32)),
         ("F2F.BF16.F32 R6, R8\nIMAD.U32 R10, R6, 0x10000, RZ", (to_bfloat(X).astype(np.uint32) << 16).view(np.float32)),

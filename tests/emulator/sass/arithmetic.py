@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -237,19 +238,36 @@ class Arithmetic(Operands):
 
         return choose
 
+    def _float_test(self, kinds: list[str], texts: Sequence[str]) -> tuple[Source, Source]:
+        """``GT.AND`` of two numbers and a predicate: what holds, and the same of what the comparison denies."""
+        name, join = kinds[0], lanes.JOIN[kinds[1]]
+        a, b = (self.number(text, flushes="FTZ" in kinds) for text in texts[:2])
+        before = self.predicate(texts[2])
+
+        def test(frame: Frame, *, denied: bool = False) -> Lanes:
+            held = lanes.compare_floats(name, a(frame), b(frame))
+            return join(~held if denied else held, before(frame))
+
+        return test, partial(test, denied=True)
+
     def _fsetp(self, statement: Statement) -> Step:
-        first, second, a_text, b_text, read = statement.operands
-        name, *kinds = modifiers(statement)
-        join, before = lanes.JOIN[kinds[0]], self.predicate(read)
-        a, b = (self.number(text, flushes="FTZ" in kinds) for text in (a_text, b_text))
+        first, second, *texts = statement.operands
         puts = self.put(first, statement), self.put(second, statement)
+        tests = self._float_test(modifiers(statement), texts)
 
         def compare(frame: Frame) -> None:
-            held, with_ = lanes.compare_floats(name, a(frame), b(frame)), before(frame)
-            puts[0](frame, join(held, with_))
-            puts[1](frame, join(~held, with_))
+            values = [test(frame) for test in tests]
+            for put, value in zip(puts, values):
+                put(frame, value)
 
         return compare
+
+    def _fset(self, statement: Statement) -> Step:
+        """A comparison as 1.0 or 0.0."""
+        form, *kinds = modifiers(statement)
+        assert form == "BF", statement
+        put, (test, _) = self.put(statement.operands[0], statement), self._float_test(kinds, statement.operands[1:])
+        return lambda frame: put(frame, test(frame).astype(np.float32))
 
     def _mufu(self, statement: Statement) -> Step:
         (name,) = modifiers(statement)
