@@ -189,6 +189,8 @@ class Memory(Operands):
     def _hgmma(self, statement: Statement) -> Step:
         """``R152, R176, gdesc[UR20].tnspB, RZ, !UPT, gsb0``: a descriptor is two uniform registers, the right
         operand's the second of the four that are named."""
+        if statement.operands == ("RZ", "gdesc[URZ]", "RZ", "!UPT", "gsb0"):  # of nothing: it ends a group
+            return lambda frame: frame.matrices.append([])
         shape, *kinds = modifiers(statement)
         columns, kind = int(shape.split("x")[1]), "bf16" if "BF16" in kinds else "f16"
         assert "F32" in kinds and "TF32" not in kinds and statement.guard is None
