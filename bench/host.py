@@ -94,6 +94,14 @@ class Launches:
             self.arguments.append(rest[8:])
 
 
+def forget_launches() -> None:
+    """Our launchers keep Triton's compiled kernels; what one driver launches is not for another."""
+    from lcf_fast.kernels import fusion_plan, launching
+
+    fusion_plan.plan_of.cache_clear()
+    launching.variants_of.cache_clear()
+
+
 @contextmanager
 def on_a_gpu(target: str = "sm_90") -> Iterator[Launches]:
     """CPU tensors take the path of a GPU's, up to the launch. Needs kernels that were imported without the interpreter.
@@ -105,7 +113,7 @@ def on_a_gpu(target: str = "sm_90") -> Iterator[Launches]:
     from triton.runtime.jit import JITFunction
 
     from lcf_fast import LatentCacheFlow, backends
-    from lcf_fast.kernels import common, fusion_plan, launching
+    from lcf_fast.kernels import common
 
     launches = Launches()
 
@@ -127,9 +135,8 @@ def on_a_gpu(target: str = "sm_90") -> Iterator[Launches]:
             (LatentCacheFlow, "_live", live),
         ):
             stack.enter_context(patch.object(owner, name, value))
-        for forget in (fusion_plan.plan_of.cache_clear, launching.variants_of.cache_clear):  # what holds our stubs
-            forget()
-            stack.callback(forget)
+        forget_launches()
+        stack.callback(forget_launches)  # they hold our stubs
         stack.enter_context(backends.use_backend("triton"))
         stack.enter_context(torch.no_grad())
         yield launches

@@ -14,8 +14,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from bench.host import forget_launches
 from lcf_fast import backends
-from lcf_fast.kernels import common, fusion_plan, launching
+from lcf_fast.kernels import common
 
 from .machine import run
 from .memory import EmulationError, Findings, GlobalMemory
@@ -139,15 +140,11 @@ class Emulator:
         driver.set_active(standing_in)
         knobs.runtime.kernel_load_start_hook = standing_in.loading
         backends.interpreting, common._target = (lambda: True), (lambda device: f"sm_{self.chip}")  # type: ignore
-        # What was launched on another chip before is not for this one.
-        forget = (fusion_plan.plan_of.cache_clear, launching.variants_of.cache_clear)
-        for one in forget:
-            one()
+        forget_launches()
         try:
             yield self
         finally:
-            for one in forget:
-                one()
+            forget_launches()
             knobs.runtime.kernel_load_start_hook = hook
             driver._active = before
             backends.interpreting, common._target = serves, target

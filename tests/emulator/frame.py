@@ -180,6 +180,11 @@ def barrier(frame: Frame, source: str) -> None:
     frame.epoch += 1
 
 
+def fence(frame: Frame) -> None:
+    """What was stored until here, wgmma may read."""
+    frame.shared.fences += 1
+
+
 def shuffle(frame: Frame, value: Lanes, lane: Lanes, *, is_butterfly: bool) -> Lanes:
     """Each thread's value of another one of its warp."""
     own = np.arange(frame.threads)[None]

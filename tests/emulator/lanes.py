@@ -40,7 +40,7 @@ def to_bfloat(value: Lanes) -> Lanes:
     return np.where(np.isnan(value), np.uint32(0x7FFF), rounded).astype(np.uint16)
 
 
-def _to_half(value: Lanes) -> Lanes:
+def to_half(value: Lanes) -> Lanes:
     return value.astype(np.float16).view(np.uint16)
 
 
@@ -125,7 +125,7 @@ def _extract(a: Lanes, begin: Lanes, count: Lanes) -> Lanes:
     return (field & np.uint64((1 << width) - 1)).astype(f"u{width // 8}").view(a.dtype)
 
 
-def _permute(a: Lanes, b: Lanes, selector: Lanes) -> Lanes:
+def permute(a: Lanes, b: Lanes, selector: Lanes) -> Lanes:
     """Four bytes out of eight."""
     eight = (b.astype(np.uint64) << np.uint64(32)) | a.astype(np.uint64)
     result = np.zeros((1, 1), np.uint64)
@@ -141,7 +141,7 @@ def _select(a: Lanes, b: Lanes, chosen: Lanes) -> Lanes:
     return np.asarray(np.where(chosen, a, b))
 
 
-def _fused(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
+def fused(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
     """One rounding: float64 holds a product of two float32 exactly."""
     return (a.astype(np.float64) * b + c).astype(a.dtype)
 
@@ -187,7 +187,7 @@ _COMPARE: dict[str, Callable[[Lanes, Lanes], Lanes]] = {
 }
 
 
-def _compare(name: str) -> Callable[[Lanes, Lanes], Lanes]:
+def compare(name: str) -> Callable[[Lanes, Lanes], Lanes]:
     """``setp``: the forms that end in u hold for NaN, too; lo, ls, hi, hs are of unsigned integers."""
     name = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(name, name)
     if name == "nan":
@@ -231,16 +231,16 @@ def operation(opcode: str) -> tuple[Callable[..., Lanes], tuple[str, ...]]:
     name, *modifiers = opcode.split(".")
     kind = modifiers[-1] if modifiers else ""
     if name == "cvt" and modifiers[-2] in ("bf16x2", "f16x2"):
-        half = to_bfloat if modifiers[-2] == "bf16x2" else _to_half
+        half = to_bfloat if modifiers[-2] == "bf16x2" else to_half
         return (lambda a, b: (half(a).astype(np.uint32) << 16) | half(b)), (kind, kind)
     if name == "cvt":
         return _convert(modifiers[-2], kind, modifiers), (kind,)
     if name == "setp" and len(modifiers) == 2:
-        return _compare(modifiers[0]), (kind, kind)
+        return compare(modifiers[0]), (kind, kind)
     if name == "selp":
         return _select, (kind, kind, "pred")
     if name == "fma":
-        return _fused, (kind, kind, kind)
+        return fused, (kind, kind, kind)
     if name in ("min", "max"):
         # Of a NaN and a number it is the number, unless asked otherwise.
         return _SMALLEST[f"{name}.NaN" if "NaN" in modifiers else name], (kind, kind)
@@ -264,7 +264,7 @@ def operation(opcode: str) -> tuple[Callable[..., Lanes], tuple[str, ...]]:
     if name == "bfe":
         return _extract, (kind, "u32", "u32")
     if name == "prmt":
-        return _permute, ("b32", "b32", "b32")
+        return permute, ("b32", "b32", "b32")
     if name in _UNARY:
         return _UNARY[name], (kind,)
     raise NotImplementedError(opcode)

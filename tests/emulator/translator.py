@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import accesses, matrices
-from .frame import END, Frame, Step, arrive, barrier, jump, reduced, shuffle
+from .frame import END, Frame, Step, arrive, barrier, fence, jump, reduced, shuffle
 from .lanes import BITS, immediate, operation, read, write
 from .memory import WARP
 from .ptx import Kernel, Statement
@@ -168,13 +168,9 @@ class Translator:
             return lambda frame: None
         if statement.operands != ("0",) or statement.guard is not None:
             raise NotImplementedError("a barrier of some of a program's warps")
-
         return lambda frame: barrier(frame, statement.source)
 
     def _fence(self, statement: Statement) -> Step:
-        def fence(frame: Frame) -> None:
-            frame.shared.fences += 1
-
         return fence
 
     # Memory
@@ -246,7 +242,6 @@ class Translator:
         value, lane = self.source(statement.operands[1], "b32"), self.source(statement.operands[2], "s32")
         if statement.operands[3] not in ("31", "0x1f") or mode not in ("bfly", "idx"):
             raise NotImplementedError(statement.opcode)
-
         is_butterfly = mode == "bfly"
         return lambda frame: put(frame, shuffle(frame, value(frame), lane(frame), is_butterfly=is_butterfly))
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..frame import Frame, Step
-from ..lanes import from_bfloat, to_bfloat
+from ..lanes import compare, from_bfloat, fused, operation, to_bfloat, to_half
 from ..ptx import Statement
 from . import lanes
 from .lanes import U32, U64
@@ -158,24 +158,25 @@ class Arithmetic(Operands):
     def _isetp(self, statement: Statement) -> Step:
         first, second, a_text, b_text, *read = statement.operands
         name, *kinds = modifiers(statement)
+        holds = compare(name.lower())
         join = lanes.JOIN[next(kind for kind in kinds if kind in lanes.JOIN)]
         a, b = self.word(a_text), self.word(b_text)
         is_signed, predicates = "U32" not in kinds, [self.predicate(text) for text in read]
         puts = self.put(first, statement), self.put(second, statement)
 
-        def compare(frame: Frame) -> None:
+        def decide(frame: Frame) -> None:
             one, other = a(frame), b(frame)
             if is_signed:
                 one, other = lanes.signed(one), lanes.signed(other)
             if "EX" in kinds:
                 held = lanes.compare_upper(name, one, other, predicates[1](frame))
             else:
-                held = lanes.COMPARE[name](one, other)
+                held = holds(one, other)
             with_ = predicates[0](frame)
             puts[0](frame, join(held, with_))
             puts[1](frame, join(~held, with_))
 
-        return compare
+        return decide
 
     def _vimnmx(self, statement: Statement) -> Step:
         """The smallest, where the predicate holds, or the largest; of a sum of the first two, for VIADDMNMX."""
@@ -225,7 +226,7 @@ class Arithmetic(Operands):
         return self._float(statement, lambda a, b: a * b)
 
     def _ffma(self, statement: Statement) -> Step:
-        return self._float(statement, lanes.fused)
+        return self._float(statement, fused)
 
     def _fmnmx(self, statement: Statement) -> Step:
         to, a_text, b_text, chosen = statement.operands
@@ -242,10 +243,10 @@ class Arithmetic(Operands):
         """``GT.AND`` of two numbers and a predicate: what holds, and the same of what the comparison denies."""
         name, join = kinds[0], lanes.JOIN[kinds[1]]
         a, b = (self.number(text, flushes="FTZ" in kinds) for text in texts[:2])
-        before = self.predicate(texts[2])
+        holds, before = compare(name.lower()), self.predicate(texts[2])
 
         def test(frame: Frame, *, denied: bool = False) -> Lanes:
-            held = lanes.compare_floats(name, a(frame), b(frame))
+            held = holds(a(frame), b(frame))
             return join(~held if denied else held, before(frame))
 
         return test, partial(test, denied=True)
@@ -255,12 +256,12 @@ class Arithmetic(Operands):
         puts = self.put(first, statement), self.put(second, statement)
         tests = self._float_test(modifiers(statement), texts)
 
-        def compare(frame: Frame) -> None:
+        def decide(frame: Frame) -> None:
             values = [test(frame) for test in tests]
             for put, value in zip(puts, values):
                 put(frame, value)
 
-        return compare
+        return decide
 
     def _fset(self, statement: Statement) -> Step:
         """A comparison as 1.0 or 0.0."""
@@ -271,8 +272,9 @@ class Arithmetic(Operands):
 
     def _mufu(self, statement: Statement) -> Step:
         (name,) = modifiers(statement)
+        function, _ = operation("rsqrt" if name == "RSQ" else name.lower())
         put, value = self.put(statement.operands[0], statement), self.number(statement.operands[1])
-        return lambda frame: put(frame, lanes.MUFU[name](value(frame)))
+        return lambda frame: put(frame, function(value(frame)))
 
     def _half(self, text: str, kind: str) -> Source:
         """One half of a register: ``R8.H0_H0``."""
@@ -306,8 +308,9 @@ class Arithmetic(Operands):
         assert second == "PT"
         *kinds, name, join_name = modifiers(statement)
         a, b = (self._half(text, kinds[0] if kinds else "F16") for text in (a_text, b_text))
+        holds = compare(name.lower())
         put, join, before = self.put(first, statement), lanes.JOIN[join_name], self.predicate(read)
-        return lambda frame: put(frame, join(lanes.compare_floats(name, a(frame), b(frame)), before(frame)))
+        return lambda frame: put(frame, join(holds(a(frame), b(frame)), before(frame)))
 
     def _f2fp(self, statement: Statement) -> Step:
         kind, *rest = modifiers(statement)
@@ -359,4 +362,4 @@ class Arithmetic(Operands):
 
 
 def _rounded(value: Lanes, kind: str) -> Lanes:
-    return to_bfloat(value) if kind == "BF16" else value.astype(np.float16).view(np.uint16)
+    return to_bfloat(value) if kind == "BF16" else to_half(value)

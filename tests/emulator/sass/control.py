@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..frame import END, RETURN, Calling, Frame, Step, barrier, jump
-from ..lanes import _permute
+from ..frame import END, RETURN, Calling, Frame, Step, barrier, fence, jump
+from ..lanes import permute
 from ..memory import WARP
 from ..ptx import Statement
 from .lanes import U32, U64
@@ -59,13 +59,9 @@ class Control(Operands):
     def _bar(self, statement: Statement) -> Step:
         if statement.operands != ("0x0",) or statement.guard is not None:
             raise NotImplementedError("a barrier of some of a program's warps")
-
         return lambda frame: barrier(frame, statement.source)
 
     def _fence(self, statement: Statement) -> Step:
-        def fence(frame: Frame) -> None:
-            frame.shared.fences += 1
-
         return fence
 
     def _mov(self, statement: Statement) -> Step:
@@ -114,7 +110,7 @@ class Control(Operands):
     def _prmt(self, statement: Statement) -> Step:
         put = self.put(statement.operands[0], statement)
         a, selector, b = (self.word(text) for text in statement.operands[1:])
-        return lambda frame: put(frame, _permute(a(frame), b(frame), selector(frame)))
+        return lambda frame: put(frame, permute(a(frame), b(frame), selector(frame)))
 
     def _p2r(self, statement: Statement) -> Step:
         to, bank, kept, mask_text = statement.operands

@@ -72,14 +72,6 @@ def look_up(table: int, a: Lanes, b: Lanes, c: Lanes) -> Lanes:
     return np.asarray(result)
 
 
-COMPARE: dict[str, Callable[[Lanes, Lanes], Lanes]] = {
-    "EQ": lambda a, b: a == b,
-    "NE": lambda a, b: a != b,
-    "LT": lambda a, b: a < b,
-    "LE": lambda a, b: a <= b,
-    "GT": lambda a, b: a > b,
-    "GE": lambda a, b: a >= b,
-}
 JOIN: dict[str, Callable[[Lanes, Lanes], Lanes]] = {
     "AND": lambda a, b: a & b,
     "OR": lambda a, b: a | b,
@@ -87,43 +79,18 @@ JOIN: dict[str, Callable[[Lanes, Lanes], Lanes]] = {
 }
 
 
-def compare_floats(name: str, a: Lanes, b: Lanes) -> Lanes:
-    """Names that end in U hold for NaN as well."""
-    if name in ("NUM", "NAN"):
-        unordered = (a != a) | (b != b)
-        return unordered if name == "NAN" else ~unordered
-    unordered = (a != a) | (b != b)
-    if len(name) == 3:
-        return COMPARE[name[:2]](a, b) | unordered
-    return COMPARE[name](a, b) & ~unordered
-
-
 def compare_upper(name: str, a: Lanes, b: Lanes, lower: Lanes) -> Lanes:
     """Of 64-bit numbers, by their upper words and what the lower ones gave."""
     if name in ("EQ", "NE"):
         return (a == b) & lower if name == "EQ" else (a != b) | lower
-    strict = COMPARE["GT" if name[0] == "G" else "LT"]
-    return strict(a, b) | ((a == b) & lower)
+    strict = a > b if name[0] == "G" else a < b
+    return strict | ((a == b) & lower)
 
 
 def flush(value: Lanes) -> Lanes:
     """Subnormal numbers as zeros of their sign."""
     tiny = np.abs(value) < np.float32(2.0**-126)
     return np.where(tiny, np.copysign(np.float32(0), value), value)
-
-
-def fused(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
-    """One rounding: float64 holds a product of two float32 exactly."""
-    return (a.astype(np.float64) * b + c).astype(np.float32)
-
-
-MUFU: dict[str, Callable[[Lanes], Lanes]] = {
-    "EX2": np.exp2,
-    "LG2": np.log2,
-    "RCP": lambda a: 1 / a,
-    "SQRT": np.sqrt,
-    "RSQ": lambda a: 1 / np.sqrt(a),
-}
 
 
 def rounded_up(value: Lanes) -> Lanes:

@@ -116,7 +116,6 @@ class Memory(Operands):
         put, value, lane = self.put(to, statement), self.word(of), self.word(lane_text)
         if last != "0x1f" or mode not in ("BFLY", "IDX"):
             raise NotImplementedError(statement.opcode)
-
         is_butterfly = mode == "BFLY"
         return lambda frame: put(frame, shuffle(frame, value(frame), lane(frame), is_butterfly=is_butterfly))
 
